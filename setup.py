@@ -1,0 +1,85 @@
+"""Builds the native kernels: csrc/cpu always, csrc/cuda where nvcc is found. No torch is needed to build."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+FORMULAS = [str(CSRC / "formulas.h")]
+CPU_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+ARCHITECTURES = ("80", "90", "100", "120")
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """V05_CUDA_ARCHS ("80;90"), or those of ARCHITECTURES that this toolkit compiles for."""
+    asked = os.environ.get("V05_CUDA_ARCHS")
+    if asked:
+        return [re.sub(r"\D", "", arch) for arch in re.split(r"[;, ]+", asked.strip())]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in ARCHITECTURES if re.search(rf"sm_{arch}\b", known)]
+
+
+class BuildNative(build_ext):
+    """Compiles .cpp with the C++ compiler and .cu with nvcc, and links CUDA statically, so no CUDA path is baked in."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if not any(source.endswith(".cu") for source in ext.sources):
+            super().build_extension(ext)
+            return
+        nvcc = shutil.which("nvcc")
+        assert nvcc is not None
+        archs = cuda_architectures(nvcc)
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        objects = []
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in ext.sources:
+            out = str(Path(self.build_temp) / (Path(source).name + ".o"))
+            command = [nvcc, "-c", source, "-o", out, "-Icsrc", *CUDA_FLAGS, *ext.extra_compile_args]
+            command += targets if source.endswith(".cu") else [f"-I{path}" for path in ext.include_dirs]
+            subprocess.run(command, check=True)
+            objects.append(out)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([nvcc, "-shared", "-cudart", "static", "-o", str(target), *objects], check=True)
+
+
+def sources(folder: str, *endings: str) -> list[str]:
+    return sorted(str(path) for ending in endings for path in (CSRC / folder).glob(f"*{ending}"))
+
+
+def extensions() -> list[Extension]:
+    include = ["csrc", pybind11.get_include()]
+    flags = os.environ.get("V05_CXX_FLAGS", "").split()
+    cpu = Extension(
+        "v05.kernels._cpu",
+        ["csrc/cpu_module.cpp", *sources("cpu", ".cpp")],
+        include_dirs=include,
+        depends=FORMULAS + sources("cpu", ".h"),
+        extra_compile_args=CPU_FLAGS + flags,
+        extra_link_args=["-fopenmp", *flags],
+        language="c++",
+    )
+    if os.environ.get("V05_BUILD_CUDA") == "0" or not shutil.which("nvcc") or not sources("cuda", ".cu"):
+        print("v05: building the CPU kernels only", file=sys.stderr)
+        return [cpu]
+    include_python = __import__("sysconfig").get_paths()["include"]
+    cuda = Extension(
+        "v05.kernels._cuda",
+        ["csrc/cuda_module.cpp", *sources("cuda", ".cu")],
+        include_dirs=[*include, include_python],
+        depends=FORMULAS + sources("cuda", ".cuh"),
+        language="c++",
+    )
+    return [cpu, cuda]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

@@ -1,0 +1,1 @@
+"""Advantages of ragged groups of rollouts."""

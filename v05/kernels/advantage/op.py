@@ -1,0 +1,111 @@
+"""The public `group_advantage`: every estimator as a baseline and a scale, over ragged groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import dispatch, segments
+from v05.kernels.advantage import reference
+from v05.kernels.advantage.estimators import Baseline, Scale, resolve
+from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget
+
+
+@torch.library.custom_op("v05::group_advantage", mutates_args=())
+def _group_advantage(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor | None,
+    lengths: Tensor | None,
+    baseline: int,
+    scale: int,
+    low: float,
+    high: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    run = dispatch.implementation("advantage", backend).group_advantage
+    return run(rewards, offsets, prior, lengths, Baseline(baseline), Scale(scale), low, high, eps)
+
+
+@_group_advantage.register_fake
+def _(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor | None,
+    lengths: Tensor | None,
+    baseline: int,
+    scale: int,
+    low: float,
+    high: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(rewards, memory_format=torch.contiguous_format)
+
+
+def group_advantage(
+    rewards: Tensor,
+    offsets: Tensor,
+    *,
+    estimator: str = "v05",
+    prior: Tensor | None = None,
+    scale: str = "none",
+    eps: float = 1e-6,
+    lengths: Tensor | None = None,
+    reward_range: tuple[float, float] = (-1.0, 1.0),
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Advantage of every rollout: its reward less a baseline, optionally scaled.
+
+    Args:
+        rewards: `[N]` floating, in `reward_range`.
+        offsets: `[G+1]` int64, ascending from 0 to N; group g is `rewards[offsets[g]:offsets[g+1]]`, may be empty.
+        estimator: `"v05"` (prior and group mean fused), `"v05_loo"` (the same without the rollout's own reward),
+            `"grpo"` (group mean and std), `"dr_grpo"` (group mean), `"rloo"` (mean of the others),
+            `"reinforce_plus_plus"` (mean and std of the batch).
+        prior: `[G]` floating, the expected rewards; needed by, and only allowed with, the fused estimators.
+        scale: divides by nothing (`"none"`), the std of the group's or the batch's rewards (`"group"`, `"batch"`;
+            unbiased, plus eps), or the std the baseline implies (`"baseline"`, `sqrt(max((b - mu)(mu - a), eps))`).
+            Where a std is 0 or undefined the advantage is left unscaled.
+        eps: added to a std, and the floor of the implied variance.
+        lengths: `[N]` tokens of each rollout; where given, the statistics of the batch are taken over tokens.
+        reward_range: the smallest and the largest reward possible.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
+
+    Returns:
+        `[N]` float32, or float64 for float64 rewards; not differentiable. A group of one has advantage 0 under
+        grpo, dr_grpo and rloo, and equal rewards have exactly 0 under every group mean.
+
+    Raises:
+        ValueError, TypeError: names, shapes, dtypes or values that are not allowed; the message says where.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: V0.5 (arXiv 2603.10848), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740) and REINFORCE++
+    (2501.03262).
+    """
+    resolved = resolve(estimator, scale)
+    low, high = make_budget(reward_range, 0.0, 1, 1)[:2]
+    if resolved.needs_prior != (prior is not None):
+        given = "given" if prior is not None else "missing"
+        raise ValueError(f"prior is {given}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; allowed: 0 or above")
+    check_group_shapes(rewards, offsets, prior)
+    dtype = segments.working_dtype(rewards)
+    rewards = rewards.detach().to(dtype)
+    prior = None if prior is None else prior.detach().to(dtype)
+    if lengths is not None:
+        if lengths.shape != rewards.shape:
+            raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
+        lengths = lengths.detach().to(dtype)
+    chosen = dispatch.choose("advantage", rewards.device.type, backend)
+    if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
+        check_group_values(rewards, offsets, prior, low, high)
+    if chosen == "reference":
+        return reference.group_advantage(rewards, offsets, prior, lengths, *resolved, low, high, eps)
+    return _group_advantage(
+        rewards, offsets, prior, lengths, int(resolved.baseline), int(resolved.scale), low, high, eps, chosen
+    )

@@ -1,0 +1,69 @@
+"""The only place that chooses a backend: which exist, which can run here, and which is taken."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPS = ("shrinkage", "advantage", "policy_loss", "token_logprob")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+
+@cache
+def why_not(op: str, backend: str, device_type: str) -> str | None:
+    """Says why a backend cannot run an op on a device, or None where it can.
+
+    Args:
+        op: one of `OPS`.
+        backend: one of `BACKENDS`.
+        device_type: torch's name of the device, such as `"cpu"` or `"cuda"`.
+    """
+    if backend == "reference":
+        return None
+    if importlib.util.find_spec(f"v05.kernels.{op}.{backend}") is None:
+        return f"{op} has no {backend} kernel yet"
+    if device_type not in _DEVICES[backend]:
+        return f"the {backend} backend takes {' or '.join(_DEVICES[backend])} tensors, these are on {device_type}"
+    native = {"cpu": "v05.kernels._cpu", "cuda": "v05.kernels._cuda"}.get(backend)
+    for needed in filter(None, (native, "triton" if backend == "triton" else None)):
+        try:
+            importlib.import_module(needed)
+        except ImportError as error:
+            return f"{needed} cannot be imported: {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device_type: str, backend: str | None = None) -> str:
+    """Names the backend that runs an op: the one asked for, or the best that can.
+
+    Args:
+        op: one of `OPS`.
+        device_type: where the tensors are.
+        backend: None, or one of `BACKENDS`.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    if backend is None:
+        order = _PREFERENCE.get(device_type, ("reference",))
+        return next(name for name in order if why_not(op, name, device_type) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: None or one of {', '.join(map(repr, BACKENDS))}")
+    reason = why_not(op, backend, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
+    return backend
+
+
+@cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module that runs an op on a backend, imported when first asked for."""
+    return importlib.import_module(f"v05.kernels.{op}.{backend}")

@@ -1,0 +1,82 @@
+"""Ragged segments: offsets, lengths, and the checks that every op shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lengths(offsets: Tensor) -> Tensor:
+    """Lengths `[G]` of the segments that offsets `[G+1]` delimit."""
+    return offsets[1:] - offsets[:-1]
+
+
+def segment_ids(offsets: Tensor, total: int) -> Tensor:
+    """The segment `[total]` int64 that each element belongs to."""
+    ids = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(ids, lengths(offsets), output_size=total)
+
+
+def segment_sum(values: Tensor, ids: Tensor, segments: int) -> Tensor:
+    """Sum `[segments]` of values `[total]` in each segment; empty segments give 0."""
+    return values.new_zeros(segments).index_add(0, ids, values)
+
+
+def working_dtype(values: Tensor) -> torch.dtype:
+    """The dtype statistics come back in: float64 for float64, else float32."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Returns value where it is allowed, and raises ValueError naming what is otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return value
+
+
+def check_vector(name: str, values: Tensor, like: Tensor | None = None, length: int | None = None) -> None:
+    """Raises where values is not a one-dimensional floating tensor of that length beside `like`."""
+    if values.dim() != 1:
+        raise ValueError(f"{name} has shape {list(values.shape)}; allowed: one dimension")
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"{name} is {values.dtype}; allowed: a floating dtype")
+    if length is not None and values.numel() != length:
+        raise ValueError(f"{name} has {values.numel()} elements; allowed: {length}")
+    if like is not None and values.device != like.device:
+        raise ValueError(f"{name} is on {values.device}; allowed: {like.device}, where the other inputs are")
+
+
+def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
+    """Raises where offsets is not an int64 vector of at least one element beside `like`; values are not read."""
+    if offsets.dim() != 1 or offsets.numel() == 0:
+        raise ValueError(f"{name} has shape {list(offsets.shape)}; allowed: one dimension, at least one element")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"{name} is {offsets.dtype}; allowed: torch.int64")
+    if offsets.device != like.device:
+        raise ValueError(f"{name} is on {offsets.device}; allowed: {like.device}, where the other inputs are")
+
+
+def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
+    """Raises where offsets do not start at 0, ascend and end at total; waits for the device."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise ValueError(f"{name}[0] is {first}; allowed: 0")
+    down = (lengths(offsets) < 0).nonzero()
+    if down.numel():
+        i = int(down[0]) + 1
+        raise ValueError(
+            f"{name}[{i}] is {int(offsets[i])}, below {name}[{i - 1}] = {int(offsets[i - 1])}; must ascend"
+        )
+    if last != total:
+        raise ValueError(f"{name}[{offsets.numel() - 1}] is {last}; allowed: {total}, the number of elements")
+
+
+def check_range(
+    name: str, values: Tensor, low: float, high: float, offsets: Tensor | None = None, unit: str = "group"
+) -> None:
+    """Raises at the first value that is NaN or outside [low, high], saying where; waits for the device."""
+    outside = (~((values >= low) & (values <= high))).nonzero()
+    if outside.numel():
+        i = int(outside[0])
+        where = "" if offsets is None else f" ({unit} {int(torch.searchsorted(offsets, i, right=True)) - 1})"
+        raise ValueError(f"{name}[{i}] is {float(values[i]):g}{where}; allowed: {low:g} to {high:g}")

@@ -1,0 +1,1 @@
+"""Empirical shrinkage of group means towards a prior."""

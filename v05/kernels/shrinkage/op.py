@@ -1,0 +1,130 @@
+"""The public `shrinkage`: V0.5's fused baseline, test and look-ahead for ragged groups of rollouts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from v05.kernels import dispatch, segments
+from v05.kernels.shrinkage import reference
+from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget
+
+FUSIONS = ("v05",)
+
+
+class Shrinkage(NamedTuple):
+    """What V0.5 knows about each of G groups; every field is `[G]` unless said otherwise.
+
+    `count` int64: finished rollouts k. `mean`: their mean reward (of an empty group, the prior). `deviation`: d, the
+    squared distance of mean and prior beyond the noise bound; above 0 means conflict. `weight`: w, the trust in the
+    mean. `baseline`: mu. `mse`: the estimated error of the baseline. `gain`: what one more rollout takes off it.
+    `roll_out_more` bool. `planned` int64: k*, the rollouts at which to test again; k itself where it stops.
+    `rollout_baseline` `[N]`: the baseline of each rollout without its own reward, or None.
+    """
+
+    count: Tensor  # type: ignore[assignment]
+    mean: Tensor
+    deviation: Tensor
+    weight: Tensor
+    baseline: Tensor
+    mse: Tensor
+    gain: Tensor
+    roll_out_more: Tensor
+    planned: Tensor
+    rollout_baseline: Tensor | None = None
+
+
+@torch.library.custom_op("v05::shrinkage", mutates_args=())
+def _shrinkage(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    leave_one_out: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("shrinkage", backend).shrinkage
+    return run(rewards, offsets, prior, Budget(low, high, cost, k_init, k_max), leave_one_out)
+
+
+@_shrinkage.register_fake
+def _(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    leave_one_out: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = prior.numel()
+    more = prior.new_empty(groups, dtype=torch.bool)
+    rollouts = rewards.new_empty(rewards.numel() if leave_one_out else 0)
+    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, rollouts
+
+
+def shrinkage(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    *,
+    reward_range: tuple[float, float] = (-1.0, 1.0),
+    cost: float = 1 / 256,
+    k_init: int = 4,
+    k_max: int = 16,
+    fusion: str = "v05",
+    leave_one_out: bool = False,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> Shrinkage:
+    """Fuses each group's mean reward with its prior, tests the prior, and plans how many rollouts the group deserves.
+
+    Args:
+        rewards: `[N]` floating, in `reward_range`; statistics come back in float32, or float64 for float64.
+        offsets: `[G+1]` int64, ascending from 0 to N; group g is `rewards[offsets[g]:offsets[g+1]]`, may be empty.
+        prior: `[G]` floating, the expected reward of each prompt, in `reward_range`.
+        reward_range: the smallest and the largest reward possible.
+        cost: of one rollout, in units of the largest variance a reward in that range can have.
+        k_init: rollouts a group needs before its first test; a smaller group plans exactly these.
+        k_max: rollouts a group gets at most.
+        fusion: `"v05"`, the paper's rule.
+        leave_one_out: also return the baseline of each rollout that does not see its own reward.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
+
+    Returns:
+        A `Shrinkage` of tensors on the device of the inputs.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that are not allowed; the message says where.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: V0.5 (arXiv 2603.10848), sections 3 and 4. Leave-one-out is ours: a reward that chooses whether its group
+    goes on (a data-dependent k) still leaves a small optional-stopping bias.
+    """
+    segments.choice("fusion", fusion, FUSIONS)
+    budget = make_budget(reward_range, cost, k_init, k_max)
+    check_group_shapes(rewards, offsets, prior)
+    dtype = segments.working_dtype(rewards)
+    rewards, prior = rewards.detach().to(dtype), prior.detach().to(dtype)
+    chosen = dispatch.choose("shrinkage", rewards.device.type, backend)
+    if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
+        check_group_values(rewards, offsets, prior, budget.low, budget.high)
+    if chosen == "reference":
+        outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out)
+    else:
+        outputs = _shrinkage(rewards, offsets, prior, *budget, leave_one_out, chosen)
+    floats, integers, more, rollout_baseline = outputs
+    mean, deviation, weight, baseline, mse, gain = floats.unbind(0)
+    count, planned = integers.unbind(0)
+    rollouts = rollout_baseline if leave_one_out else None
+    return Shrinkage(count, mean, deviation, weight, baseline, mse, gain, more, planned, rollouts)

@@ -1,0 +1,63 @@
+"""Shrinkage in plain torch: the equations of V0.5 (arXiv 2603.10848, sections 3 and 4), the oracle of every kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels.shrinkage.rules import Budget, group_sums
+
+
+def squared_deviation(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> Tensor:
+    """d = max(0, (m - V)^2 - s / k)."""
+    return ((mean - prior).square() - s / k).clamp(min=0)
+
+
+def lookahead_gain(d: Tensor, k: Tensor, s: float) -> Tensor:
+    """G(k) = s d^2 / ((k d + s) ((k + 1) d + s)), with d held."""
+    return s * d.square() / ((k * d + s) * ((k + 1) * d + s))
+
+
+def fuse(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    """d, w = d / (d + s / k) and mu = w m + (1 - w) V; where k is 0, d = w = 0 and mu = V."""
+    some = k > 0
+    k = k.clamp(min=1)
+    d = torch.where(some, squared_deviation(mean, k, prior, s), 0)
+    w = d / (d + s / k)
+    return d, w, torch.where(some, prior + w * (mean - prior), prior)
+
+
+def planned_rollouts(d: Tensor, count: Tensor, budget: Budget) -> Tensor:
+    """k*: the fewest rollouts, from k up, at which one more gains no more than it costs; below k_init, k_init."""
+    planned = count.clone()
+    s = budget.variance
+    for _ in range(budget.k_max):
+        gain = lookahead_gain(d, planned.to(d.dtype), s)
+        planned += ((planned < budget.k_max) & (gain > budget.cost * s)).long()
+    return torch.where(count < budget.k_init, budget.k_init, planned)
+
+
+def shrinkage(
+    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of every group.
+
+    Returns:
+        floats `[6, G]` (mean, deviation, weight, baseline, mse, gain), integers `[2, G]` (count, planned),
+        roll_out_more `[G]`, and the leave-one-out baselines `[N]` (empty where not asked for).
+    """
+    s = budget.variance
+    first, shifted, ids, count = group_sums(rewards, offsets)
+    k = count.to(rewards.dtype)
+    mean = torch.where(count > 0, first + shifted / k.clamp(min=1), prior)
+    d, w, baseline = fuse(mean, k, prior, s)
+    mse = d * s / (k * d + s)
+    gain = lookahead_gain(d, k, s)
+    planned = planned_rollouts(d, count, budget)
+    rollout_baseline = rewards.new_empty(0)
+    if leave_one_out:
+        others = (k - 1)[ids]
+        rest = first[ids] + (shifted[ids] - (rewards - first[ids])) / others.clamp(min=1)
+        rollout_baseline = fuse(rest, others, prior[ids], s)[2]
+    floats = torch.stack([mean, d, w, baseline, mse, gain])
+    return floats, torch.stack([count, planned]), planned > count, rollout_baseline

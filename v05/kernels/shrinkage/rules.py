@@ -1,0 +1,73 @@
+"""The rule that gives out rollouts: reward range, cost and bounds, with their checks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from v05.kernels import segments
+
+SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
+
+
+class Budget(NamedTuple):
+    """The range of a reward, the cost of a rollout in units of the largest variance, and the bounds of a group."""
+
+    low: float
+    high: float
+    cost: float
+    k_init: int
+    k_max: int
+
+    @property
+    def variance(self) -> float:
+        """s = ((b - a) / 2)^2, the largest variance of a reward in [a, b]."""
+        return ((self.high - self.low) / 2) ** 2
+
+
+def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_max: int) -> Budget:
+    """Builds a checked `Budget`.
+
+    Raises:
+        ValueError: an empty or infinite range, a negative cost, or not 1 <= k_init <= k_max.
+    """
+    low, high = float(reward_range[0]), float(reward_range[1])
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"reward_range is ({low}, {high}); allowed: two finite numbers, the first below the second")
+    if not (cost >= 0 and math.isfinite(cost)):
+        raise ValueError(f"cost is {cost}; allowed: a finite number, 0 or above")
+    if not 1 <= k_init <= k_max:
+        raise ValueError(f"k_init is {k_init} and k_max {k_max}; allowed: 1 <= k_init <= k_max")
+    return Budget(low, high, float(cost), int(k_init), int(k_max))
+
+
+def check_group_shapes(rewards: Tensor, offsets: Tensor, prior: Tensor | None) -> None:
+    """Raises where rewards `[N]`, offsets `[G+1]` and prior `[G]` do not fit together; values are not read."""
+    segments.check_vector("rewards", rewards)
+    segments.check_offsets("offsets", offsets, rewards)
+    if prior is not None:
+        segments.check_vector("prior", prior, rewards, offsets.numel() - 1)
+
+
+def check_group_values(rewards: Tensor, offsets: Tensor, prior: Tensor | None, low: float, high: float) -> None:
+    """Raises at the first offset, reward or prior that is not allowed; waits for the device."""
+    slack = SLACK * (high - low)
+    segments.check_offset_values("offsets", offsets, rewards.numel())
+    segments.check_range("rewards", rewards, low - slack, high + slack, offsets)
+    if prior is not None:
+        segments.check_range("prior", prior, low - slack, high + slack)
+
+
+def group_sums(rewards: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First reward `[G]`, shifted sum of (r - first) `[G]`, group of each reward `[N]` and count `[G]`.
+
+    Shifting by the first reward makes the mean of equal rewards exact, so that their advantages are exactly 0.
+    """
+    count = segments.lengths(offsets)
+    ids = segments.segment_ids(offsets, rewards.numel())
+    padded = torch.cat([rewards, rewards.new_zeros(1)])
+    first = torch.where(count > 0, padded[offsets[:-1]], 0)
+    return first, segments.segment_sum(rewards - first[ids], ids, count.numel()), ids, count

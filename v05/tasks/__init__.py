@@ -1,0 +1,50 @@
+"""Verifiable tasks: where prompts come from and what an answer is worth."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final, Literal, Protocol
+
+from v05.tasks.arithmetic import Arithmetic
+
+Split = Literal["train", "heldout"]
+
+
+class Task(Protocol):
+    """A stream of prompts and an exact verifier; everything random is a function of the seed and the position."""
+
+    name: str
+    alphabet: str
+    reward_range: tuple[float, float]
+    max_answer_length: int
+
+    def prompts(self, seed: int, start: int, count: int, split: Split = "train") -> list[str]:
+        """Return prompts `start .. start + count - 1` of the stream that `seed` and `split` name."""
+        ...
+
+    def verify(self, prompt: str, text: str) -> float:
+        """Return the reward, in `reward_range`, of answering `text` to `prompt`."""
+        ...
+
+    def demonstration(self, prompt: str, seed: int, position: int) -> str:
+        """Return an answer to imitate: right, or wrong with a probability that grows with the difficulty."""
+        ...
+
+
+TASKS: Final[Mapping[str, Callable[[], Task]]] = MappingProxyType({"arithmetic": Arithmetic})
+
+
+def make_task(name: str) -> Task:
+    """Return the task called `name`.
+
+    Args:
+        name: one of `TASKS`.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: no task has that name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task is {name!r}; allowed: {', '.join(TASKS)}")
+    return TASKS[name]()

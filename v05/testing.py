@@ -1,0 +1,122 @@
+"""What the tests of every op share: ragged inputs, poisoned outputs and the tolerance rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+# The largest error against float64 that is never blamed on a kernel, relative to max(1, |value|).
+FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+class RaggedGroups(NamedTuple):
+    """rewards `[N]`, offsets `[G+1]` int64 and prior `[G]`."""
+
+    rewards: Tensor
+    offsets: Tensor
+    prior: Tensor
+
+
+class RaggedTokens(NamedTuple):
+    """logprobs, old, ref, sampler and weights `[T]`, advantages `[N]`, sequence_offsets `[N+1]` int64."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    sampler_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    sequence_offsets: Tensor
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Offsets `[G+1]` int64 of segments with lengths `[G]`."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.long().cumsum(0)])
+
+
+def ragged_groups(
+    groups: int,
+    shortest: int = 0,
+    longest: int = 16,
+    *,
+    seed: int = 0,
+    values: tuple[float, ...] = (-1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+) -> RaggedGroups:
+    """Random groups of shortest to longest rollouts whose rewards are drawn from values, with a random prior."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (groups,), generator=rng)
+    choice = torch.randint(len(values), (int(lengths.sum()),), generator=rng)
+    low, high = min(values), max(values)
+    prior = low + (high - low) * torch.rand(groups, generator=rng, dtype=torch.float64)
+    return RaggedGroups(torch.tensor(values, dtype=dtype)[choice], offsets_of(lengths), prior.to(dtype))
+
+
+def ragged_tokens(
+    sequences: int,
+    shortest: int = 0,
+    longest: int = 64,
+    *,
+    seed: int = 0,
+    masked: float = 0.2,
+    drift: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+) -> RaggedTokens:
+    """Random packed sequences; `masked` is the share of tokens with weight 0, `drift` the std between log-probs."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (sequences,), generator=rng)
+    tokens = int(lengths.sum())
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, generator=rng, dtype=torch.float64)
+
+    logprobs = -normal(tokens).abs() - 0.05
+    old, ref, sampler = (logprobs + drift * normal(tokens) for _ in range(3))
+    kept = torch.rand(tokens, generator=rng) >= masked
+    weights = torch.where(kept, torch.rand(tokens, generator=rng, dtype=torch.float64) + 0.5, 0) / max(tokens, 1)
+    advantages = normal(sequences)
+    floats = [value.to(dtype) for value in (logprobs, old, ref, sampler, advantages, weights)]
+    return RaggedTokens._make([*floats, offsets_of(lengths)])
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fills all memory that torch allocates uninitialised with NaN, so that an element nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+
+
+def error_against(actual: Tensor, exact: Tensor) -> float:
+    """The largest |actual - exact| / max(1, |exact|); infinite where only one of the two is finite."""
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape is {list(actual.shape)}; expected {list(exact.shape)}")
+    actual, exact = actual.double(), exact.double()
+    same = (actual == exact) | (actual.isnan() & exact.isnan())
+    error = torch.where(same, 0, (actual - exact).abs() / exact.abs().clamp(min=1))
+    return float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
+
+
+def assert_as_exact_as(actual: Tensor, same_dtype: Tensor, exact: Tensor, floor: float | None = None) -> None:
+    """Fails where actual is further from float64 than torch's own result in the same dtype, and than the floor.
+
+    Args:
+        actual: what the kernel returned.
+        same_dtype: what plain torch returns for the same inputs in the same dtype.
+        exact: the float64 result.
+        floor: an error that is always allowed; by default the entry of `FLOORS` for actual's dtype.
+    """
+    allowed = max(error_against(same_dtype, exact), FLOORS[actual.dtype] if floor is None else floor)
+    error = error_against(actual, exact)
+    if not error <= allowed:
+        raise AssertionError(f"error against float64 is {error:.3g}; allowed: {allowed:.3g}")
