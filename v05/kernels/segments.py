@@ -64,9 +64,8 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
     down = (lengths(offsets) < 0).nonzero()
     if down.numel():
         i = int(down[0]) + 1
-        raise ValueError(
-            f"{name}[{i}] is {int(offsets[i])}, below {name}[{i - 1}] = {int(offsets[i - 1])}; must ascend"
-        )
+        given, before = int(offsets[i]), int(offsets[i - 1])
+        raise ValueError(f"{name}[{i}] is {given}; allowed: {before}, the offset before it, or above")
     if last != total:
         raise ValueError(f"{name}[{offsets.numel() - 1}] is {last}; allowed: {total}, the number of elements")
 

@@ -35,9 +35,9 @@ def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_m
         ValueError: an empty or infinite range, a negative cost, or not 1 <= k_init <= k_max.
     """
     low, high = float(reward_range[0]), float(reward_range[1])
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not -math.inf < low < high < math.inf:
         raise ValueError(f"reward_range is ({low}, {high}); allowed: two finite numbers, the first below the second")
-    if not (cost >= 0 and math.isfinite(cost)):
+    if not 0 <= cost < math.inf:
         raise ValueError(f"cost is {cost}; allowed: a finite number, 0 or above")
     if not 1 <= k_init <= k_max:
         raise ValueError(f"k_init is {k_init} and k_max {k_max}; allowed: 1 <= k_init <= k_max")

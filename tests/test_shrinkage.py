@@ -1,0 +1,268 @@
+"""shrinkage: the paper's worked examples, the oracle on ragged groups, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from v05.kernels import shrinkage
+from v05.kernels.shrinkage.rules import make_budget
+from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
+
+BACKENDS = ["reference", "cpu"]
+FIELDS = ["mean", "deviation", "weight", "baseline", "mse", "gain"]
+
+
+def group(*rewards):
+    return torch.tensor(rewards, dtype=torch.float64), torch.tensor([0, len(rewards)])
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def test_four_failures_of_a_likely_prompt(backend):
+    result = shrinkage(*group(-1, -1, -1, -1), torch.tensor([0.6]), backend=backend)
+    expected = dict(
+        deviation=2.31,
+        weight=0.90234375,
+        baseline=-0.84375,
+        mse=0.2255859375,
+        gain=0.2255859375 - 2.31 / (5 * 2.31 + 1),
+    )
+    for name, value in expected.items():
+        assert getattr(result, name).item() == pytest.approx(value, abs=1e-6), name
+    assert result.gain.item() == pytest.approx(0.041522, abs=1e-6)
+    assert result.planned.item() == 16
+    assert result.roll_out_more.item() is True
+
+
+def test_two_successes_of_four(backend):
+    result = shrinkage(*group(1, 1, -1, -1), torch.tensor([0.6]), backend=backend)
+    assert result.deviation.item() == pytest.approx(0.11, abs=1e-6)
+    assert result.weight.item() == pytest.approx(0.11 / 0.36, abs=1e-6)
+    assert result.gain.item() == pytest.approx(0.11**2 / (1.44 * 1.55), abs=1e-6)
+    assert result.roll_out_more.item() is True
+
+
+def test_three_successes_of_four_trust_the_prior(backend):
+    prior = torch.tensor([0.6], dtype=torch.float64)
+    result = shrinkage(*group(1, 1, 1, -1), prior, backend=backend)
+    assert (result.deviation.item(), result.weight.item(), result.mse.item()) == (0, 0, 0)
+    assert result.baseline.item() == prior.item()
+    assert result.planned.item() == result.count.item() == 4
+    assert result.roll_out_more.item() is False
+
+
+def test_a_hopeless_prior_stops_exactly_at_sixteen(backend):
+    """1 / (15 * 16) > 1/256 >= 1 / (16 * 17), so the cost stops it even where k_max would allow more."""
+    rewards = torch.full((16,), -1e6, dtype=torch.float64)
+    result = shrinkage(
+        rewards[:4], torch.tensor([0, 4]), torch.tensor([1e6]), reward_range=(-1e6, 1e6), k_max=64, backend=backend
+    )
+    far = shrinkage(
+        *group(-1, -1, -1, -1), torch.tensor([1.0], dtype=torch.float64), k_max=64, cost=1 / 256, backend=backend
+    )
+    assert result.planned.item() == far.planned.item()  # scale does not matter
+    assert far.planned.item() in (15, 16)
+    assert float(far.gain) > 1 / 256
+
+
+def test_plan_is_the_first_count_whose_gain_is_below_the_cost(backend):
+    data = ragged_groups(400, 4, 12, seed=3, dtype=torch.float64)
+    result = shrinkage(*data, k_max=40, cost=1 / 500, backend=backend)
+    for count, d, planned in zip(
+        result.count.tolist(), result.deviation.tolist(), result.planned.tolist(), strict=True
+    ):
+        k = count
+        while k < 40 and d * d / ((k * d + 1) * ((k + 1) * d + 1)) > 1 / 500:
+            k += 1
+        assert planned == k
+
+
+def test_cost_means_the_same_in_every_reward_range(backend):
+    data = ragged_groups(200, 1, 12, seed=5, dtype=torch.float64)
+    signed = shrinkage(*data, backend=backend)
+    unit = shrinkage((data.rewards + 1) / 2, data.offsets, (data.prior + 1) / 2, reward_range=(0, 1), backend=backend)
+    assert torch.equal(signed.planned, unit.planned)
+    torch.testing.assert_close(signed.weight, unit.weight)
+    torch.testing.assert_close(signed.baseline, unit.baseline * 2 - 1)
+    torch.testing.assert_close(signed.mse, unit.mse * 4)
+
+
+def test_empty_and_unfinished_groups(backend):
+    offsets = torch.tensor([0, 0, 2, 2])
+    result = shrinkage(torch.tensor([-1.0, -1.0]), offsets, torch.tensor([0.5, 0.9, -0.25]), k_init=6, backend=backend)
+    assert result.count.tolist() == [0, 2, 0]
+    assert result.planned.tolist() == [6, 6, 6]
+    assert result.roll_out_more.all()
+    assert result.baseline[[0, 2]].tolist() == [0.5, -0.25]
+    assert result.weight[[0, 2]].tolist() == [0, 0]
+    assert all(torch.isfinite(getattr(result, name)).all() for name in FIELDS)
+
+
+def test_no_groups_at_all(backend):
+    result = shrinkage(torch.empty(0), torch.tensor([0]), torch.empty(0), leave_one_out=True, backend=backend)
+    assert all(value.numel() == 0 for value in result)
+
+
+def test_leave_one_out_equals_fusion_without_the_rollout(backend):
+    data = ragged_groups(60, 0, 7, seed=2, values=(-1.0, 0.25, 1.0), dtype=torch.float64)
+    result = shrinkage(*data, leave_one_out=True, backend=backend)
+    for g, (begin, end) in enumerate(zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True)):
+        for i in range(begin, end):
+            rest = torch.cat([data.rewards[begin:i], data.rewards[i + 1 : end]])
+            alone = shrinkage(rest, torch.tensor([0, len(rest)]), data.prior[g : g + 1])
+            assert result.rollout_baseline[i].item() == pytest.approx(alone.baseline.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1.0), (0.0, 0.1, 0.7, 1.0)])
+def test_cpu_is_as_exact_as_torch(dtype, values):
+    data = ragged_groups(3000, 0, 20, seed=11, values=values, dtype=dtype)
+    options = dict(reward_range=(min(values), max(values)), leave_one_out=True)
+    exact = shrinkage(*(t.double() if t.is_floating_point() else t for t in data), backend="reference", **options)
+    same = shrinkage(*data, backend="reference", **options)
+    with poisoned_outputs():
+        result = shrinkage(*data, backend="cpu", **options)
+    assert result.baseline.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in [*FIELDS, "rollout_baseline"]:
+        assert_as_exact_as(getattr(result, name), getattr(same, name), getattr(exact, name))
+    assert torch.equal(result.count, exact.count)
+    near = (exact.planned - result.planned).abs()
+    assert near.max() <= 1  # rounding may move a gain across the cost
+    assert (near == 0).float().mean() > 0.999
+    assert torch.equal(result.roll_out_more, result.planned > result.count)
+
+
+def test_strided_inputs_and_a_prior_of_another_dtype(backend):
+    data = ragged_groups(50, 1, 9, seed=8)
+    wide = torch.stack([data.rewards, torch.full_like(data.rewards, math.nan)], 1)
+    result = shrinkage(wide[:, 0], data.offsets, data.prior.double(), backend=backend)
+    torch.testing.assert_close(result, shrinkage(*data, backend="reference"))
+
+
+def test_same_bits_whatever_else_is_in_the_batch_and_however_many_threads():
+    data = ragged_groups(40_000, 1, 12, seed=4, values=(0.0, 0.3, 1.0))
+    whole = shrinkage(*data, reward_range=(0, 1))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        torch.testing.assert_close(shrinkage(*data, reward_range=(0, 1)), whole, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+    for g in range(0, 40_000, 2500):
+        begin, end = data.offsets[g], data.offsets[g + 1]
+        alone = shrinkage(
+            data.rewards[begin:end], offsets_of(end[None] - begin), data.prior[g : g + 1], reward_range=(0, 1)
+        )
+        assert all(torch.equal(getattr(alone, name)[0], getattr(whole, name)[g]) for name in [*FIELDS, "planned"])
+
+
+def test_against_numpy_written_from_the_paper():
+    data = ragged_groups(500, 1, 16, seed=21, dtype=torch.float64)
+    result = shrinkage(*data)
+    bounds = data.offsets.tolist()
+    for g in range(500):
+        rewards, prior = data.rewards[bounds[g] : bounds[g + 1]].numpy(), float(data.prior[g])
+        k, gap = len(rewards), np.mean(rewards) - prior
+        d = max(0.0, gap**2 - 1 / k)
+        w = d / (d + 1 / k)
+        assert float(result.baseline[g]) == pytest.approx(w * np.mean(rewards) + (1 - w) * prior, abs=1e-12)
+        assert float(result.mse[g]) == pytest.approx(w**2 / k + (1 - w) ** 2 * d, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rewards=[1, math.nan, 1, 1]), r"rewards\[1\] is nan \(group 0\); allowed: -1 to 1"),
+        (dict(rewards=[1, 1, 1, 1.5]), r"rewards\[3\] is 1.5 \(group 1\)"),
+        (dict(prior=[0.5, 1.5]), r"prior\[1\] is 1.5; allowed: -1 to 1"),
+        (dict(prior=[math.inf, 0.5]), r"prior\[0\] is inf"),
+        (dict(prior=[0.5]), "prior has 1 elements; allowed: 2"),
+        (dict(offsets=[1, 2, 4]), r"offsets\[0\] is 1; allowed: 0"),
+        (dict(offsets=[0, 2, 3]), r"offsets\[2\] is 3; allowed: 4"),
+        (dict(offsets=[0, 5, 4]), r"offsets\[2\] is 4; allowed: 5"),
+        (dict(offsets=[0, -3, 4]), r"offsets\[1\] is -3; allowed: 0"),
+        (dict(offsets=[]), "offsets has shape"),
+        (dict(k_init=0), "k_init is 0"),
+        (dict(k_init=9, k_max=8), "k_init is 9 and k_max 8"),
+        (dict(cost=-1), "cost is -1"),
+        (dict(cost=math.nan), "cost is nan"),
+        (dict(reward_range=(1, 1)), "reward_range"),
+        (dict(fusion="magic"), "fusion is 'magic'; allowed: 'v05'"),
+        (dict(backend="tpu"), "backend is 'tpu'"),
+    ],
+)
+def test_bad_input_is_named(backend, change, message):
+    arguments = dict(rewards=[1.0, 1.0, -1.0, -1.0], offsets=[0, 2, 4], prior=[0.5, -0.5], backend=backend) | change
+    rewards, prior = torch.tensor(arguments.pop("rewards")), torch.tensor(arguments.pop("prior"))
+    offsets = torch.tensor(arguments.pop("offsets"), dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        shrinkage(rewards.float(), offsets, prior.float(), **arguments)
+
+
+def test_wrong_dtypes_and_devices():
+    rewards, offsets, prior = ragged_groups(3, 2, 3)
+    with pytest.raises(TypeError, match=r"rewards is torch.int64"):
+        shrinkage(rewards.long(), offsets, prior)
+    with pytest.raises(TypeError, match=r"offsets is torch.int32; allowed: torch.int64"):
+        shrinkage(rewards, offsets.int(), prior)
+    with pytest.raises(ValueError, match="prior is on meta"):
+        shrinkage(rewards, offsets, prior.to("meta"))
+    with pytest.raises(RuntimeError, match="'triton' cannot run shrinkage here"):
+        shrinkage(rewards, offsets, prior, backend="triton")
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), max_size=8),
+    corrupt=st.sampled_from(["none", "nan", "range", "first", "last", "order", "prior"]),
+    seed=st.integers(0, 2**20),
+)
+def test_malformed_or_finite(lengths, corrupt, seed):
+    """Whatever comes in, a clear error or the right, finite answer comes out."""
+    rng = torch.Generator().manual_seed(seed)
+    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+    rewards = torch.rand(int(offsets[-1]), generator=rng) * 2 - 1
+    prior = torch.rand(len(lengths), generator=rng) * 2 - 1
+    good = True
+    if corrupt in ("nan", "range") and rewards.numel():
+        rewards[int(torch.randint(rewards.numel(), (1,), generator=rng))] = math.nan if corrupt == "nan" else 3.0
+        good = False
+    elif corrupt == "prior" and prior.numel():
+        prior[-1], good = -math.inf, False
+    elif corrupt in ("first", "last"):
+        offsets[0 if corrupt == "first" else -1] += 1
+        good = False
+    elif corrupt == "order" and len(lengths) > 1:
+        offsets[1], good = rewards.numel() + 7, False
+    if not good:
+        with pytest.raises(ValueError, match="allowed"):
+            shrinkage(rewards, offsets, prior)
+        return
+    result, exact = (
+        shrinkage(rewards, offsets, prior),
+        shrinkage(rewards.double(), offsets, prior.double(), backend="reference"),
+    )
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(result, name), getattr(exact, name).float(), atol=2e-6, rtol=2e-6)
+
+
+def test_opcheck_and_compile():
+    rewards, offsets, prior = ragged_groups(20, 0, 9)
+    for leave_one_out in (False, True):
+        arguments = (rewards, offsets, prior, *make_budget((-1.0, 1.0), 1 / 256, 4, 16), leave_one_out, "cpu")
+        torch.library.opcheck(torch.ops.v05.shrinkage.default, arguments)
+
+    def step(rewards, offsets, prior):
+        result = shrinkage(rewards, offsets, prior, leave_one_out=True)
+        return result.baseline * 2, result.roll_out_more, result.rollout_baseline
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for groups in (20, 33):
+        data = ragged_groups(groups, 0, 9, seed=groups)
+        torch.testing.assert_close(compiled(*data), step(*data))

@@ -1,0 +1,43 @@
+"""The command line, `v05`: each command is a file of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from v05 import __version__
+from v05.cli.doctor import doctor
+from v05.cli.fuse import fuse
+from v05.errors import InputError
+
+app = typer.Typer(
+    help="V0.5: a value prior, empirical shrinkage and fused kernels for RL with sparse rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"v05 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
+    pass
+
+
+app.command()(fuse)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is said in one line, with exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"v05: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,25 @@
+"""`v05 doctor`: versions, devices, and which backend runs each op and why the others do not."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from v05 import doctor as report
+
+
+def doctor() -> None:
+    """Show versions, devices, and which backend runs each op and why the others do not."""
+    console = Console()
+    for title, rows in (("Versions", report.versions()), ("Devices", report.devices())):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in rows.items():
+            table.add_row(*row)
+        console.print(table)
+    table = Table("op", "tensors on", "runs", "does not run, because", title="Backends", title_justify="left")
+    for line in report.backends():
+        reasons = [f"{name}: {reason}" for name, reason in line.reasons.items() if reason is not None]
+        table.add_row(line.op, line.device, line.chosen, "\n".join(reasons))
+    console.print(table)
+    if "cuda" not in {line.device for line in report.backends()}:
+        console.print("No GPU is visible to torch: the cuda and triton backends need one.")

@@ -1,0 +1,83 @@
+"""`v05 fuse`: rollout records to decisions, with a progress bar, a summary table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from v05.errors import InputError
+from v05.fuse import FuseConfig, Summary, bad_path, fuse_file
+from v05.kernels.advantage.estimators import SCALES
+
+
+def summary_table(summary: Summary, config: FuseConfig) -> Table:
+    """A table of what was decided, for the terminal."""
+    table = Table(title="V0.5 fusion", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    share = summary.per_group
+    ceiling = summary.groups * config.k_max
+    spent = f" ({summary.planned / ceiling:.0%} of {config.k_max} each)" if ceiling else ""
+    rows = [
+        ("prompts", f"{summary.groups:,}"),
+        ("rollouts read", f"{summary.rollouts:,}"),
+        ("mean prior", f"{share(summary.prior_sum):.4f}"),
+        ("mean reward of a prompt", f"{summary.mean_sum / max(summary.groups_with_rollouts, 1):.4f}"),
+        ("mean baseline", f"{share(summary.baseline_sum):.4f}"),
+        ("mean trust in the rollouts (w)", f"{share(summary.weight_sum):.4f}"),
+        ("conflicts", f"{summary.conflicts:,} ({share(summary.conflicts):.1%})"),
+        ("mean estimated error (MSE)", f"{share(summary.mse_sum):.5f}"),
+        ("prompts that roll out more", f"{summary.undecided:,} ({share(summary.undecided):.1%})"),
+        ("rollouts planned", f"{summary.planned:,}{spent}"),
+        ("planned per prompt", f"{share(summary.planned):.2f}"),
+    ]
+    if config.skip_bad:
+        rows.append(("bad lines set aside", f"{summary.bad_lines:,}"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _run(records: str, output: Path | None, config: FuseConfig, console: Console) -> Summary:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    size = Path(records).stat().st_size if records != "-" and Path(records).is_file() else None
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("fuse", total=size)
+        return fuse_file(records, output, config, lambda read: progress.update(task, completed=read))
+
+
+def fuse(
+    records: Annotated[str, typer.Argument(help="JSON Lines of {prompt, rewards, prior}; - reads standard input.")],
+    output: Annotated[Path | None, typer.Option(help="Where the decisions go; standard output by default.")] = None,
+    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    cost: Annotated[float, typer.Option(help="Cost of a rollout, in units of the largest variance.")] = 1 / 256,
+    k_init: Annotated[int, typer.Option(help="Rollouts before the first test.")] = 4,
+    k_max: Annotated[int, typer.Option(help="Rollouts at most.")] = 16,
+    scale: Annotated[str, typer.Option(help=f"Scale of the advantages: {', '.join(SCALES)}.")] = "none",
+    plot: Annotated[Path | None, typer.Option(help="Draw prior against observed mean to this image.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set malformed lines aside and go on.")] = False,
+) -> None:
+    """Turn rollout records into baselines, conflicts, plans and advantages, a line for a line."""
+    if scale not in SCALES:
+        raise InputError(f"--scale is {scale!r}; allowed: {', '.join(SCALES)}")
+    config = FuseConfig(reward_range, cost, k_init, k_max, scale, skip_bad)
+    console = Console(stderr=output is None)
+    summary = _run(records, output, config, Console(stderr=True))
+    console.print(summary_table(summary, config))
+    if summary.bad_lines:
+        console.print(f"bad lines: {bad_path(records, output)}", soft_wrap=True)
+    if output is not None:
+        console.print(f"decisions: {output}", soft_wrap=True)
+    if plot is not None:
+        from v05.fuse_plot import plot_fusion
+
+        try:
+            plot_fusion(summary, config, plot)
+        except (ValueError, OSError) as error:
+            raise InputError(f"--plot {plot}: {error}") from None
+        console.print(f"plot: {plot}", soft_wrap=True)

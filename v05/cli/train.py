@@ -1,0 +1,181 @@
+"""`v05 train`: one run, or a comparison of several, with progress and a summary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from v05.config import TrainConfig, make_config
+from v05.errors import InputError
+
+
+class RateColumn(ProgressColumn):
+    """Units done per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, blank until there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="progress.data.speed")
+
+
+class ProgressReporter:
+    """Shows every stage as one line of a rich progress display."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Draw on `progress`."""
+        self.progress = progress
+        self.stage, self.task = "", progress.add_task("", visible=False, note="")
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """Show that `done` of `total` units of `stage` are done; `note` says what was measured last."""
+        if stage != self.stage:
+            self.stage, self.task = stage, self.progress.add_task(stage, total=total, note=note)
+        self.progress.update(self.task, completed=done, total=total, note=note)
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")] = Path("runs/train"),
+    algorithm: Annotated[
+        str | None, typer.Option(help="v05, v05_loo, grpo, dr_grpo, rloo, dapo, spo or reinforce; :k sets the group size.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
+    rollouts: Annotated[int | None, typer.Option(help="Rollouts to spend.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    prior: Annotated[str | None, typer.Option(help="history or running_mean.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; a finished warm start is kept.")] = False,
+    threads: Annotated[int, typer.Option(help="Processor threads; 0 for all cores, at most 4.")] = 0,
+) -> None:
+    """Train a small policy by reinforcement learning, or compare algorithms on it."""
+    from v05.checkpoint import StopRequest
+    from v05.run import Interrupted
+
+    given = {
+        "algorithm": algorithm,
+        "rollouts": rollouts,
+        "learning_rate": learning_rate,
+        "prior": prior,
+        "seed": seed,
+    }
+    settings = _settings(config, {name: value for name, value in given.items() if value is not None}, output, resume)
+    if seeds is not None and compare is None:
+        raise InputError("--seeds is given without --compare; allowed: both, or --seed")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite are both given; allowed: one of them")
+    _set_threads(threads)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+    late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
+    try:
+        with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
+            reporter = ProgressReporter(progress)
+            if compare is None:
+                tables = _one(settings, output, stop, reporter, resume, overwrite)
+            else:
+                tables = _several(settings, compare, seeds, output, stop, reporter, overwrite)
+    except Interrupted as interrupted:
+        again = "run the same command again" if compare else f"v05 train --output {output} --resume"
+        console.print(f"Stopped: {interrupted}. To go on: {again}", soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from interrupted
+    for table in tables:
+        console.print(table)
+
+
+def _settings(config: Path | None, given: dict[str, Any], output: Path, resume: bool) -> TrainConfig:
+    """Return the settings of a new run, or those of the run to resume."""
+    saved = output / "config.json"
+    if resume and config is None and saved.exists():
+        return make_config(saved, given)
+    if config is not None and not config.exists():
+        raise InputError(f"--config is {config}, which does not exist")
+    return make_config(config, given)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 0:
+        raise InputError(f"--threads is {threads}; allowed: 0 or more")
+    torch.set_num_threads(threads or min(4, os.cpu_count() or 1))
+
+
+def _one(
+    settings: TrainConfig, output: Path, stop: Any, reporter: ProgressReporter, resume: bool, overwrite: bool
+) -> list[Table]:
+    """Train once; return what to print."""
+    from v05.run import binomial_interval, remove_run, train_run
+
+    if overwrite:
+        remove_run(output)
+    summary = train_run(settings, output, output / "warm_start", stop, reporter, resume=resume)
+    table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for label, key in (("held-out accuracy before", "heldout_before"), ("held-out accuracy after", "heldout_after")):
+        right, total = summary[key]
+        low, high = binomial_interval(right, total)
+        table.add_row(label, f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
+    samples = f"{settings.heldout_prompts:,} prompts, {settings.heldout_samples} answers each, temperature 1"
+    table.add_row("held out", samples)
+    table.add_row("rollouts spent", f"{summary['rollouts']:,}")
+    if summary["dropped"]:
+        table.add_row("of these dropped", f"{summary['dropped']:,}")
+    if summary["conflicts"] is not None:
+        table.add_row("conflicts found", f"{summary['conflicts']:,} in {summary['prompts']:,} prompts")
+    table.add_row("mean rollouts per prompt", f"{summary['rollouts_per_prompt']:.2f}")
+    table.add_row("seconds after the warm start", f"{summary['seconds']:.0f}")
+    for name in ("metrics.jsonl", "curves.png", "checkpoints", "policy"):
+        table.add_row(name, str(output / name))
+    return [table]
+
+
+def _several(
+    settings: TrainConfig,
+    names: str,
+    seeds: str | None,
+    output: Path,
+    stop: Any,
+    reporter: ProgressReporter,
+    overwrite: bool,
+) -> list[Table]:
+    """Compare; return what to print."""
+    from v05.compare import compare, reference_of
+    from v05.run import remove_run
+
+    algorithms = [settings.algorithm, *(name.strip() for name in names.split(",") if name.strip())]
+    chosen = [settings.seed] if seeds is None else _whole_numbers(seeds)
+    if overwrite:
+        for run in sorted((output / "runs").glob("*-seed*")):
+            remove_run(run)
+    curves = compare(settings, algorithms, chosen, output, stop, reporter)
+    target = reference_of(curves)
+    table = Table(title=f"Held-out accuracy, mean of {len(chosen)} seeds", title_justify="left")
+    table.add_column("rollouts", justify="right")
+    for curve in curves:
+        table.add_column(curve.name, justify="right")
+    points = len(target.rollouts)
+    for point in sorted({round(step * (points - 1) / min(8, points - 1)) for step in range(min(8, points - 1) + 1)}):
+        table.add_row(f"{target.rollouts[point]:,}", *(f"{curve.accuracy[:, point].mean():.1%}" for curve in curves))
+    table.add_section()
+    needed = [curve.rollouts_to(target.final) for curve in curves]
+    table.add_row(f"to {target.final:.1%}", *("never" if count is None else f"{count:,.0f}" for count in needed))
+    table.caption = f"Last row: rollouts to the final accuracy of {target.name}. Files: {output}"
+    return [table]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Return the numbers in a comma-separated list."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--seeds is {text!r}; allowed: whole numbers separated by commas")
+    return [int(part) for part in parts]

@@ -1,0 +1,124 @@
+"""Rollout records, one group of rollouts a line: read in blocks, checked, written whole or not at all.
+
+A record is a JSON object `{"prompt": str, "rewards": [float, ...], "prior": float}`; more keys pass through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from v05.errors import BadLine, InputError
+
+
+@dataclass
+class Block:
+    """Consecutive records: the parsed objects, the bad lines met among them, and the bytes read so far."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[tuple[BadLine, bytes]] = field(default_factory=list)
+    bytes_read: int = 0
+
+
+def _number(value: Any, where: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}; allowed: a number from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise ValueError(f"{where} is {value:g}; allowed: {low:g} to {high:g}")
+    return float(value)
+
+
+def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
+    """Parses and checks one line.
+
+    Args:
+        text: the line, UTF-8.
+        low, high: the reward range, which rewards and prior must lie in.
+
+    Raises:
+        ValueError: what is wrong, and what is allowed.
+    """
+    try:
+        record = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{json.dumps(record)[:40]} is not an object; allowed: prompt, rewards, prior and more keys")
+    for key in ("prompt", "rewards", "prior"):
+        if key not in record:
+            raise ValueError(f"key {key!r} is missing")
+    if not isinstance(record["prompt"], str):
+        raise ValueError(f"prompt is {json.dumps(record['prompt'])[:40]}; allowed: a string")
+    if not isinstance(record["rewards"], list):
+        raise ValueError(f"rewards is {json.dumps(record['rewards'])[:40]}; allowed: a list of numbers")
+    for i, reward in enumerate(record["rewards"]):
+        _number(reward, f"rewards[{i}]", low, high)
+    _number(record["prior"], "prior", low, high)
+    return record
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[IO[bytes]]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; allowed: a readable file, or - for standard input") from None
+        yield handle
+
+
+def read_blocks(path: str, low: float, high: float, skip_bad: bool = False, size: int = 8192) -> Iterator[Block]:
+    """Reads records in blocks of at most `size` lines, so that memory does not grow with the file.
+
+    Raises:
+        BadLine: at the first malformed line, unless `skip_bad` collects them in the block.
+        InputError: the file cannot be opened.
+    """
+    block = Block()
+    with _opened(path) as handle:
+        for number, text in enumerate(handle, 1):
+            block.bytes_read += len(text)
+            try:
+                block.records.append(parse_record(text, low, high))
+            except ValueError as error:
+                bad = BadLine(path, number, str(error))
+                if not skip_bad:
+                    raise bad from None
+                block.bad.append((bad, text))
+            if number % size == 0:
+                yield block
+                block = Block(bytes_read=block.bytes_read)
+    yield block
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Opens a file for writing that appears under its name only when everything was written."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; allowed: a file in a folder that can be written") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            yield handle
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
