@@ -76,7 +76,7 @@ def extensions() -> list[Extension]:
         "v05.kernels._cuda",
         ["csrc/cuda_module.cpp", *sources("cuda", ".cu")],
         include_dirs=[*include, include_python],
-        depends=FORMULAS + sources("cuda", ".cuh"),
+        depends=FORMULAS + sources("cuda", ".cuh", ".h"),
         language="c++",
     )
     return [cpu, cuda]

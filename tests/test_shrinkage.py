@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from v05.kernels import shrinkage
+from v05.kernels import group_advantage, shrinkage
 from v05.kernels.shrinkage.rules import make_budget
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
@@ -107,7 +107,16 @@ def test_empty_and_unfinished_groups(backend):
 
 def test_no_groups_at_all(backend):
     result = shrinkage(torch.empty(0), torch.tensor([0]), torch.empty(0), leave_one_out=True, backend=backend)
-    assert all(value.numel() == 0 for value in result)
+    assert all(value.numel() == 0 for value in result if value is not None)
+
+
+def test_advantages_come_with_the_statistics(backend):
+    data = ragged_groups(60, 0, 7, seed=3)
+    shared = shrinkage(*data, advantages=True, backend=backend)
+    torch.testing.assert_close(shared.advantages, group_advantage(data.rewards, data.offsets, prior=data.prior))
+    own = shrinkage(*data, advantages=True, leave_one_out=True, backend=backend)
+    torch.testing.assert_close(own.advantages, data.rewards - own.rollout_baseline)
+    assert shrinkage(*data, backend=backend).advantages is None
 
 
 def test_leave_one_out_equals_fusion_without_the_rollout(backend):
@@ -124,13 +133,13 @@ def test_leave_one_out_equals_fusion_without_the_rollout(backend):
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1.0), (0.0, 0.1, 0.7, 1.0)])
 def test_cpu_is_as_exact_as_torch(dtype, values):
     data = ragged_groups(3000, 0, 20, seed=11, values=values, dtype=dtype)
-    options = dict(reward_range=(min(values), max(values)), leave_one_out=True)
+    options = dict(reward_range=(min(values), max(values)), leave_one_out=True, advantages=True)
     exact = shrinkage(*(t.double() if t.is_floating_point() else t for t in data), backend="reference", **options)
     same = shrinkage(*data, backend="reference", **options)
     with poisoned_outputs():
         result = shrinkage(*data, backend="cpu", **options)
     assert result.baseline.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name in [*FIELDS, "rollout_baseline"]:
+    for name in [*FIELDS, "rollout_baseline", "advantages"]:
         assert_as_exact_as(getattr(result, name), getattr(same, name), getattr(exact, name))
     assert torch.equal(result.count, exact.count)
     near = (exact.planned - result.planned).abs()
@@ -255,7 +264,15 @@ def test_malformed_or_finite(lengths, corrupt, seed):
 def test_opcheck_and_compile():
     rewards, offsets, prior = ragged_groups(20, 0, 9)
     for leave_one_out in (False, True):
-        arguments = (rewards, offsets, prior, *make_budget((-1.0, 1.0), 1 / 256, 4, 16), leave_one_out, "cpu")
+        arguments = (
+            rewards,
+            offsets,
+            prior,
+            *make_budget((-1.0, 1.0), 1 / 256, 4, 16),
+            leave_one_out,
+            not leave_one_out,
+            "cpu",
+        )
         torch.library.opcheck(torch.ops.v05.shrinkage.default, arguments)
 
     def step(rewards, offsets, prior):

@@ -28,11 +28,11 @@ def plot_fusion(summary: Summary, config: FuseConfig, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     bound = np.sqrt((span / 2) ** 2 / config.k_init)
     line = np.array([low, high])
-    left.fill_between(line, line - bound, line + bound, color="0.92", label=f"noise of {config.k_init} rollouts")
+    left.fill_between(line, line - bound, line + bound, color="0.92")
     left.plot(line, line, color="0.6", lw=1)
     _, prior, mean, weight = summary.sample.T
     jitter = np.random.default_rng(0).normal(0, 0.008 * span, (2, prior.size))
-    size = np.clip(4000 / max(prior.size, 1), 2, 24)
+    size = np.clip(4000 / max(prior.size, 1), 6, 24)
     dots = left.scatter(
         prior + jitter[0], mean + jitter[1], c=weight, s=size, cmap="coolwarm", vmin=0, vmax=1, alpha=0.75, lw=0
     )
@@ -40,8 +40,9 @@ def plot_fusion(summary: Summary, config: FuseConfig, path: Path) -> None:
     pad = 0.05 * span
     left.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad), xlabel="prior V", ylabel="observed mean m")
     share = summary.conflicts / summary.groups if summary.groups else 0.0
-    left.set_title(f"{summary.groups:,} prompts, {share:.0%} in conflict")
-    left.legend(loc="upper left", frameon=False)
+    left.set_title(
+        f"{summary.groups:,} prompts, {share:.0%} in conflict (grey: noise of {config.k_init} rollouts)", size=11
+    )
 
     plans = sorted(summary.plans)
     right.bar(plans, [summary.plans[plan] for plan in plans], color="#3b6ea5", width=0.8)

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from v05.kernels.device import interpreting
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OPS = ("shrinkage", "advantage", "policy_loss", "token_logprob")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -28,7 +30,7 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return None
     if importlib.util.find_spec(f"v05.kernels.{op}.{backend}") is None:
         return f"{op} has no {backend} kernel yet"
-    if device_type not in _DEVICES[backend]:
+    if device_type not in _DEVICES[backend] and not (backend == "triton" and device_type == "cpu" and interpreting()):
         return f"the {backend} backend takes {' or '.join(_DEVICES[backend])} tensors, these are on {device_type}"
     native = {"cpu": "v05.kernels._cpu", "cuda": "v05.kernels._cuda"}.get(backend)
     for needed in filter(None, (native, "triton" if backend == "triton" else None)):

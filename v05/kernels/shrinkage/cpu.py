@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import _cpu
-from v05.kernels.shrinkage.rules import SLACK, Budget, check_group_values
+from v05.kernels.shrinkage.rules import SLACK, Budget, Outputs, check_group_values
 
 
 def check(rewards: Tensor, offsets: Tensor, prior: Tensor | None, low: float, high: float) -> None:
@@ -27,8 +27,8 @@ def check(rewards: Tensor, offsets: Tensor, prior: Tensor | None, low: float, hi
 
 
 def shrinkage(
-    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool, advantages: bool
+) -> Outputs:
     """Same contract as the reference; statistics are accumulated in float64."""
     rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
     check(rewards, offsets, prior, budget.low, budget.high)
@@ -37,6 +37,7 @@ def shrinkage(
     integers = offsets.new_empty(2, groups)
     more = torch.empty(groups, dtype=torch.bool)
     rollout_baseline = rewards.new_empty(rewards.numel() if leave_one_out else 0)
+    advantage = rewards.new_empty(rewards.numel() if advantages else 0)
     _cpu.shrinkage(
         rewards.data_ptr(),
         offsets.data_ptr(),
@@ -48,6 +49,7 @@ def shrinkage(
         integers.data_ptr(),
         more.data_ptr(),
         rollout_baseline.data_ptr() if leave_one_out else 0,
+        advantage.data_ptr() if advantages else 0,
         rewards.dtype == torch.float64,
     )
-    return floats, integers, more, rollout_baseline
+    return floats, integers, more, rollout_baseline, advantage

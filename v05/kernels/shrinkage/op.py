@@ -22,6 +22,7 @@ class Shrinkage(NamedTuple):
     mean. `baseline`: mu. `mse`: the estimated error of the baseline. `gain`: what one more rollout takes off it.
     `roll_out_more` bool. `planned` int64: k*, the rollouts at which to test again; k itself where it stops.
     `rollout_baseline` `[N]`: the baseline of each rollout without its own reward, or None.
+    `advantages` `[N]`: each reward less its baseline, or None.
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -34,6 +35,7 @@ class Shrinkage(NamedTuple):
     roll_out_more: Tensor
     planned: Tensor
     rollout_baseline: Tensor | None = None
+    advantages: Tensor | None = None
 
 
 @torch.library.custom_op("v05::shrinkage", mutates_args=())
@@ -47,10 +49,11 @@ def _shrinkage(
     k_init: int,
     k_max: int,
     leave_one_out: bool,
+    advantages: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = dispatch.implementation("shrinkage", backend).shrinkage
-    return run(rewards, offsets, prior, Budget(low, high, cost, k_init, k_max), leave_one_out)
+    return run(rewards, offsets, prior, Budget(low, high, cost, k_init, k_max), leave_one_out, advantages)
 
 
 @_shrinkage.register_fake
@@ -64,12 +67,13 @@ def _(
     k_init: int,
     k_max: int,
     leave_one_out: bool,
+    advantages: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups = prior.numel()
     more = prior.new_empty(groups, dtype=torch.bool)
-    rollouts = rewards.new_empty(rewards.numel() if leave_one_out else 0)
-    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, rollouts
+    rollouts = [rewards.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages)]
+    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, rollouts[0], rollouts[1]
 
 
 def shrinkage(
@@ -83,6 +87,7 @@ def shrinkage(
     k_max: int = 16,
     fusion: str = "v05",
     leave_one_out: bool = False,
+    advantages: bool = False,
     check_values: bool = False,
     backend: str | None = None,
 ) -> Shrinkage:
@@ -98,6 +103,7 @@ def shrinkage(
         k_max: rollouts a group gets at most.
         fusion: `"v05"`, the paper's rule.
         leave_one_out: also return the baseline of each rollout that does not see its own reward.
+        advantages: also return each reward less its baseline (the leave-one-out one where asked for), in the same pass.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -120,11 +126,12 @@ def shrinkage(
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, budget.low, budget.high)
     if chosen == "reference":
-        outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out)
+        outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out, advantages)
     else:
-        outputs = _shrinkage(rewards, offsets, prior, *budget, leave_one_out, chosen)
-    floats, integers, more, rollout_baseline = outputs
+        outputs = _shrinkage(rewards, offsets, prior, *budget, leave_one_out, advantages, chosen)
+    floats, integers, more, rollout_baseline, advantage = outputs
     mean, deviation, weight, baseline, mse, gain = floats.unbind(0)
     count, planned = integers.unbind(0)
     rollouts = rollout_baseline if leave_one_out else None
-    return Shrinkage(count, mean, deviation, weight, baseline, mse, gain, more, planned, rollouts)
+    centred = advantage if advantages else None
+    return Shrinkage(count, mean, deviation, weight, baseline, mse, gain, more, planned, rollouts, centred)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels.shrinkage.rules import Budget, group_sums
+from v05.kernels.shrinkage.rules import Budget, Outputs, group_sums
 
 
 def squared_deviation(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> Tensor:
@@ -38,13 +38,13 @@ def planned_rollouts(d: Tensor, count: Tensor, budget: Budget) -> Tensor:
 
 
 def shrinkage(
-    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool, advantages: bool
+) -> Outputs:
     """The statistics of every group.
 
     Returns:
         floats `[6, G]` (mean, deviation, weight, baseline, mse, gain), integers `[2, G]` (count, planned),
-        roll_out_more `[G]`, and the leave-one-out baselines `[N]` (empty where not asked for).
+        roll_out_more `[G]`, the leave-one-out baselines and the advantages (`[N]` each, empty where not asked for).
     """
     s = budget.variance
     first, shifted, ids, count = group_sums(rewards, offsets)
@@ -59,5 +59,7 @@ def shrinkage(
         others = (k - 1)[ids]
         rest = first[ids] + (shifted[ids] - (rewards - first[ids])) / others.clamp(min=1)
         rollout_baseline = fuse(rest, others, prior[ids], s)[2]
+    mu = rollout_baseline if leave_one_out else baseline[ids]
+    advantage = rewards - mu if advantages else rewards.new_empty(0)
     floats = torch.stack([mean, d, w, baseline, mse, gain])
-    return floats, torch.stack([count, planned]), planned > count, rollout_baseline
+    return floats, torch.stack([count, planned]), planned > count, rollout_baseline, advantage

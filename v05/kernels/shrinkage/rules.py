@@ -13,6 +13,10 @@ from v05.kernels import segments
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
 
 
+# floats [6, G], integers [2, G], roll_out_more [G], rollout_baseline [N or 0], advantages [N or 0]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Budget(NamedTuple):
     """The range of a reward, the cost of a rollout in units of the largest variance, and the bounds of a group."""
 

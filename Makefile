@@ -1,0 +1,70 @@
+# Each target sets itself up from a bare checkout: Python 3.11 or newer and a C++ compiler are all it needs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup demo test test-peers lint bench gpu clean
+
+help:
+	@echo "make demo        trains a small policy with V0.5 and draws its curves (under 10 minutes, set-up included)"
+	@echo "make test        builds the kernels and runs the tests"
+	@echo "make test-peers  compares losses and advantages with TRL and verl, in an environment of its own"
+	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make bench       times every op beside its rivals; rows go to benchmarks/results.csv, tables to RESULTS.md"
+	@echo "make gpu         builds for the present GPU without network, then tests and benchmarks on it"
+	@echo "make clean       removes what was built"
+
+# torch comes first: a bare requirement resolved together with the rest can pull a different build of it.
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.tests
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/v05 train --output runs/demo
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers
+
+# TRL and verl want versions of transformers of their own.
+.venv-peers/.installed: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "transformers<5.11" cachetools uvicorn fastapi
+	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+test-peers: .venv-peers/.installed
+	.venv-peers/bin/python -m pytest -m peers tests/peers
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+bench: $(VENV)/.tests
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find v05 -name '*.so' -delete

@@ -1,0 +1,57 @@
+// A group of rollouts is worked on by a team of lanes of one warp: neighbouring lanes read neighbouring rewards, and
+// the sums of a group depend on nothing but the group.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "formulas.h"
+
+namespace v05::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 8;  // of a team: groups have 4 to 16 rollouts
+constexpr int kTeams = kThreads / kLanes;
+
+template <class T>
+__device__ __forceinline__ T team_sum(T value) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step, kLanes);
+  return value;
+}
+
+// The group of the calling lane's team. A team past the last group is empty and takes part in the sums.
+template <class T>
+struct Team {
+  int64_t group, begin, end;
+  T first, shifted;  // first reward, and sum of (r - first)
+  int lane;
+  bool present;
+
+  __device__ Team(const T* rewards, const int64_t* offsets, int64_t groups) {
+    group = int64_t(blockIdx.x) * kTeams + threadIdx.x / kLanes;
+    lane = threadIdx.x % kLanes;
+    present = group < groups;
+    begin = present ? offsets[group] : 0;
+    end = present ? offsets[group + 1] : 0;
+    first = begin < end ? rewards[begin] : T(0);
+    T sum = 0;
+    for (int64_t i = begin + lane; i < end; i += kLanes) sum += rewards[i] - first;
+    shifted = team_sum(sum);
+  }
+
+  __device__ int64_t count() const { return end - begin; }
+  __device__ T mean(T otherwise) const { return count() ? first + shifted / T(count()) : otherwise; }
+};
+
+inline unsigned blocks_for(int64_t groups) { return static_cast<unsigned>((groups + kTeams - 1) / kTeams); }
+
+inline void check_launch(const char* op) {
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace v05::cuda

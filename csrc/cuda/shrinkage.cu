@@ -1,0 +1,59 @@
+#include "cuda/groups.cuh"
+#include "cuda/ops.h"
+
+namespace v05::cuda {
+
+namespace {
+
+// Statistics, test, weight, baseline, error, gain, plan and advantages of every group, in one pass over the rewards.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    shrinkage_kernel(const T* __restrict__ rewards, const int64_t* __restrict__ offsets, const T* __restrict__ prior,
+                     int64_t groups, Budget<T> budget, T* __restrict__ floats, int64_t* __restrict__ integers,
+                     bool* __restrict__ more, T* __restrict__ rollout_baseline, T* __restrict__ advantages) {
+  Team<T> team(rewards, offsets, groups);
+  if (!team.present) return;
+  int64_t count = team.count(), g = team.group;
+  T value = prior[g], mean = team.mean(value), s = budget.variance();
+  Fusion<T> fusion = fuse(mean, count, value, budget);
+  if (team.lane == 0) {
+    floats[g] = mean;
+    floats[groups + g] = fusion.deviation;
+    floats[2 * groups + g] = fusion.weight;
+    floats[3 * groups + g] = fusion.baseline;
+    floats[4 * groups + g] = fusion.mse;
+    floats[5 * groups + g] = fusion.gain;
+    integers[g] = count;
+    integers[groups + g] = fusion.planned;
+    more[g] = fusion.planned > count;
+  }
+  if (!rollout_baseline && !advantages) return;
+  for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
+    T mu = fusion.baseline;
+    if (rollout_baseline) {
+      T rest = count > 1 ? mean_without(team.first, team.shifted, rewards[i], count) : value;
+      mu = fused_baseline(rest, T(count - 1), value, s);
+      rollout_baseline[i] = mu;
+    }
+    if (advantages) advantages[i] = rewards[i] - mu;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
+               T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream) {
+  if (groups == 0) return;
+  shrinkage_kernel<<<blocks_for(groups), kThreads, 0, stream>>>(rewards, offsets, prior, groups, budget, floats,
+                                                                integers, more, rollout_baseline, advantages);
+  check_launch("shrinkage");
+}
+
+#define V05_INSTANTIATE(T)                                                                                           \
+  template void shrinkage<T>(const T*, const int64_t*, const T*, int64_t, const Budget<T>&, T*, int64_t*, bool*, T*, \
+                             T*, cudaStream_t);
+V05_INSTANTIATE(float)
+V05_INSTANTIATE(double)
+
+}  // namespace v05::cuda

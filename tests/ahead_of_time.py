@@ -1,0 +1,68 @@
+"""Compiles Triton kernels for GPUs that are not here, and reads back registers, spills and shared memory."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel: registers a thread (0 where not told), bytes spilled a thread, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def signature_of(kernel, types: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
+    """The types of all arguments in their order; those with a constant are constexpr."""
+    names = [parameter.name for parameter in kernel.params]
+    assert set(names) == set(types) | set(constants), set(names) ^ (set(types) | set(constants))
+    return {name: "constexpr" if name in constants else types[name] for name in names}
+
+
+def compile_for(target: str, kernel, types: dict[str, str], constants: dict[str, object], **options) -> Resources:
+    """Compiles one kernel for one target.
+
+    Args:
+        target: a key of `TARGETS`.
+        kernel: a `triton.jit` function, not interpreted.
+        types: Triton's type of each argument that is not a constant, such as `*fp32` or `i64`.
+        constants: values of the constexpr arguments.
+        options: such as `num_warps`.
+    """
+    source = ASTSource(kernel, signature_of(kernel, types, constants), constexprs=constants)
+    compiled = triton.compile(source, target=TARGETS[target], options=options or None)
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        spills = [int(count) for count in re.findall(r"(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)]
+        registers = [int(count) for count in re.findall(r"\.vgpr_count:\s+(\d+)", text)]
+        return Resources(max(registers), sum(spills), compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return Resources(registers, stack + local, compiled.metadata.shared)
+
+
+def assert_it_fits(target: str, resources: Resources) -> None:
+    """Fails on a spill, or on more shared memory than the target has."""
+    assert resources.spilled == 0, f"{target}: spills {resources.spilled} bytes a thread"
+    assert resources.shared <= SHARED_MEMORY[target], f"{target}: {resources.shared} bytes of shared memory"
+    assert 0 < resources.registers <= 512

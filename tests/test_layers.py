@@ -1,0 +1,69 @@
+"""The import rules of the house: who may import whom, and what is imported only where it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "v05"
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def below(path: Path, *rooms: str) -> bool:
+    """Whether a file lies in one of the rooms."""
+    return any(path.is_relative_to(PACKAGE / room) for room in rooms)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_keeps_the_rules(path):
+    names = imports(path)
+    ours = {name.split(".")[1] for name in names if name.startswith("v05.")}
+    assert not {name.split(".")[0] for name in names} & {"tests", "benchmarks"}
+    if below(path, "kernels"):
+        assert ours <= {"kernels"}, f"kernels know nothing above them, {path.name} imports {ours}"
+    if below(path, "value"):
+        assert not ours & {"rollout", "trainer", "integrations", "cli"}
+    if below(path, "rollout"):
+        assert not ours & {"value", "trainer", "integrations", "cli"}
+    if below(path, "integrations"):
+        assert "trainer" not in ours
+    if not below(path, "cli"):
+        assert "cli" not in ours
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    script = f"import sys, v05.kernels, v05.cli; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_and_functions_stay_small():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 300, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines; split it by noun"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
+                lines = node.end_lineno - first
+                assert lines <= 60, f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+
+
+def test_setup_stays_small():
+    assert (ROOT / "setup.py").read_text(encoding="utf-8").count("\n") < 100

@@ -1,0 +1,35 @@
+# The native CUDA module: device addresses of contiguous tensors, sizes, a stream, and whether they are float64.
+
+def shrinkage(
+    rewards: int,
+    offsets: int,
+    prior: int,
+    groups: int,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    floats: int,
+    integers: int,
+    more: int,
+    rollout_baseline: int,
+    advantages: int,
+    stream: int,
+    wide: bool,
+) -> None: ...
+def advantage(
+    rewards: int,
+    offsets: int,
+    prior: int,
+    moments: int,
+    groups: int,
+    baseline: int,
+    scale: int,
+    low: float,
+    high: float,
+    eps: float,
+    out: int,
+    stream: int,
+    wide: bool,
+) -> None: ...

@@ -1,0 +1,24 @@
+"""The device a launch goes to, and whether Triton's interpreter stands in for one."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current device for a launch; does nothing for CPU tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def stream_of(tensor: Tensor) -> int:
+    """Address of the current stream of the tensor's GPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream

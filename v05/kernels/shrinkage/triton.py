@@ -1,0 +1,154 @@
+"""Shrinkage in Triton: one launch, a tile of groups a program, each group's rewards read twice at most (from cache)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from v05.kernels.device import on_device_of
+from v05.kernels.shrinkage.rules import Budget, Outputs
+
+BLOCK_GROUPS = 32
+BLOCK_ROLLOUTS = 16
+
+
+@triton.jit
+def scalar(value, acc: tl.constexpr):
+    """A float argument in the dtype that a kernel accumulates in."""
+    return tl.full([], value, acc)
+
+
+@triton.jit
+def fused_baseline(mean, k, prior, s):
+    """d = max(0, (m - V)^2 - s / k) and mu = V + d / (d + s / k) (m - V); V where k is 0."""
+    noise = s / tl.maximum(k, 1)
+    gap = tl.where(k > 0, mean - prior, 0)
+    d = tl.maximum(gap * gap - noise, 0)
+    return d, prior + d / (d + noise) * gap
+
+
+@triton.jit
+def lookahead_gain(d, k, s):
+    """G(k) = s d^2 / ((k d + s) ((k + 1) d + s))."""
+    return s * d * d / ((k * d + s) * ((k + 1) * d + s))
+
+
+@triton.jit
+def load_groups(rewards, offsets, groups, acc: tl.constexpr, BLOCK_G: tl.constexpr):
+    """This program's groups: index, mask, begin, end and first reward."""
+    o_group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    m_group = o_group < groups
+    begin = tl.load(offsets + o_group, mask=m_group, other=0)
+    end = tl.load(offsets + o_group + 1, mask=m_group, other=0)
+    first = tl.load(rewards + begin, mask=begin < end, other=0).to(acc)
+    return o_group, m_group, begin, end, first
+
+
+@triton.jit
+def load_tile(rewards, begin, end, start, acc: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Addresses, mask and values of each group's rewards start to start + BLOCK_K."""
+    o_rollout = begin[:, None] + start + tl.arange(0, BLOCK_K)[None, :]
+    m_rollout = o_rollout < end[:, None]
+    return o_rollout, m_rollout, tl.load(rewards + o_rollout, mask=m_rollout, other=0).to(acc)
+
+
+@triton.jit
+def shifted_sum(rewards, begin, end, first, acc: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sum of (r - first) of each group."""
+    total = tl.zeros([BLOCK_G], acc)
+    for start in range(0, tl.max(end - begin), BLOCK_K):
+        _o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
+        total += tl.sum(tl.where(m_rollout, b_reward - first[:, None], 0), axis=1)
+    return total
+
+
+@triton.jit(do_not_specialize=["groups", "k_init", "k_max"])
+def shrinkage_kernel(
+    rewards,
+    offsets,
+    prior,
+    floats,
+    integers,
+    more,
+    rollout_baseline,
+    advantages,
+    groups: tl.int64,
+    low: tl.float64,
+    high: tl.float64,
+    cost: tl.float64,
+    k_init: tl.int64,
+    k_max: tl.int64,
+    LEAVE_ONE_OUT: tl.constexpr,
+    ADVANTAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Statistics of BLOCK_G groups: fuse, test, look ahead and plan."""
+    acc: tl.constexpr = floats.dtype.element_ty
+    o_group, m_group, begin, end, first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
+    value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
+    s = scalar((high - low) * (high - low) * 0.25, acc)
+    limit = scalar(cost, acc) * s
+    count = end - begin
+    k = count.to(acc)
+    total = shifted_sum(rewards, begin, end, first, acc, BLOCK_G, BLOCK_K)
+    mean = tl.where(count > 0, first + total / tl.maximum(k, 1), value)
+    d, baseline = fused_baseline(mean, k, value, s)
+    planned = tl.maximum(count, k_init)
+    for _step in range(0, k_max - k_init):
+        gain = lookahead_gain(d, planned.to(acc), s)
+        planned += ((count >= k_init) & (planned < k_max) & (gain > limit)).to(tl.int64)
+    tl.store(floats + o_group, mean, mask=m_group)
+    tl.store(floats + groups + o_group, d, mask=m_group)
+    tl.store(floats + 2 * groups + o_group, d / (d + s / tl.maximum(k, 1)), mask=m_group)
+    tl.store(floats + 3 * groups + o_group, baseline, mask=m_group)
+    tl.store(floats + 4 * groups + o_group, d * s / (k * d + s), mask=m_group)
+    tl.store(floats + 5 * groups + o_group, lookahead_gain(d, k, s), mask=m_group)
+    tl.store(integers + o_group, count, mask=m_group)
+    tl.store(integers + groups + o_group, planned, mask=m_group)
+    tl.store(more + o_group, planned > count, mask=m_group)
+    if LEAVE_ONE_OUT or ADVANTAGES:
+        others = tl.maximum(k - 1, 1)[:, None]
+        for start in range(0, tl.max(count), BLOCK_K):
+            o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
+            b_baseline = tl.broadcast_to(baseline[:, None], [BLOCK_G, BLOCK_K])
+            if LEAVE_ONE_OUT:
+                rest = first[:, None] + (total[:, None] - (b_reward - first[:, None])) / others
+                _b_deviation, b_baseline = fused_baseline(rest, (k - 1)[:, None], value[:, None], s)
+                tl.store(rollout_baseline + o_rollout, b_baseline, mask=m_rollout)
+            if ADVANTAGES:
+                tl.store(advantages + o_rollout, b_reward - b_baseline, mask=m_rollout)
+
+
+def shrinkage(
+    rewards: Tensor, offsets: Tensor, prior: Tensor, budget: Budget, leave_one_out: bool, advantages: bool
+) -> Outputs:
+    """Same contract as the reference; one launch, no synchronisation."""
+    rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
+    groups = offsets.numel() - 1
+    floats = rewards.new_empty(6, groups)
+    integers = offsets.new_empty(2, groups)
+    more = torch.empty(groups, dtype=torch.bool, device=rewards.device)
+    rollout_baseline = rewards.new_empty(rewards.numel() if leave_one_out else 0)
+    advantage = rewards.new_empty(rewards.numel() if advantages else 0)
+    if groups:
+        with on_device_of(rewards):
+            shrinkage_kernel[(triton.cdiv(groups, BLOCK_GROUPS),)](
+                rewards,
+                offsets,
+                prior,
+                floats,
+                integers,
+                more,
+                rollout_baseline,
+                advantage,
+                groups,
+                *budget,
+                LEAVE_ONE_OUT=leave_one_out,
+                ADVANTAGES=advantages,
+                BLOCK_G=BLOCK_GROUPS,
+                BLOCK_K=BLOCK_ROLLOUTS,
+            )
+    return floats, integers, more, rollout_baseline, advantage
