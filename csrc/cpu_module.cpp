@@ -1,5 +1,8 @@
 // Python bindings of the CPU kernels: addresses and sizes, no torch headers, the GIL released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "cpu/ops.h"
 
@@ -21,9 +24,9 @@ bool groups_valid(Address rewards, Address offsets, Address prior, int64_t n, in
 template <class T>
 void shrinkage(Address rewards, Address offsets, Address prior, int64_t n, int64_t groups,
                const v05::Budget<double>& budget, Address floats, Address integers, Address more,
-               Address rollout_baseline) {
+               Address rollout_baseline, Address advantages) {
   v05::cpu::shrinkage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), n, groups, budget, at<T>(floats),
-                      at<int64_t>(integers), at<bool>(more), at<T>(rollout_baseline));
+                      at<int64_t>(integers), at<bool>(more), at<T>(rollout_baseline), at<T>(advantages));
 }
 
 template <class T>
@@ -31,6 +34,53 @@ void advantage(Address rewards, Address offsets, Address prior, Address lengths,
                int baseline, int scale, double low, double high, double eps, Address out) {
   v05::cpu::advantage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), at<T>(lengths), n, groups,
                       v05::Baseline(baseline), v05::Scale(scale), low, high, eps, at<T>(out));
+}
+
+template <class T>
+v05::cpu::LogprobRows<T> logprob_rows(Address logits, int64_t stride, int64_t count, int64_t vocabulary,
+                                      Address targets, int64_t ignore_index, Address temperatures, double temperature) {
+  return {at<T>(logits), stride, count, vocabulary, at<int64_t>(targets), ignore_index, at<double>(temperatures),
+          temperature};
+}
+
+// Calls run with a value of the type that a code names: 0 float32, 1 float64, 2 bfloat16, 3 float16.
+template <class Run>
+auto with_dtype(int code, const Run& run) {
+  switch (code) {
+    case 0:
+      return run(float{});
+    case 1:
+      return run(double{});
+    case 2:
+      return run(v05::cpu::BFloat16{});
+    default:
+      return run(v05::cpu::Float16{});
+  }
+}
+
+template <class T>
+bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
+                 const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
+                 Address metrics) {
+  v05::PolicyNumbers<T> by{T(numbers[0]), T(numbers[1]), T(numbers[2]), T(numbers[3]), T(numbers[4]),
+                           T(numbers[5]), T(numbers[6]), T(numbers[7]), T(numbers[8])};
+  v05::cpu::PolicyInputs<T> in{at<T>(inputs[0]),
+                               at<T>(inputs[1]),
+                               at<T>(inputs[2]),
+                               at<T>(inputs[3]),
+                               at<T>(inputs[4]),
+                               at<T>(inputs[5]),
+                               at<uint8_t>(inputs[6]),
+                               at<int64_t>(inputs[7]),
+                               n,
+                               sequences,
+                               advantage_per_token,
+                               kinds[1] != 0,
+                               v05::Surrogate(kinds[0]),
+                               v05::Kl(kinds[2]),
+                               v05::Correction(kinds[3]),
+                               by};
+  return v05::cpu::policy_loss(in, at<T>(loss), at<T>(gradient), at<T>(metrics));
 }
 
 }  // namespace
@@ -51,10 +101,10 @@ PYBIND11_MODULE(_cpu, m) {
       "shrinkage",
       [](Address rewards, Address offsets, Address prior, int64_t n, int64_t groups, double low, double high,
          double cost, int64_t k_init, int64_t k_max, Address floats, Address integers, Address more,
-         Address rollout_baseline, bool wide) {
+         Address rollout_baseline, Address advantages, bool wide) {
         (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, n, groups,
                                                       {low, high, cost, k_init, k_max}, floats, integers, more,
-                                                      rollout_baseline);
+                                                      rollout_baseline, advantages);
       },
       Guard());
 
@@ -64,6 +114,47 @@ PYBIND11_MODULE(_cpu, m) {
          int scale, double low, double high, double eps, Address out, bool wide) {
         (wide ? advantage<double> : advantage<float>)(rewards, offsets, prior, lengths, n, groups, baseline, scale, low,
                                                       high, eps, out);
+      },
+      Guard());
+
+  m.def(
+      "token_logprob",
+      [](int dtype, Address logits, int64_t stride, int64_t count, int64_t vocabulary, Address targets,
+         int64_t ignore_index, Address temperatures, double temperature, Address logprob, Address entropy, Address max,
+         Address log_sum) {
+        return with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          return v05::cpu::token_logprob<T>(
+              logprob_rows<T>(logits, stride, count, vocabulary, targets, ignore_index, temperatures, temperature),
+              {at<Wide>(logprob), at<Wide>(entropy), at<Wide>(max), at<Wide>(log_sum)});
+        });
+      },
+      Guard());
+
+  m.def(
+      "token_logprob_backward",
+      [](int dtype, Address logits, int64_t stride, int64_t count, int64_t vocabulary, Address targets,
+         int64_t ignore_index, Address temperatures, double temperature, Address entropy, Address max, Address log_sum,
+         Address grad_logprob, Address grad_entropy, Address grad_logits) {
+        with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          v05::cpu::token_logprob_backward<T>(
+              logprob_rows<T>(logits, stride, count, vocabulary, targets, ignore_index, temperatures, temperature),
+              {nullptr, at<Wide>(entropy), at<Wide>(max), at<Wide>(log_sum)}, at<Wide>(grad_logprob),
+              at<Wide>(grad_entropy), at<T>(grad_logits));
+        });
+      },
+      Guard());
+
+  m.def(
+      "policy_loss",
+      [](const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
+         const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
+         Address metrics, bool wide) {
+        return (wide ? policy_loss<double> : policy_loss<float>)(inputs, n, sequences, advantage_per_token, kinds,
+                                                                 numbers, loss, gradient, metrics);
       },
       Guard());
 }

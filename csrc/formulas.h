@@ -49,6 +49,12 @@ V05_FN T lookahead_gain(T deviation, T k, T s) {
   return s * deviation * deviation / ((k * deviation + s) * ((k + T(1)) * deviation + s));
 }
 
+// G(k) > cost * s, without a division.
+template <class T>
+V05_FN bool worth_one_more(T deviation, T k, T s, T cost) {
+  return deviation * deviation > cost * ((k * deviation + s) * ((k + T(1)) * deviation + s));
+}
+
 // w = d / (d + s / k), with d the positive part of (m - V)^2 - s / k.
 template <class T>
 V05_FN T squared_deviation(T mean, T k, T prior, T s) {
@@ -75,7 +81,7 @@ V05_FN Fusion<T> fuse(T mean, int64_t count, T prior, const Budget<T>& budget) {
   if (count < budget.k_init) {
     planned = budget.k_init;
   } else {
-    while (planned < budget.k_max && lookahead_gain(d, T(planned), s) > budget.cost * s) ++planned;
+    while (planned < budget.k_max && worth_one_more(d, T(planned), s, budget.cost)) ++planned;
   }
   return {d, d / (d + s / k), fused_baseline(mean, k, prior, s), mse, gain, planned};
 }
@@ -101,6 +107,129 @@ V05_FN T implied_std(T baseline, T low, T high, T eps) {
 template <class T>
 V05_FN T inverse_std(T sum_squares, T degrees, T eps) {
   return degrees > T(0) && sum_squares > T(0) ? T(1) / (std::sqrt(sum_squares / degrees) + eps) : T(1);
+}
+
+// ---- policy losses -----------------------------------------------------------------------------------------------
+
+enum class Surrogate : int { ppo = 0, cispo = 1, sapo = 2, gpg = 3, clip_cov = 4, kl_cov = 5 };
+enum class Kl : int { none = 0, k1 = 1, k2 = 2, k3 = 3, k1_plus = 4, k3_plus = 5 };
+enum class Correction : int { none = 0, token_truncate = 1, token_mask = 2, sequence_truncate = 3, sequence_mask = 4 };
+
+template <class T>
+struct PolicyNumbers {
+  T clip_low, clip_high, dual_clip;  // the ratio's bounds are 1 - low and 1 + high; dual_clip is infinite where unused
+  T tau_pos, tau_neg;                // SAPO's temperatures
+  T covariance_coef, kl_coef, sampler_floor, sampler_cap;
+};
+
+// Log-ratios beyond this many nats are cut off there, so that no ratio overflows.
+template <class T>
+constexpr T kLogRatioBound = T(20);
+
+template <class T>
+V05_FN T clamped(T x, T low, T high) {
+  return larger(low, smaller(high, x));
+}
+
+template <class T>
+struct Slope {
+  T value, slope;
+};
+
+// a - b, cut off at the bound, with slope 0 outside it; two equal infinities differ by 0 and have no slope.
+template <class T>
+V05_FN Slope<T> log_ratio(T a, T b) {
+  T gap = a - b, bound = kLogRatioBound<T>;
+  return {a == b ? T(0) : clamped(gap, -bound, bound), std::fabs(gap) <= bound ? T(1) : T(0)};
+}
+
+template <class T>
+struct PolicyToken {
+  T logprob, x, moves;  // x is the token's own log-ratio, moves its slope (0 where it was cut off)
+  T ratio, advantage;
+  T gate;      // exp(sapo_exponent(...)), where the surrogate is sapo
+  T selected;  // 1 where the covariance of the token is large, where the surrogate is clip_cov or kl_cov
+};
+
+// A token's loss before its weight, and its derivatives by the logarithm of the ratio and by the log-probability.
+template <class T>
+struct PolicyTerm {
+  T value, by_ratio, by_logprob;
+  bool low, high, dual;  // which bound held the ratio back
+};
+
+// -min(rho A, clip(rho) A), and at most c |A| where A < 0: -A times a ratio clipped on the side that A makes active.
+// PPO (arXiv 1707.06347), clip-higher (DAPO, 2503.14476), dual clip (1912.09729).
+template <class T>
+V05_FN PolicyTerm<T> clipped_term(T ratio, T advantage, const PolicyNumbers<T>& by) {
+  bool negative = advantage<T(0), positive = advantage> T(0);
+  T bottom = negative ? T(1) - by.clip_low : T(0), top = negative ? by.dual_clip : T(1) + by.clip_high;
+  T kept = clamped(ratio, bottom, top);
+  return {-advantage * kept,
+          kept == ratio ? -advantage * ratio : T(0),
+          T(0),
+          negative && ratio < bottom,
+          positive && ratio > top,
+          negative && ratio > top};
+}
+
+// SAPO's gate is 4 / tau / (1 + exp(this)).
+template <class T>
+V05_FN T sapo_exponent(T ratio, T advantage, const PolicyNumbers<T>& by) {
+  return -(advantage > T(0) ? by.tau_pos : by.tau_neg) * (ratio - T(1));
+}
+
+// CISPO (arXiv 2506.13585), SAPO (2511.20347), GPG (2504.02546), Clip-Cov and KL-Cov (2505.22617).
+template <Surrogate kind, class T>
+V05_FN PolicyTerm<T> policy_term(const PolicyToken<T>& token, const PolicyNumbers<T>& by) {
+  const T advantage = token.advantage, ratio = token.ratio;
+  if constexpr (kind == Surrogate::ppo) return clipped_term(ratio, advantage, by);
+  if constexpr (kind == Surrogate::clip_cov) {
+    PolicyTerm<T> term = clipped_term(ratio, advantage, by);
+    bool out = token.selected != T(0);
+    return {out ? T(0) : term.value, out ? T(0) : term.by_ratio, T(0), term.low, term.high, false};
+  }
+  if constexpr (kind == Surrogate::cispo) {
+    T low = T(1) - by.clip_low, high = T(1) + by.clip_high, factor = -advantage * clamped(ratio, low, high);
+    return {factor * token.logprob, T(0), factor, ratio<low, ratio> high, false};
+  }
+  if constexpr (kind == Surrogate::sapo) {
+    T tau = advantage > T(0) ? by.tau_pos : by.tau_neg, sigmoid = T(1) / (T(1) + token.gate);
+    T slope = T(4) * sigmoid * (token.gate * sigmoid) * ratio;
+    return {-advantage * (T(4) / tau) * sigmoid, -advantage * slope, T(0), false, false, false};
+  }
+  if constexpr (kind == Surrogate::kl_cov) {
+    T pull = token.selected * by.covariance_coef, sign = token.x > T(0) ? T(1) : token.x < T(0) ? T(-1) : T(0);
+    return {-advantage * ratio + pull * std::fabs(token.x),
+            -advantage * ratio,
+            pull * sign * token.moves,
+            false,
+            false,
+            false};
+  }
+  return {-advantage * token.logprob, T(0), -advantage, false, false, false};  // gpg
+}
+
+// Estimators of KL(policy || reference), their slope by the policy's log-probability l; y = q - l, `bounded` the same
+// cut off and `power` its exponential. k1_plus and k3_plus have the slope of k2, whose expectation is the gradient of
+// the KL. Source: Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+template <Kl kind, class T>
+V05_FN Slope<T> kl_term(T y, const Slope<T>& bounded, T power) {
+  T k3 = power - bounded.value - T(1);
+  if constexpr (kind == Kl::k1) return {-y, T(1)};
+  if constexpr (kind == Kl::k2) return {T(0.5) * y * y, -y};
+  if constexpr (kind == Kl::k3) return {k3, bounded.slope * (T(1) - power)};
+  if constexpr (kind == Kl::k1_plus) return {-y, -y};
+  if constexpr (kind == Kl::k3_plus) return {k3, -y};
+  return {T(0), T(0)};
+}
+
+// The weight that corrects for a sampler with other log-probabilities: truncated (TIS), or 0 outside the bounds
+// (IcePop).
+template <class T>
+V05_FN T sampler_weight(T ratio, bool masks, const PolicyNumbers<T>& by) {
+  bool inside = ratio >= by.sampler_floor && ratio <= by.sampler_cap;
+  return masks ? (inside ? ratio : T(0)) : smaller(ratio, by.sampler_cap);
 }
 
 }  // namespace v05

@@ -5,6 +5,8 @@ from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
+from v05.kernels.policy_loss import triton as policy_loss
+from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
@@ -68,3 +70,70 @@ def test_token_logprob_backward(target, dtype, wide, gradients):
     constants |= {name: None for name in ("grad_logprob", "grad_entropy") if name not in gradients}
     kernel = token_logprob.backward_kernel
     assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=token_logprob.WARPS))
+
+
+POLICY = {"offsets": "*i64", "tokens": "i64", "sequences": "i64"} | dict.fromkeys(Numbers._fields, "fp64")
+POLICY |= {"floor": POLICY.pop("sampler_floor"), "cap": POLICY.pop("sampler_cap")}
+
+
+def policy_types(kernel, dtype, **absent):
+    """The type of each argument of a kernel of policy_loss; those in absent are None."""
+    names = [name for name in (parameter.name for parameter in kernel.params) if not name.isupper()]
+    types = {name: POLICY.get(name, f"*{dtype}") for name in names if name not in absent}
+    return types | ({"selected": "*i1"} if "selected" in types else {})
+
+
+def compile_policy(target, dtype, surrogate, level, kl, correction, per_token=False):
+    absent = {} if kl else {"ref_logprobs": None}
+    absent |= {} if correction else {"sampler_logprobs": None}
+    absent |= {} if surrogate in BY_COVARIANCE else {"selected": None}
+    constants = {"SURROGATE": int(surrogate), "LEVEL": level, "KL": int(kl), "CORRECTION": int(correction)}
+    constants |= {"PER_TOKEN": per_token, "SELECTS": "selected" not in absent, "BLOCK_T": policy_loss.BLOCK}
+    kernel = policy_loss.token_kernel
+    types = policy_types(kernel, dtype, **absent)
+    assert_it_fits(target, compile_for(target, kernel, types, constants | absent, num_warps=policy_loss.WARPS))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("surrogate", list(Surrogate))
+@pytest.mark.parametrize("level", [0, 1])
+def test_policy_loss_surrogates(target, surrogate, level):
+    compile_policy(target, "fp32", surrogate, level, Kl.K3, Correction.SEQUENCE_MASK)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kl", list(Kl))
+def test_policy_loss_kl(target, kl):
+    compile_policy(target, "fp32", Surrogate.PPO, 0, kl, Correction.NONE)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("correction", list(Correction))
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_policy_loss_corrections(target, correction, dtype):
+    compile_policy(target, dtype, Surrogate.PPO, 0, Kl.NONE, correction, per_token=dtype == "fp64")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("level", [0, 1])
+def test_policy_loss_sequences(target, dtype, level):
+    for correction in (Correction.NONE, Correction.SEQUENCE_TRUNCATE, Correction.SEQUENCE_MASK):
+        whole = level == 1 or correction >= Correction.SEQUENCE_TRUNCATE
+        constants = {"LEVEL": level, "CORRECTION": int(correction), "WHOLE": whole, "BLOCK_T": policy_loss.BLOCK}
+        absent = {} if correction else {"sampler_logprobs": None}
+        types = policy_types(policy_loss.sequence_kernel, dtype, **absent)
+        resources = compile_for(
+            target, policy_loss.sequence_kernel, types, constants | absent, num_warps=policy_loss.WARPS
+        )
+        assert_it_fits(target, resources)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_policy_loss_share_and_finish(target, dtype):
+    block = {"BLOCK_T": policy_loss.BLOCK}
+    kernel = policy_loss.share_kernel
+    assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
+    types = dict.fromkeys(("partial", "present", "totals"), f"*{dtype}") | {"programs": "i64", "sequences": "i64"}
+    assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))

@@ -28,7 +28,8 @@ bool groups_valid(const T* rewards, const int64_t* offsets, const T* prior, int6
 
 template <class T>
 void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t n, int64_t groups,
-               const Budget<double>& budget, T* floats, int64_t* integers, bool* more, T* rollout_baseline) {
+               const Budget<double>& budget, T* floats, int64_t* integers, bool* more, T* rollout_baseline,
+               T* advantages) {
   parallel_for(groups, n, kRewardsPerThread, [&](int64_t begin_group, int64_t end_group) {
     for (int64_t g = begin_group; g < end_group; ++g) {
       int64_t begin = offsets[g], end = offsets[g + 1], count = end - begin;
@@ -41,10 +42,14 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
       integers[g] = count;
       integers[groups + g] = fusion.planned;
       more[g] = fusion.planned > count;
-      if (!rollout_baseline) continue;
-      for (int64_t i = begin; i < end; ++i) {
-        double rest = count > 1 ? mean_without<double>(first, sum, rewards[i], count) : value;
-        rollout_baseline[i] = T(fused_baseline(rest, double(count - 1), value, budget.variance()));
+      for (int64_t i = begin; i < end && (rollout_baseline || advantages); ++i) {
+        double mu = fusion.baseline;
+        if (rollout_baseline) {
+          double rest = count > 1 ? mean_without<double>(first, sum, rewards[i], count) : value;
+          mu = fused_baseline(rest, double(count - 1), value, budget.variance());
+          rollout_baseline[i] = T(mu);
+        }
+        if (advantages) advantages[i] = T(rewards[i] - mu);
       }
     }
   });
@@ -53,7 +58,7 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
 #define V05_INSTANTIATE(T)                                                                                    \
   template bool groups_valid<T>(const T*, const int64_t*, const T*, int64_t, int64_t, double, double);        \
   template void shrinkage<T>(const T*, const int64_t*, const T*, int64_t, int64_t, const Budget<double>&, T*, \
-                             int64_t*, bool*, T*);
+                             int64_t*, bool*, T*, T*);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)
 

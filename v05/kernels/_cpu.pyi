@@ -1,5 +1,7 @@
 # The native CPU module: addresses of contiguous tensors, sizes, and whether they are float64.
 
+from collections.abc import Sequence
+
 def groups_valid(
     rewards: int, offsets: int, prior: int, n: int, groups: int, low: float, high: float, wide: bool
 ) -> bool: ...
@@ -18,6 +20,7 @@ def shrinkage(
     integers: int,
     more: int,
     rollout_baseline: int,
+    advantages: int,
     wide: bool,
 ) -> None: ...
 def advantage(
@@ -35,3 +38,47 @@ def advantage(
     out: int,
     wide: bool,
 ) -> None: ...
+def token_logprob(
+    dtype: int,
+    logits: int,
+    stride: int,
+    count: int,
+    vocabulary: int,
+    targets: int,
+    ignore_index: int,
+    temperatures: int,
+    temperature: float,
+    logprob: int,
+    entropy: int,
+    max: int,
+    log_sum: int,
+) -> int: ...
+def token_logprob_backward(
+    dtype: int,
+    logits: int,
+    stride: int,
+    count: int,
+    vocabulary: int,
+    targets: int,
+    ignore_index: int,
+    temperatures: int,
+    temperature: float,
+    entropy: int,
+    max: int,
+    log_sum: int,
+    grad_logprob: int,
+    grad_entropy: int,
+    grad_logits: int,
+) -> None: ...
+def policy_loss(
+    inputs: tuple[int, int, int, int, int, int, int, int],
+    n: int,
+    sequences: int,
+    advantage_per_token: bool,
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    loss: int,
+    gradient: int,
+    metrics: int,
+    wide: bool,
+) -> bool: ...

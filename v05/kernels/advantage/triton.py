@@ -73,7 +73,7 @@ def advantage_kernel(
     for start in range(0, tl.max(end - begin), BLOCK_K):
         o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
         baseline = tl.broadcast_to(common[:, None], [BLOCK_G, BLOCK_K])
-        if BASELINE == LOO or BASELINE == FUSED_LOO:  # noqa: SIM109
+        if BASELINE == LOO or BASELINE == FUSED_LOO:
             others = (k - 1)[:, None]
             rest = first[:, None] + (total[:, None] - (b_reward - first[:, None])) / tl.maximum(others, 1)
             if BASELINE == LOO:

@@ -1,1 +1,1 @@
-"""policy_loss"""
+"""Policy losses over packed tokens."""

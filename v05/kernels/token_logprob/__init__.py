@@ -1,1 +1,1 @@
-"""token_logprob"""
+"""Log-probability of chosen tokens and entropy of their distributions."""

@@ -1,0 +1,306 @@
+"""Policy losses in Triton: one pass over the tokens stores the gradient; partial sums are added up in a fixed order.
+
+By token, a program takes a block of tokens and looks their sequences up. Options on whole sequences (a ratio or a
+sampler weight for the sequence) give each sequence a program of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from v05.kernels.device import on_device_of
+from v05.kernels.policy_loss.options import METRICS, Correction, Kinds, Numbers
+from v05.kernels.policy_loss.triton_terms import (
+    BOUND,
+    KL_NONE,
+    SEQUENCE_MASK,
+    SEQUENCE_TRUNCATE,
+    TOKEN_MASK,
+    UNCORRECTED,
+    kl_term,
+    log_ratio,
+    sampler_weight,
+    surrogate_term,
+)
+from v05.kernels.shrinkage.triton import scalar
+
+BLOCK = 1024
+WARPS = 8
+FIELDS = 1 + len(METRICS)
+
+
+@triton.jit
+def search(offsets, o_token, low, high):
+    """The last sequence of low to high that begins at or before each token."""
+    while tl.max(high - low, axis=0) > 0:
+        middle = (low + high + 1) // 2
+        before = tl.load(offsets + middle) <= o_token
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    return low
+
+
+@triton.jit
+def sequences_of(offsets, o_token, m_token, first_token, tokens, sequences, BLOCK_T: tl.constexpr):
+    """The sequence of each token of a block: its two ends among all sequences, then each token between them."""
+    o_edge = tl.minimum(first_token + tl.arange(0, 2) * (BLOCK_T - 1), tokens - 1)
+    edges = search(offsets, o_edge, o_edge * 0, o_edge * 0 + (sequences - 1))
+    zeros = tl.zeros([BLOCK_T], tl.int64)
+    return search(
+        offsets, tl.where(m_token, o_token, first_token), zeros + tl.min(edges, axis=0), zeros + tl.max(edges, axis=0)
+    )
+
+
+@triton.jit
+def load_kept(values, o_token, m_keep):
+    """Values of unmasked tokens and 0 elsewhere: what a masked token holds is never read."""
+    return tl.load(values + o_token, mask=m_keep, other=0)
+
+
+@triton.jit
+def sequence_kernel(
+    logprobs,
+    old_logprobs,
+    weights,
+    sampler_logprobs,
+    offsets,
+    present,
+    kept,
+    sequence_ratio,
+    sequence_correction,
+    floor: tl.float64,
+    cap: tl.float64,
+    LEVEL: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One sequence: whether a token is unmasked; and, WHOLE, the ratio of its mean and its sampler weight."""
+    acc: tl.constexpr = present.dtype.element_ty
+    sequence = tl.program_id(0).to(tl.int64)
+    cursor = tl.load(offsets + sequence)
+    end = tl.load(offsets + sequence + 1)
+    count = tl.full([], 0, acc)
+    x_sum = tl.full([], 0, tl.float64)
+    sampler_sum = tl.full([], 0, tl.float64)
+    while (cursor < end) & ((count == 0) | WHOLE):
+        o_token = cursor + tl.arange(0, BLOCK_T)
+        m_keep = tl.load(weights + o_token, mask=o_token < end, other=0) != 0
+        count += tl.sum(m_keep.to(acc), axis=0)
+        if WHOLE:
+            b_old = load_kept(old_logprobs, o_token, m_keep)
+            if LEVEL == 1:
+                b_x, _b_moves = log_ratio(load_kept(logprobs, o_token, m_keep), b_old)
+                x_sum += tl.sum(b_x.to(tl.float64), axis=0)
+            if CORRECTION >= SEQUENCE_TRUNCATE:
+                b_x, _b_moves = log_ratio(b_old, load_kept(sampler_logprobs, o_token, m_keep))
+                sampler_sum += tl.sum(b_x.to(tl.float64), axis=0)
+        cursor += BLOCK_T
+    tl.store(present + sequence, tl.where(count > 0, 1, 0))
+    if LEVEL == 1:
+        tl.store(kept + sequence, count)
+        tl.store(sequence_ratio + sequence, tl.exp((x_sum / tl.maximum(count, 1)).to(acc)))
+    if CORRECTION >= SEQUENCE_TRUNCATE:
+        ratio = tl.exp(tl.minimum(tl.maximum(sampler_sum, -BOUND), BOUND)).to(acc)
+        weight = sampler_weight(ratio, scalar(floor, acc), scalar(cap, acc), CORRECTION == SEQUENCE_MASK)
+        tl.store(sequence_correction + sequence, weight)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences"])
+def token_kernel(
+    logprobs,
+    old_logprobs,
+    advantages,
+    weights,
+    offsets,
+    ref_logprobs,
+    sampler_logprobs,
+    selected,
+    sequence_ratio,
+    sequence_correction,
+    gradient,
+    by_ratio,
+    partial,
+    tokens: tl.int64,
+    sequences: tl.int64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    tau_pos: tl.float64,
+    tau_neg: tl.float64,
+    covariance_coef: tl.float64,
+    kl_coef: tl.float64,
+    floor: tl.float64,
+    cap: tl.float64,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SELECTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Loss terms and gradient of a block of tokens; by_ratio is kept apart where the ratio is the sequence's."""
+    acc: tl.constexpr = gradient.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    o_token = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_token = o_token < tokens
+    weight = tl.load(weights + o_token, mask=m_token, other=0)
+    keep = weight != 0
+    logprob = load_kept(logprobs, o_token, keep)
+    old = load_kept(old_logprobs, o_token, keep)
+    o_advantage = o_token
+    o_sequence = o_token
+    if not PER_TOKEN or LEVEL == 1 or CORRECTION >= SEQUENCE_TRUNCATE:
+        o_sequence = sequences_of(offsets, o_token, m_token, program * BLOCK_T, tokens, sequences, BLOCK_T)
+        if not PER_TOKEN:
+            o_advantage = o_sequence
+    advantage = load_kept(advantages, o_advantage, keep)
+    x, moves = log_ratio(logprob, old)
+    if LEVEL == 1:
+        ratio = tl.load(sequence_ratio + o_sequence, mask=keep, other=1)
+    else:
+        ratio = tl.exp(x)
+    chosen = advantage != advantage
+    if SELECTS:
+        chosen = keep & (tl.load(selected + o_token, mask=keep, other=0) != 0)
+    value, slope, direct, low, high, dual = surrogate_term(
+        logprob,
+        x,
+        moves,
+        ratio,
+        advantage,
+        chosen,
+        scalar(clip_low, acc),
+        scalar(clip_high, acc),
+        scalar(dual_clip, acc),
+        scalar(tau_pos, acc),
+        scalar(tau_neg, acc),
+        scalar(covariance_coef, acc),
+        SURROGATE,
+    )
+    correction = tl.where(keep, 1.0, 0.0).to(acc)
+    if CORRECTION >= SEQUENCE_TRUNCATE:
+        correction = tl.load(sequence_correction + o_sequence, mask=keep, other=0)
+    elif CORRECTION != UNCORRECTED:
+        z, _moves = log_ratio(old, load_kept(sampler_logprobs, o_token, keep))
+        own = sampler_weight(tl.exp(z), scalar(floor, acc), scalar(cap, acc), CORRECTION == TOKEN_MASK)
+        correction = tl.where(keep, own, 0)
+    scale = weight * correction
+    total = scale * value
+    direct = scale * direct
+    slope = scale * slope
+    kl = value * 0
+    if KL != KL_NONE:
+        kl, kl_slope = kl_term(logprob, load_kept(ref_logprobs, o_token, keep), KL)
+        total += weight * scalar(kl_coef, acc) * kl
+        direct += weight * scalar(kl_coef, acc) * kl_slope
+    if LEVEL == 1:
+        tl.store(by_ratio + o_token, slope, mask=m_token)
+    else:
+        direct += moves * slope
+    tl.store(gradient + o_token, tl.where(keep, direct, 0), mask=m_token)
+
+    count = tl.sum(keep.to(acc), axis=0)
+    passed = tl.sum((correction != 0).to(acc), axis=0)
+    masked = count - passed
+    if CORRECTION != TOKEN_MASK and CORRECTION != SEQUENCE_MASK:
+        masked = count * 0
+    partial += program
+    tl.store(partial, tl.sum(tl.where(keep, total, 0), axis=0))
+    tl.store(partial + programs, count)
+    tl.store(partial + 3 * programs, tl.sum(tl.where(keep, ratio, 0), axis=0))
+    tl.store(partial + 4 * programs, tl.sum(x, axis=0))
+    tl.store(partial + 5 * programs, tl.sum((keep & low).to(acc), axis=0))
+    tl.store(partial + 6 * programs, tl.sum((keep & high).to(acc), axis=0))
+    tl.store(partial + 7 * programs, tl.sum((keep & dual).to(acc), axis=0))
+    tl.store(partial + 8 * programs, tl.sum(tl.where(keep, kl, 0), axis=0))
+    tl.store(partial + 9 * programs, tl.sum(correction, axis=0))
+    tl.store(partial + 10 * programs, masked)
+    tl.store(partial + 11 * programs, tl.sum(chosen.to(acc), axis=0))
+
+
+@triton.jit
+def share_kernel(logprobs, old_logprobs, weights, offsets, kept, by_ratio, gradient, BLOCK_T: tl.constexpr):
+    """Gives each token of a sequence its share of the derivative by the sequence's mean log-ratio."""
+    acc: tl.constexpr = gradient.dtype.element_ty
+    sequence = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + sequence)
+    end = tl.load(offsets + sequence + 1)
+    total = tl.full([], 0, tl.float64)
+    for start in range(begin, end, BLOCK_T):
+        o_token = start + tl.arange(0, BLOCK_T)
+        total += tl.sum(tl.load(by_ratio + o_token, mask=o_token < end, other=0).to(tl.float64), axis=0)
+    part = (total / tl.maximum(tl.load(kept + sequence), 1)).to(acc)
+    for start in range(begin, end, BLOCK_T):
+        o_token = start + tl.arange(0, BLOCK_T)
+        m_keep = tl.load(weights + o_token, mask=o_token < end, other=0) != 0
+        _x, moves = log_ratio(load_kept(logprobs, o_token, m_keep), load_kept(old_logprobs, o_token, m_keep))
+        direct = tl.load(gradient + o_token, mask=m_keep, other=0)
+        tl.store(gradient + o_token, direct + moves * part, mask=m_keep)
+
+
+@triton.jit(do_not_specialize=["programs", "sequences"])
+def finish_kernel(partial, present, totals, programs: tl.int64, sequences: tl.int64, BLOCK_P: tl.constexpr):
+    """Adds one field up in a fixed order, in float64; the third is the count of sequences."""
+    field = tl.program_id(0)
+    values = partial + field * programs
+    length = programs
+    if field == 2:
+        values = present
+        length = sequences
+    b_total = tl.zeros([BLOCK_P], tl.float64)
+    for start in range(0, length, BLOCK_P):
+        o_program = start + tl.arange(0, BLOCK_P)
+        b_total += tl.load(values + o_program, mask=o_program < length, other=0).to(tl.float64)
+    tl.store(totals + field, tl.sum(b_total, axis=0))
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    selected: Tensor | None,
+    kinds: Kinds,
+    by: Numbers,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
+    given = (logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected)
+    policy, o, a, w, bounds, q, v, chosen = (None if values is None else values.contiguous() for values in given)
+    tokens, sequences = logprobs.numel(), offsets.numel() - 1
+    gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
+    if tokens == 0:
+        totals.zero_()
+        return totals[0].clone(), gradient, totals[1:].clone()
+    programs = triton.cdiv(tokens, BLOCK)
+    partial, present = logprobs.new_empty(FIELDS * programs), logprobs.new_empty(sequences)
+    level = kinds.level == 1
+    kept, ratio, by_ratio = (logprobs.new_empty(size if level else 0) for size in (sequences, sequences, tokens))
+    correction = logprobs.new_empty(sequences if kinds.correction >= Correction.SEQUENCE_TRUNCATE else 0)
+    shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": WARPS}
+    with on_device_of(logprobs):
+        bounds_of = (by.sampler_floor, by.sampler_cap)
+        whole = level or kinds.correction >= Correction.SEQUENCE_TRUNCATE
+        sequence_kernel[(sequences,)](
+            *(policy, o, w, v, bounds, present, kept, ratio, correction, *bounds_of), WHOLE=whole, **shared
+        )
+        state = (ratio, correction, gradient, by_ratio, partial)
+        token_kernel[(programs,)](
+            *(policy, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, *by),
+            SURROGATE=kinds.surrogate,
+            KL=kinds.kl,
+            PER_TOKEN=advantages.numel() != sequences,
+            SELECTS=selected is not None,
+            **shared,
+        )
+        if level:
+            share_kernel[(sequences,)](policy, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
+        finish_kernel[(FIELDS,)](partial, present, totals, programs, sequences, BLOCK_P=BLOCK)
+    return totals[0].clone(), gradient, totals[1:].clone()

@@ -1,0 +1,141 @@
+"""The terms of a policy loss in Triton: log-ratios, surrogates and KL estimates with their derivatives.
+
+The mathematics of csrc/formulas.h, where each surrogate's paper is named, once more for this language.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from v05.kernels.policy_loss.options import LOG_RATIO_BOUND, Correction, Kl, Surrogate
+
+PPO = tl.constexpr(int(Surrogate.PPO))
+CISPO = tl.constexpr(int(Surrogate.CISPO))
+SAPO = tl.constexpr(int(Surrogate.SAPO))
+GPG = tl.constexpr(int(Surrogate.GPG))
+CLIP_COV = tl.constexpr(int(Surrogate.CLIP_COV))
+KL_COV = tl.constexpr(int(Surrogate.KL_COV))
+KL_NONE = tl.constexpr(int(Kl.NONE))
+K1 = tl.constexpr(int(Kl.K1))
+K2 = tl.constexpr(int(Kl.K2))
+K3 = tl.constexpr(int(Kl.K3))
+K1_PLUS = tl.constexpr(int(Kl.K1_PLUS))
+UNCORRECTED = tl.constexpr(int(Correction.NONE))
+TOKEN_TRUNCATE = tl.constexpr(int(Correction.TOKEN_TRUNCATE))
+TOKEN_MASK = tl.constexpr(int(Correction.TOKEN_MASK))
+SEQUENCE_TRUNCATE = tl.constexpr(int(Correction.SEQUENCE_TRUNCATE))
+SEQUENCE_MASK = tl.constexpr(int(Correction.SEQUENCE_MASK))
+BOUND = tl.constexpr(LOG_RATIO_BOUND)
+
+
+@triton.jit
+def log_ratio(a, b):
+    """a - b cut off at the bound and 1 within it, else 0; two equal infinities differ by 0, without slope."""
+    gap = a - b
+    bounded = tl.where(a == b, 0, tl.minimum(tl.maximum(gap, -BOUND), BOUND))
+    return bounded, tl.where(tl.abs(gap) <= BOUND, 1.0, 0.0).to(gap.dtype)
+
+
+@triton.jit
+def sampler_weight(ratio, floor, cap, MASKS: tl.constexpr):
+    """The ratio truncated at the cap, or 0 outside floor and cap."""
+    if MASKS:
+        weight = tl.where((ratio >= floor) & (ratio <= cap), ratio, 0)
+    else:
+        weight = tl.minimum(ratio, cap)
+    return weight
+
+
+@triton.jit
+def clipped_term(ratio, advantage, clip_low, clip_high, dual_clip):
+    """-A times the ratio, clipped on the side that the sign of A makes active; and which bound held it back."""
+    negative = advantage < 0
+    bottom = tl.where(negative, 1 - clip_low, 0)
+    top = tl.where(negative, dual_clip, 1 + clip_high)
+    kept = tl.maximum(bottom, tl.minimum(top, ratio))
+    slope = tl.where(kept == ratio, -advantage * ratio, 0)
+    return (
+        -advantage * kept,
+        slope,
+        negative & (ratio < bottom),
+        (advantage > 0) & (ratio > top),
+        negative & (ratio > top),
+    )
+
+
+@triton.jit
+def surrogate_term(
+    logprob,
+    x,
+    moves,
+    ratio,
+    advantage,
+    selected,
+    clip_low,
+    clip_high,
+    dual_clip,
+    tau_pos,
+    tau_neg,
+    covariance_coef,
+    SURROGATE: tl.constexpr,
+):
+    """A token's loss before its weight, its derivatives by log ratio and by log-prob, and which bound held it back."""
+    zero = advantage * 0
+    value = -advantage * logprob  # gpg
+    by_ratio = zero
+    by_logprob = -advantage
+    low = advantage != advantage
+    high = low
+    dual = low
+    if SURROGATE == PPO or SURROGATE == CLIP_COV:
+        value, by_ratio, low, high, dual = clipped_term(ratio, advantage, clip_low, clip_high, dual_clip)
+        by_logprob = zero
+    if SURROGATE == CLIP_COV:
+        value = tl.where(selected, 0, value)
+        by_ratio = tl.where(selected, 0, by_ratio)
+        dual = advantage != advantage
+    if SURROGATE == CISPO:
+        by_logprob = -advantage * tl.maximum(1 - clip_low, tl.minimum(1 + clip_high, ratio))
+        value = by_logprob * logprob
+        low = ratio < 1 - clip_low
+        high = ratio > 1 + clip_high
+    if SURROGATE == SAPO:
+        tau = tl.where(advantage > 0, tau_pos, tau_neg)
+        gate = tl.exp(-tau * (ratio - 1))
+        sigmoid = 1 / (1 + gate)
+        value = -advantage * (4 / tau) * sigmoid
+        by_ratio = -advantage * 4 * sigmoid * (gate * sigmoid) * ratio
+        by_logprob = zero
+    if SURROGATE == KL_COV:
+        pull = tl.where(selected, covariance_coef, 0)
+        value = -advantage * ratio + pull * tl.abs(x)
+        by_ratio = -advantage * ratio
+        by_logprob = pull * moves * (tl.where(x > 0, 1, 0) - tl.where(x < 0, 1, 0))
+    return value, by_ratio, by_logprob, low, high, dual
+
+
+@triton.jit
+def kl_term(logprob, ref_logprob, KL: tl.constexpr):
+    """An estimate of KL(policy || reference) and its slope by the log-prob; a + has the slope of k2."""
+    gap = ref_logprob - logprob
+    defined = gap == gap
+    y = tl.where(defined, gap, 0)
+    if KL == K1:
+        value = -y
+        slope = y * 0 + 1
+    elif KL == K2:
+        value = y * y / 2
+        slope = -y
+    elif KL == K1_PLUS:
+        value = -y
+        slope = -y
+    else:
+        bounded, moves = log_ratio(ref_logprob, logprob)
+        power = tl.exp(bounded)
+        value = power - bounded - 1
+        if KL == K3:
+            slope = moves * (1 - power)
+        else:
+            slope = -y
+    return value, tl.where(defined, slope, 0)

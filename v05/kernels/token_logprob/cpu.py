@@ -1,0 +1,82 @@
+"""Log-probs on the CPU: allocates the outputs and calls csrc/cpu/token_logprob.cpp, which also looks for bad values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import _cpu, segments
+from v05.kernels.token_logprob.rules import DTYPES, check_values, rows_of
+
+
+def address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
+
+
+def token_logprob(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob and entropy as the reference, and statistics `[2, T]` of each row: largest logit, log of its sum."""
+    logits, targets = rows_of(logits), targets.contiguous()
+    if temperatures is not None:
+        temperatures = temperatures.to(torch.float64).contiguous()
+    dtype, (rows, columns) = segments.working_dtype(logits), logits.shape
+    logprob, entropy = torch.empty(rows, dtype=dtype), torch.empty(rows, dtype=dtype)
+    statistics = torch.empty(2, rows, dtype=dtype)
+    bad = _cpu.token_logprob(
+        DTYPES.index(logits.dtype),
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        columns,
+        targets.data_ptr(),
+        ignore_index,
+        address(temperatures),
+        temperature,
+        logprob.data_ptr(),
+        entropy.data_ptr(),
+        statistics.data_ptr(),
+        statistics.data_ptr() + rows * statistics.element_size(),
+    )
+    if bad >= 0:
+        check_values(logits, targets, temperatures, ignore_index)
+    return logprob, entropy, statistics
+
+
+def token_logprob_backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient `[T, V]` of the logits, in their dtype."""
+    logits, targets = rows_of(logits), targets.contiguous()
+    if temperatures is not None:
+        temperatures = temperatures.to(torch.float64).contiguous()
+    grad_logprob = None if grad_logprob is None else grad_logprob.contiguous()
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    rows, columns = logits.shape
+    grad_logits = torch.empty(rows, columns, dtype=logits.dtype)
+    _cpu.token_logprob_backward(
+        DTYPES.index(logits.dtype),
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        columns,
+        targets.data_ptr(),
+        ignore_index,
+        address(temperatures),
+        temperature,
+        entropy.data_ptr(),
+        statistics.data_ptr(),
+        statistics.data_ptr() + rows * statistics.element_size(),
+        address(grad_logprob),
+        address(grad_entropy),
+        grad_logits.data_ptr(),
+    )
+    return grad_logits

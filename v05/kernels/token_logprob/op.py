@@ -1,0 +1,156 @@
+"""The public `token_logprob`: log-probability of chosen tokens and entropy, in one read of the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from v05.kernels import dispatch, segments
+from v05.kernels.token_logprob import reference
+from v05.kernels.token_logprob.rules import check_shapes
+from v05.kernels.token_logprob.rules import check_values as check_logit_values
+
+
+class TokenLogprob(NamedTuple):
+    """`logprob` `[T]`: log p of each target. `entropy` `[T]`: of each row's distribution, in nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+@torch.library.custom_op("v05::token_logprob", mutates_args=())
+def _token_logprob(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("token_logprob", backend).token_logprob
+    return run(logits, targets, temperatures, temperature, ignore_index)
+
+
+@_token_logprob.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[0], segments.working_dtype(logits)
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(2, rows, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("v05::token_logprob_backward", mutates_args=())
+def _token_logprob_backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    run = dispatch.implementation("token_logprob", backend).token_logprob_backward
+    return run(
+        logits, targets, temperatures, temperature, ignore_index, entropy, statistics, grad_logprob, grad_entropy
+    )
+
+
+@_token_logprob_backward.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, temperatures, ctx.temperature, ctx.ignore_index, ctx.backend = inputs
+    ctx.save_for_backward(logits, targets, temperatures, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    logits, targets, temperatures, entropy, statistics = ctx.saved_tensors
+    grad_logits = None
+    if grad_logprob is not None or grad_entropy is not None:
+        grad_logits = _token_logprob_backward(
+            logits,
+            targets,
+            temperatures,
+            ctx.temperature,
+            ctx.ignore_index,
+            entropy,
+            statistics,
+            grad_logprob,
+            grad_entropy,
+            ctx.backend,
+        )
+    return grad_logits, None, None, None, None, None
+
+
+_token_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_logprob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> TokenLogprob:
+    """Log-probability of each target, and entropy, under softmax(logits / temperature); differentiable in the logits.
+
+    Args:
+        logits: `[T, V]` float32, float64, bfloat16 or float16. -inf masks a token out of the vocabulary; NaN and inf
+            are not allowed. Rows may lie apart (a slice of something wider) without a copy.
+        targets: `[T]` int64, in 0 to V - 1, or `ignore_index`.
+        temperature: a float, or `[T]` floating, one per row, from 1e-6 to 1e6; not differentiable.
+        ignore_index: a target that gives log-prob 0, entropy 0 and gradient 0, whatever the logits of its row.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
+
+    Returns:
+        `TokenLogprob` of two `[T]` float32, or float64 for float64 logits, in nats; accumulated in float32 or wider.
+        A target at -inf has log-prob -inf; a row of -inf alone has log-prob -inf, entropy 0 and gradient 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that are not allowed; the message says where.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: the gradient is dz_j = [g_l (1[j = y] - p_j) - g_H p_j (log p_j + H)] / temperature; the sums are gathered
+    online (Milakov and Gimelshein, arXiv 1805.02867).
+    """
+    check_shapes(logits, targets, temperature)
+    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    chosen = dispatch.choose("token_logprob", logits.device.type, backend)
+    if check_values or (chosen == "reference" and logits.device.type == "cpu" and not torch.compiler.is_compiling()):
+        check_logit_values(logits.detach(), targets, temperatures, ignore_index)
+    if chosen == "reference":
+        return TokenLogprob(*reference.token_logprob(logits, targets, temperatures, scalar, ignore_index))
+    logprob, entropy, _ = _token_logprob(logits, targets, temperatures, scalar, ignore_index, chosen)
+    return TokenLogprob(logprob, entropy)
