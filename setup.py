@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-FORMULAS = [str(CSRC / "formulas.h")]
+FORMULAS = [str(CSRC / "formulas.h"), str(CSRC / "inputs.h")]
 CPU_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "90", "100", "120")

@@ -37,8 +37,8 @@ void advantage(Address rewards, Address offsets, Address prior, Address lengths,
 }
 
 template <class T>
-v05::cpu::LogprobRows<T> logprob_rows(Address logits, int64_t stride, int64_t count, int64_t vocabulary,
-                                      Address targets, int64_t ignore_index, Address temperatures, double temperature) {
+v05::LogprobRows<T> logprob_rows(Address logits, int64_t stride, int64_t count, int64_t vocabulary, Address targets,
+                                 int64_t ignore_index, Address temperatures, double temperature) {
   return {at<T>(logits), stride, count, vocabulary, at<int64_t>(targets), ignore_index, at<double>(temperatures),
           temperature};
 }
@@ -64,22 +64,22 @@ bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequen
                  Address metrics) {
   v05::PolicyNumbers<T> by{T(numbers[0]), T(numbers[1]), T(numbers[2]), T(numbers[3]), T(numbers[4]),
                            T(numbers[5]), T(numbers[6]), T(numbers[7]), T(numbers[8])};
-  v05::cpu::PolicyInputs<T> in{at<T>(inputs[0]),
-                               at<T>(inputs[1]),
-                               at<T>(inputs[2]),
-                               at<T>(inputs[3]),
-                               at<T>(inputs[4]),
-                               at<T>(inputs[5]),
-                               at<uint8_t>(inputs[6]),
-                               at<int64_t>(inputs[7]),
-                               n,
-                               sequences,
-                               advantage_per_token,
-                               kinds[1] != 0,
-                               v05::Surrogate(kinds[0]),
-                               v05::Kl(kinds[2]),
-                               v05::Correction(kinds[3]),
-                               by};
+  v05::PolicyInputs<T> in{at<T>(inputs[0]),
+                          at<T>(inputs[1]),
+                          at<T>(inputs[2]),
+                          at<T>(inputs[3]),
+                          at<T>(inputs[4]),
+                          at<T>(inputs[5]),
+                          at<uint8_t>(inputs[6]),
+                          at<int64_t>(inputs[7]),
+                          n,
+                          sequences,
+                          advantage_per_token,
+                          kinds[1] != 0,
+                          v05::Surrogate(kinds[0]),
+                          v05::Kl(kinds[2]),
+                          v05::Correction(kinds[3]),
+                          by};
   return v05::cpu::policy_loss(in, at<T>(loss), at<T>(gradient), at<T>(metrics));
 }
 

@@ -1,6 +1,12 @@
 // Python bindings of the CUDA kernels: device addresses, sizes and a stream; no torch headers. Importing needs no
 // driver; a launch without one raises RuntimeError.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
 
 #include "cuda/ops.h"
 
@@ -32,6 +38,47 @@ void advantage(Address rewards, Address offsets, Address prior, Address moments,
                        reinterpret_cast<cudaStream_t>(stream));
 }
 
+// Calls body with a zero of the dtype: an index into DTYPES of v05/kernels/token_logprob/rules.py.
+template <class Body>
+void with_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case 0:
+      return body(float());
+    case 1:
+      return body(double());
+    case 2:
+      return body(__nv_bfloat16());
+    case 3:
+      return body(__half());
+  }
+  throw std::invalid_argument("dtype is not 0 to 3");
+}
+
+// logits, targets, temperatures; stride, count, vocabulary, ignore_index.
+template <class T>
+v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const std::array<int64_t, 4>& sizes,
+                                 double temperature) {
+  return {at<T>(tensors[0]),      sizes[0],   sizes[1], sizes[2], at<int64_t>(tensors[1]), sizes[3],
+          at<double>(tensors[2]), temperature};
+}
+
+template <class T>
+void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n,
+                 int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
+                 const std::array<double, 9>& by, Address gradient, Address totals, Address stream) {
+  v05::PolicyInputs<T> in{};
+  in.logprobs = at<T>(inputs[0]), in.old_logprobs = at<T>(inputs[1]), in.advantages = at<T>(inputs[2]);
+  in.weights = at<T>(inputs[3]), in.ref_logprobs = at<T>(inputs[4]), in.sampler_logprobs = at<T>(inputs[5]);
+  in.selected = at<uint8_t>(inputs[6]), in.offsets = at<int64_t>(inputs[7]);
+  in.n = n, in.sequences = sequences, in.advantage_per_token = advantage_per_token;
+  in.surrogate = v05::Surrogate(kinds[0]), in.sequence_level = kinds[1] != 0;
+  in.kl = v05::Kl(kinds[2]), in.correction = v05::Correction(kinds[3]);
+  in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
+  v05::cuda::PolicyScratch<T> space{at<T>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]),
+                                    at<T>(scratch[3]), at<T>(scratch[4]), at<T>(scratch[5])};
+  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(totals), reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -49,4 +96,39 @@ PYBIND11_MODULE(_cuda, m) {
     (wide ? advantage<double> : advantage<float>)(rewards, offsets, prior, moments, groups, baseline, scale, low, high,
                                                   eps, out, stream);
   });
+
+  m.def("token_logprob", [](int dtype, const std::array<Address, 3>& tensors, const std::array<int64_t, 4>& sizes,
+                            double temperature, const std::array<Address, 4>& outputs, Address stream) {
+    with_dtype(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      using Wide = typename v05::cuda::WideOf<T>::type;
+      v05::cuda::token_logprob<T>(
+          logprob_rows<T>(tensors, sizes, temperature),
+          {at<Wide>(outputs[0]), at<Wide>(outputs[1]), at<Wide>(outputs[2]), at<Wide>(outputs[3])},
+          reinterpret_cast<cudaStream_t>(stream));
+    });
+  });
+
+  m.def("token_logprob_backward",
+        [](int dtype, const std::array<Address, 3>& tensors, const std::array<int64_t, 4>& sizes, double temperature,
+           const std::array<Address, 3>& saved, const std::array<Address, 2>& gradients, Address grad_logits,
+           int64_t grad_stride, Address stream) {
+          with_dtype(dtype, [&](auto zero) {
+            using T = decltype(zero);
+            using Wide = typename v05::cuda::WideOf<T>::type;
+            v05::cuda::token_logprob_backward<T>(logprob_rows<T>(tensors, sizes, temperature),
+                                                 {nullptr, at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2])},
+                                                 at<Wide>(gradients[0]), at<Wide>(gradients[1]), at<T>(grad_logits),
+                                                 grad_stride, reinterpret_cast<cudaStream_t>(stream));
+          });
+        });
+
+  m.def("policy_blocks", &v05::cuda::policy_blocks);
+  m.def("policy_loss",
+        [](const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n, int64_t sequences,
+           bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
+           Address gradient, Address totals, Address stream, bool wide) {
+          (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
+                                                            numbers, gradient, totals, stream);
+        });
 }

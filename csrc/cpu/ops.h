@@ -6,6 +6,7 @@
 
 #include "formulas.h"
 #include "half.h"
+#include "inputs.h"
 
 namespace v05::cpu {
 
@@ -33,25 +34,6 @@ using WideOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr double kLowestTemperature = 1e-6, kHighestTemperature = 1e6;
 
-// Row t of the logits starts at t * stride and has a target; temperatures [count], where not null, replace temperature.
-template <class T>
-struct LogprobRows {
-  const T* logits;
-  int64_t stride, count, vocabulary;
-  const int64_t* targets;
-  int64_t ignore_index;
-  const double* temperatures;
-  double temperature;
-
-  V05_FN double temperature_of(int64_t t) const { return temperatures ? temperatures[t] : temperature; }
-};
-
-// Each [count]; max and log_sum are what the backward needs: log p_j = (x_j - max) / temperature - log_sum.
-template <class Wide>
-struct LogprobOutputs {
-  Wide *logprob, *entropy, *max, *log_sum;
-};
-
 // The first row whose target, temperature or logits are not allowed (and whose outputs are not written), or -1.
 template <class T>
 int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>>& out);
@@ -62,38 +44,6 @@ void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<con
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);
 
 // ---- policy_loss -------------------------------------------------------------------------------------------------
-
-// The loss, then the metrics in the order of v05/kernels/policy_loss/options.py; all are sums over unmasked tokens.
-enum PolicySum {
-  kLoss,
-  kTokens,
-  kSequences,
-  kRatio,
-  kLogRatio,
-  kClippedLow,
-  kClippedHigh,
-  kDualClipped,
-  kKl,
-  kSamplerWeight,
-  kSamplerMasked,
-  kSelected,
-  kPolicySums
-};
-
-// Log-probabilities and weights [n]; advantages [sequences], or [n] where per token; ref, sampler, selected may be
-// null.
-template <class T>
-struct PolicyInputs {
-  const T *logprobs, *old_logprobs, *advantages, *weights, *ref_logprobs, *sampler_logprobs;
-  const uint8_t* selected;
-  const int64_t* offsets;
-  int64_t n, sequences;
-  bool advantage_per_token, sequence_level;
-  Surrogate surrogate;
-  Kl kl;
-  Correction correction;
-  PolicyNumbers<T> numbers;
-};
 
 // False where offsets or values are not allowed; gradient [n] is that of the loss by the log-probabilities.
 template <class T>

@@ -71,11 +71,6 @@ V05_INLINE void spread(const T* values, const int64_t* offsets, int64_t begin, i
   }
 }
 
-constexpr bool whole_sequence(Correction correction) { return correction >= Correction::sequence_truncate; }
-constexpr bool masks(Correction correction) {
-  return correction == Correction::token_mask || correction == Correction::sequence_mask;
-}
-
 // Fills the tile with tokens [begin, begin + count) and counts those not masked; masked ones become zeros, whatever is
 // in them.
 template <class T>

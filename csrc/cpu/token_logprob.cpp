@@ -10,7 +10,7 @@ namespace v05::cpu {
 namespace {
 
 constexpr int64_t kLogitsPerThread = 16384;
-constexpr int64_t kBlock = 2048;  // logits that stay in the L1 cache between the passes over them
+constexpr int64_t kBlock = 4096;  // logits that stay in the L1 cache between the passes over them
 constexpr int64_t kLanes = 32;    // partial results side by side: fixed, so that their bits depend on the row alone
 
 template <class Wide>
@@ -33,6 +33,16 @@ V05_INLINE const Wide* whole_lanes(const T* x, int64_t n, Wide* copy) {
   return copy;
 }
 
+// Sum of the lanes in float64, by halves.
+template <class Wide>
+V05_INLINE double sum_of_lanes(const Wide* lanes) {
+  double sum[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] = lanes[lane];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+  return sum[0];
+}
+
 // Raises max to the largest of n logits; false where one of them is NaN or inf.
 template <class Wide>
 V05_INLINE bool block_max(const Wide* x, int64_t n, Wide* max) {
@@ -45,10 +55,10 @@ V05_INLINE bool block_max(const Wide* x, int64_t n, Wide* max) {
       largest[lane] = value > largest[lane] ? value : largest[lane];
       bad[lane] |= !(value < kInfinity<Wide>);
     }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    *max = largest[lane] > *max ? largest[lane] : *max;
-    any |= bad[lane];
-  }
+  for (int64_t lane = 0; lane < kLanes; ++lane) any |= bad[lane];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) largest[lane] = larger(largest[lane], largest[lane + half]);
+  *max = larger(*max, largest[0]);
   return !any;
 }
 
@@ -64,10 +74,8 @@ V05_INLINE void block_sums(const Wide* x, int64_t n, Wide inverse_temperature, R
       sum[lane] += e;
       weighted[lane] += e * zero_unless(d > Wide(kNegligible), d);
     }
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    row->sum += sum[lane];
-    row->weighted += weighted[lane];
-  }
+  row->sum += sum_of_lanes(sum);
+  row->weighted += sum_of_lanes(weighted);
 }
 
 // Makes the sums relative to a larger maximum.

@@ -5,9 +5,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
+#include "cuda/reduce.cuh"
 #include "formulas.h"
 
 namespace v05::cuda {
@@ -48,10 +47,5 @@ struct Team {
 };
 
 inline unsigned blocks_for(int64_t groups) { return static_cast<unsigned>((groups + kTeams - 1) / kTeams); }
-
-inline void check_launch(const char* op) {
-  cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
-}
 
 }  // namespace v05::cuda

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 # The native CUDA module: device addresses of contiguous tensors, sizes, a stream, and whether they are float64.
 
 def shrinkage(
@@ -30,6 +32,39 @@ def advantage(
     high: float,
     eps: float,
     out: int,
+    stream: int,
+    wide: bool,
+) -> None: ...
+def token_logprob(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    temperature: float,
+    outputs: Sequence[int],
+    stream: int,
+) -> None: ...
+def token_logprob_backward(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    temperature: float,
+    saved: Sequence[int],
+    gradients: Sequence[int],
+    grad_logits: int,
+    grad_stride: int,
+    stream: int,
+) -> None: ...
+def policy_blocks(n: int) -> int: ...
+def policy_loss(
+    inputs: Sequence[int],
+    scratch: Sequence[int],
+    n: int,
+    sequences: int,
+    advantage_per_token: bool,
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    gradient: int,
+    totals: int,
     stream: int,
     wide: bool,
 ) -> None: ...

@@ -112,19 +112,21 @@ def _run(
         raise ValueError(f"covariance_selected is {given}; allowed: torch.bool of shape {list(logprobs.shape)}")
     dtype = segments.working_dtype(logprobs)
 
-    def constant(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.detach().to(dtype)
+    def constant(values: Tensor) -> Tensor:
+        return values.detach().to(dtype)
 
-    fixed = [constant(values) for values in (old_logprobs, advantages, weights)]
-    extra = [constant(ref_logprobs), constant(sampler_logprobs), selected]
-    inputs: Any = (logprobs.to(dtype), *fixed, offsets, *extra)
+    logprobs = logprobs.to(dtype)
+    old_logprobs, advantages, weights = constant(old_logprobs), constant(advantages), constant(weights)
+    ref_logprobs = None if ref_logprobs is None else constant(ref_logprobs)
+    sampler_logprobs = None if sampler_logprobs is None else constant(sampler_logprobs)
+    inputs = (logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs)
     chosen = dispatch.choose("policy_loss", logprobs.device.type, backend)
     if check_values or (chosen == "reference" and logprobs.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_token_values(*inputs[:7], kinds)
+        check_token_values(*inputs, kinds)
     if chosen == "reference":
-        loss, metrics = reference.policy_loss(*inputs, kinds, by)
+        loss, metrics = reference.policy_loss(*inputs, selected, kinds, by)
     else:
-        loss, _, metrics = _policy_loss(*inputs, list(kinds), list(by), chosen)
+        loss, _, metrics = _policy_loss(*inputs, selected, list(kinds), list(by), chosen)
     return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from v05.kernels.device import on_device_of
-from v05.kernels.policy_loss.options import METRICS, Correction, Kinds, Numbers
+from v05.kernels.policy_loss.options import Kinds, Numbers
+from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
 from v05.kernels.policy_loss.triton_terms import (
     BOUND,
     KL_NONE,
@@ -28,7 +29,6 @@ from v05.kernels.shrinkage.triton import scalar
 
 BLOCK = 1024
 WARPS = 8
-FIELDS = 1 + len(METRICS)
 
 
 @triton.jit
@@ -280,16 +280,15 @@ def policy_loss(
         totals.zero_()
         return totals[0].clone(), gradient, totals[1:].clone()
     programs = triton.cdiv(tokens, BLOCK)
-    partial, present = logprobs.new_empty(FIELDS * programs), logprobs.new_empty(sequences)
-    level = kinds.level == 1
-    kept, ratio, by_ratio = (logprobs.new_empty(size if level else 0) for size in (sequences, sequences, tokens))
-    correction = logprobs.new_empty(sequences if kinds.correction >= Correction.SEQUENCE_TRUNCATE else 0)
+    scratch = make_scratch(logprobs, sequences, kinds, programs)
+    partial, present, kept, ratio, correction, by_ratio = scratch
     shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": WARPS}
     with on_device_of(logprobs):
         bounds_of = (by.sampler_floor, by.sampler_cap)
-        whole = level or kinds.correction >= Correction.SEQUENCE_TRUNCATE
         sequence_kernel[(sequences,)](
-            *(policy, o, w, v, bounds, present, kept, ratio, correction, *bounds_of), WHOLE=whole, **shared
+            *(policy, o, w, v, bounds, present, kept, ratio, correction, *bounds_of),
+            WHOLE=whole_sequences(kinds),
+            **shared,
         )
         state = (ratio, correction, gradient, by_ratio, partial)
         token_kernel[(programs,)](
@@ -300,7 +299,7 @@ def policy_loss(
             SELECTS=selected is not None,
             **shared,
         )
-        if level:
+        if kinds.level == 1:
             share_kernel[(sequences,)](policy, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
         finish_kernel[(FIELDS,)](partial, present, totals, programs, sequences, BLOCK_P=BLOCK)
     return totals[0].clone(), gradient, totals[1:].clone()

@@ -1,0 +1,67 @@
+// What the kernels of an op are given, on the host and on a device alike: pointers, sizes and choices.
+#pragma once
+
+#include <cstdint>
+
+#include "formulas.h"
+
+namespace v05 {
+
+// Row t of the logits starts at t * stride and has a target; temperatures [count], where not null, replace temperature.
+template <class T>
+struct LogprobRows {
+  const T* logits;
+  int64_t stride, count, vocabulary;
+  const int64_t* targets;
+  int64_t ignore_index;
+  const double* temperatures;
+  double temperature;
+
+  V05_FN double temperature_of(int64_t t) const { return temperatures ? temperatures[t] : temperature; }
+};
+
+// Each [count]; max and log_sum are what the backward needs: log p_j = (x_j - max) / temperature - log_sum.
+template <class Wide>
+struct LogprobOutputs {
+  Wide *logprob, *entropy, *max, *log_sum;
+};
+
+// The loss, then the metrics in the order of v05/kernels/policy_loss/options.py; all are sums over unmasked tokens.
+enum PolicySum {
+  kLoss,
+  kTokens,
+  kSequences,
+  kRatio,
+  kLogRatio,
+  kClippedLow,
+  kClippedHigh,
+  kDualClipped,
+  kKl,
+  kSamplerWeight,
+  kSamplerMasked,
+  kSelected,
+  kPolicySums
+};
+
+// Log-probabilities and weights [n]; advantages [sequences], or [n] where per token; ref, sampler, selected may be
+// null.
+template <class T>
+struct PolicyInputs {
+  const T *logprobs, *old_logprobs, *advantages, *weights, *ref_logprobs, *sampler_logprobs;
+  const uint8_t* selected;
+  const int64_t* offsets;
+  int64_t n, sequences;
+  bool advantage_per_token, sequence_level;
+  Surrogate surrogate;
+  Kl kl;
+  Correction correction;
+  PolicyNumbers<T> numbers;
+};
+
+// Ratio and weight of whole sequences, rather than of tokens.
+constexpr bool whole_sequence(Correction correction) { return correction >= Correction::sequence_truncate; }
+constexpr bool masks(Correction correction) {
+  return correction == Correction::token_mask || correction == Correction::sequence_mask;
+}
+
+}  // namespace v05

@@ -1,0 +1,46 @@
+"""Policy losses in CUDA C++: allocates the outputs and launches csrc/cuda/policy_loss.cu on the current stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import _cuda
+from v05.kernels.device import on_device_of, stream_of
+from v05.kernels.policy_loss.options import Kinds, Numbers
+from v05.kernels.policy_loss.scratch import FIELDS, make_scratch
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    selected: Tensor | None,
+    kinds: Kinds,
+    by: Numbers,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
+    given = (logprobs, old_logprobs, advantages, weights, ref_logprobs, sampler_logprobs, selected, offsets)
+    held = [None if values is None else values.contiguous() for values in given]
+    tokens, sequences = logprobs.numel(), offsets.numel() - 1
+    gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
+    scratch = make_scratch(logprobs, sequences, kinds, _cuda.policy_blocks(tokens))
+    with on_device_of(logprobs):
+        _cuda.policy_loss(
+            tuple(0 if values is None else values.data_ptr() for values in held),
+            tuple(values.data_ptr() for values in scratch),
+            tokens,
+            sequences,
+            advantages.numel() != sequences,
+            kinds,
+            by,
+            gradient.data_ptr(),
+            totals.data_ptr(),
+            stream_of(logprobs),
+            logprobs.dtype == torch.float64,
+        )
+    return totals[0].clone(), gradient, totals[1:].clone()
