@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "half.h"
+#include "memory.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -185,6 +186,7 @@ int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>
 template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits) {
+  prefer_large_pages(grad_logits, rows.count * rows.vocabulary * int64_t(sizeof(T)));
   parallel_for(rows.count, rows.count * rows.vocabulary, kLogitsPerThread, [&](int64_t begin, int64_t end) {
     vectorised<Backward<T>>(rows, saved, grad_logprob, grad_entropy, grad_logits, begin, end);
   });

@@ -1,0 +1,158 @@
+"""Checkpoints: whole or not at all, and runs that go on bit for bit after a stop."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint
+from v05.config import TrainConfig
+from v05.errors import InputError
+from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
+
+TINY = TrainConfig(
+    policy="tiny",
+    rollouts=192,
+    rollouts_per_update=32,
+    eval_every=64,
+    heldout_prompts=8,
+    heldout_samples=2,
+    checkpoint_every=2,
+    warm_start_steps=5,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class StopAfter:
+    """Reports progress to nobody and asks for a stop once `rollouts` are spent."""
+
+    def __init__(self, stop: StopRequest, rollouts: int) -> None:
+        self.stop, self.rollouts = stop, rollouts
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        if stage != "warm start" and done >= self.rollouts:
+            self.stop.requested = True
+
+
+def silent(stage: str, done: int, total: int, note: str) -> None:
+    """Report nothing."""
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint.tensors["policy"]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train_run(TINY, folder, folder / "warm_start", StopRequest(), silent)
+    return folder
+
+
+def test_checkpoints_are_read_back_and_old_ones_removed(tmp_path: Path) -> None:
+    assert read_checkpoint(tmp_path) is None
+    for update in (1, 2, 10):
+        tensors = {"policy": {"w": torch.full((2,), float(update))}, "prior": {}}
+        write_checkpoint(tmp_path, Checkpoint(update, tensors, {"seconds": 1.5}))
+    newest = read_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.update, newest.state) == (10, {"seconds": 1.5})
+    assert newest.tensors["policy"]["w"].tolist() == [10.0, 10.0]
+    assert newest.tensors["prior"] == {}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["000002", "000010"]
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Checkpoint(1, {"policy": {"w": torch.zeros(1)}}, {}))
+    (tmp_path / "000002.partial").mkdir()
+    newest = read_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.update == 1
+
+
+def test_lines_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"update": 0}\n{"update": 1}\n{"update": 2}\n{"upda')
+    truncate_metrics(file, 2)
+    assert file.read_text() == '{"update": 0}\n{"update": 1}\n{"update": 2}\n'
+    truncate_metrics(file, 1)
+    assert read_metrics(tmp_path) == [{"update": 0}, {"update": 1}]
+
+
+@pytest.mark.parametrize("rollouts", [32, 96])
+def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, rollouts: int) -> None:
+    cache, stop = whole / "warm_start", StopRequest()
+    with pytest.raises(Interrupted, match=f"after {rollouts} of 192 rollouts"):
+        train_run(TINY, tmp_path, cache, stop, StopAfter(stop, rollouts))
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"update": 99}\n')  # as after a crash between two checkpoints
+    train_run(TINY, tmp_path, cache, StopRequest(), silent, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_finished_run_is_not_repeated(whole: Path) -> None:
+    stop = StopRequest()
+    summary = train_run(TINY, whole, whole / "none", stop, StopAfter(stop, 0), resume=True)
+    assert summary["rollouts"] == 192
+    assert not stop.requested
+
+
+def test_another_run_is_neither_overwritten_nor_resumed(whole: Path) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        train_run(TINY, whole, whole, StopRequest(), silent)
+    with pytest.raises(InputError, match=r"seed is 1; allowed when resuming .*: 0"):
+        train_run(dataclasses.replace(TINY, seed=1), whole, whole, StopRequest(), silent, resume=True)
+
+
+def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, rollouts=1920, eval_every=640)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings.to_dict()))
+    run, never_stopped = tmp_path / "run", tmp_path / "never_stopped"
+    start = [sys.executable, "-c", "from v05.cli import main; main()", "train", "--output", str(run)]
+    process = subprocess.Popen([*start, "--config", str(config)], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "checkpoints" / "000002").is_dir():
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert f"v05 train --output {run} --resume" in output
+    stopped = read_checkpoint(run / "checkpoints")
+    assert stopped is not None
+    assert 2 <= stopped.update < 60
+    assert [line["update"] for line in read_metrics(run)] == list(range(stopped.update + 1))
+    train_run(settings, run, run / "warm_start", StopRequest(), silent, resume=True)
+    train_run(settings, never_stopped, whole / "warm_start", StopRequest(), silent)
+    assert_same_run(run, never_stopped)

@@ -1,0 +1,86 @@
+"""Priors: what they predict, how they forget, and that their state is all there is."""
+
+import pytest
+import torch
+
+from v05.value.history import HistoryPrior, describe, shape
+from v05.value.prior import Prior, RunningMean
+
+EASY = [f"{first}+{second}=" for first in range(1, 9) for second in range(1, 9)]
+HARD = [f"{first}{second}+{second}{first}+{first}{first}=" for first in range(1, 9) for second in range(1, 9)]
+
+
+def ones(prompts: list[str]) -> torch.Tensor:
+    return torch.ones(len(prompts), dtype=torch.int64)
+
+
+def test_similar_prompts_get_similar_predictions() -> None:
+    prior = HistoryPrior((0.0, 1.0))
+    for start in range(0, 48, 8):
+        prompts = EASY[start : start + 8] + HARD[start : start + 8]
+        prior.observe(prompts, torch.tensor([0.9] * 8 + [0.1] * 8), 4 * ones(prompts))
+    predicted = prior.predict([*EASY[48:], *HARD[48:]])
+    assert (predicted[:16] > 0.8).all()
+    assert (predicted[16:] < 0.2).all()
+
+
+def test_without_similarity_the_wide_kernel_wins() -> None:
+    prior = HistoryPrior((0.0, 1.0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        outcomes = torch.bernoulli(torch.full((32,), 0.3), generator=generator)
+        prior.observe(EASY[:16] + HARD[:16], outcomes, ones(EASY[:32]))
+    assert (prior.predict(EASY[16:32] + HARD[16:32]) - 0.3).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("prior", [HistoryPrior((0.0, 1.0)), RunningMean((0.0, 1.0))])
+def test_old_outcomes_are_forgotten(prior: Prior) -> None:
+    assert prior.predict(["1+1="]).tolist() == [0.5]
+    for value in (0.0, 1.0):
+        for _ in range(40):
+            prior.observe(EASY, torch.full((64,), value), 4 * ones(EASY))
+    assert (prior.predict(EASY) > 0.95).all()
+
+
+@pytest.mark.parametrize("kind", [HistoryPrior, RunningMean])
+def test_state_is_all_there_is(kind: type[HistoryPrior] | type[RunningMean]) -> None:
+    first, second = kind((-1.0, 1.0)), kind((-1.0, 1.0))
+    first.observe(EASY[:9], torch.linspace(-1, 1, 9), ones(EASY[:9]))
+    first.observe(HARD[:5], torch.linspace(-1, 1, 5), ones(HARD[:5]))
+    second.load_state_dict(first.state_dict())
+    for prior in (first, second):
+        prior.observe(EASY[9:12], torch.ones(3), ones(EASY[:3]))
+    assert torch.equal(first.predict(HARD + EASY), second.predict(HARD + EASY))
+
+
+@pytest.mark.parametrize("kind", [HistoryPrior, RunningMean])
+def test_prompts_without_rollouts_say_nothing(kind: type[HistoryPrior] | type[RunningMean]) -> None:
+    prior = kind((0.0, 1.0))
+    prior.observe(EASY[:4], torch.ones(4), ones(EASY[:4]))
+    before = prior.predict(EASY)
+    prior.observe(HARD[:1], torch.tensor([torch.nan]), torch.tensor([0]))
+    assert torch.equal(prior.predict(EASY), before)
+
+
+def test_memory_is_bounded_and_predictions_stay_in_range() -> None:
+    prior = HistoryPrior((0.0, 1.0), capacity=10)
+    prior.observe(EASY, torch.ones(64), ones(EASY))
+    assert len(prior.means) == 10
+    assert prior.predict(HARD).max() <= 1.0
+
+
+def test_descriptions_are_unit_vectors_of_text_and_shape() -> None:
+    assert shape("Solve 12 + x?") == "Aaaaa 99 + a?"
+    described = describe(["12+3=", "45+6=", "", "ä"])
+    assert torch.allclose(described[:2].norm(dim=-1), torch.ones(2, 2))
+    assert torch.equal(described[0, 1], described[1, 1])
+    assert not torch.equal(described[0, 0], described[1, 0])
+    assert (described[2] == 0).all()
+    assert describe([]).shape[0] == 0
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="capacity is 0"):
+        HistoryPrior((0.0, 1.0), capacity=0)
+    with pytest.raises(ValueError, match="half_life is -1"):
+        RunningMean((0.0, 1.0), half_life=-1)

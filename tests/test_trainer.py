@@ -1,0 +1,209 @@
+"""The training loop: exact rollout counts, finite losses, gradients that do not depend on the split."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from v05.algorithms import ALGORITHMS, equal_groups, parse_algorithm
+from v05.batch import Groups
+from v05.config import TrainConfig
+from v05.errors import InputError
+from v05.policy import make_policy
+from v05.rollout.hf import TransformersEngine
+from v05.rollout.pack import AGGREGATIONS, pack
+from v05.rollout.scheduler import Sample, first_rollouts, share_out
+from v05.run import make_prior
+from v05.seeds import seed_of
+from v05.tasks import Split
+from v05.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FirstDigit:
+    """Answer with the prompt's first digit and stop: solved now and then by chance, so that rewards differ."""
+
+    name = "first_digit"
+    alphabet = "01="
+    reward_range = (0.0, 1.0)
+    max_answer_length = 3
+
+    def prompts(self, seed: int, start: int, count: int, split: Split = "train") -> list[str]:
+        """Return prompts of three digits."""
+        draws = (random.Random(f"{split}/{seed}/{position}") for position in range(start, start + count))
+        return ["".join(draw.choices("01", k=3)) + "=" for draw in draws]
+
+    def verify(self, prompt: str, text: str) -> float:
+        """Return 1.0 for an answer that starts with the prompt's first digit."""
+        return float(text[:1] == prompt[0])
+
+    def demonstration(self, prompt: str, seed: int, position: int) -> str:
+        """Return the right answer."""
+        return prompt[0]
+
+
+def make_trainer(**settings: object) -> Trainer:
+    defaults = TrainConfig(policy="tiny", rollouts=192, rollouts_per_update=64, heldout_prompts=8, heldout_samples=2)
+    config = dataclasses.replace(defaults, **settings)  # type: ignore[arg-type]
+    task = FirstDigit()
+    policy = make_policy(task.alphabet, config.policy, 0)
+    return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "v05:1", "v05:3", "v05_loo:1", "grpo:4", "dr_grpo:24", "spo:5"])
+def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
+    trainer = make_trainer(algorithm=algorithm, rollouts=160)
+    lines = []
+    while not trainer.done:
+        lines.append(trainer.update())
+    assert trainer.counters.rollouts == 160 == sum(line["kept"] + line["dropped"] for line in lines)
+    assert all(math.isfinite(line["loss"]) for line in lines if line["kept"])
+    assert trainer.counters.position == trainer.counters.groups + trainer.counters.dropped // trainer.algorithm.k_init
+    if algorithm != "dapo":
+        assert [line["kept"] for line in lines] == [64, 64, 32]
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.policy.model.parameters())
+
+
+def test_v05_grows_groups_that_contradict_the_prior_and_no_others() -> None:
+    trainer = make_trainer(rollouts=6400, rollouts_per_update=128)
+    total = 0
+    for _ in range(4):
+        sample, conflicts = trainer._sample()
+        counts = sample.groups.counts
+        assert sample.spent == 128 == int(counts.sum())
+        assert int(counts.max()) <= 16
+        grown = int((counts > 4).sum())
+        assert grown <= conflicts
+        total += grown
+        trainer.update()
+    assert total > 0
+
+
+def test_dapo_learns_from_mixed_groups_only_and_refills() -> None:
+    trainer = make_trainer(algorithm="dapo:4", rollouts=1000)
+    sample, _ = trainer._sample()
+    assert not equal_groups(sample.groups).any()
+    assert sample.kept == 64
+    assert sample.spent == 64 + sample.dropped > 64
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int) -> None:
+    gradients = []
+    for micro_batches in (1, parts):
+        trainer = make_trainer(micro_batches=micro_batches)
+        sample, _ = trainer._sample()
+        rollouts = [rollout for group in sample.rollouts for rollout in group]
+        batch = pack(rollouts, aggregation, max_length=3)
+        trainer._learn(batch, sample.groups.rewards - 0.4)
+        grads = [parameter.grad for parameter in trainer.policy.model.parameters()]
+        gradients.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+    assert gradients[0].abs().max() > 1e-4
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-6
+
+
+def test_training_improves_the_policy() -> None:
+    trainer = make_trainer(
+        algorithm="v05:2", rollouts=2560, rollouts_per_update=128, learning_rate=3e-3, heldout_prompts=64
+    )
+    before, total = trainer.evaluate()
+    while not trainer.done:
+        trainer.update()
+    after, _ = trainer.evaluate()
+    assert after - before > 0.2 * total
+
+
+def test_the_sampler_and_the_trainer_agree_on_log_probabilities() -> None:
+    trainer = make_trainer(temperature=0.7)
+    assert trainer.update()["sampler_gap"] < 1e-5
+
+
+def test_later_epochs_use_the_log_probabilities_of_the_first() -> None:
+    line = make_trainer(epochs=3, learning_rate=0.1, algorithm="reinforce").update()
+    assert line["clipped_low"] + line["clipped_high"] >= 0
+    assert line["ratio_sum"] != line["tokens"]
+
+
+def test_state_goes_on_bit_for_bit() -> None:
+    whole, first, second = (make_trainer() for _ in range(3))
+    lines = [whole.update() for _ in range(3)]
+    first.update()
+    second.load_state(*first.state())
+    assert [second.update(), second.update()] == lines[1:]
+    for name, value in whole.policy.model.state_dict().items():
+        assert torch.equal(value, second.policy.model.state_dict()[name])
+
+
+def test_evaluation_leaves_training_alone() -> None:
+    plain, evaluated = make_trainer(), make_trainer()
+    assert evaluated.evaluate() == evaluated.evaluate()
+    assert plain.update() == evaluated.update()
+
+
+def test_algorithm_names() -> None:
+    assert parse_algorithm("grpo:8").k_max == 8
+    assert (parse_algorithm("v05:1").k_init, parse_algorithm("v05:1").k_max) == (1, 16)
+    assert parse_algorithm("dr_grpo:4@1e-4").learning_rate == 1e-4
+    for bad, message in (
+        ("ppo", "name one of v05"),
+        ("grpo:1", "allowed: 2 or more"),
+        ("v05:17", "allowed: 1 to 16"),
+        ("v05:x", "k is 'x'"),
+        ("v05@0", "a number above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_algorithm(bad)
+
+
+def test_advantages_by_hand() -> None:
+    groups = Groups.from_lists(["a", "b"], [0, 1], [[1.0, 0.0], [0.0]])
+    prior = torch.tensor([0.25, 0.5])
+    spo = parse_algorithm("spo")
+    assert spo.advantages(groups, prior, (0.0, 1.0)).tolist() == [0.75, -0.25, -0.5]
+    assert parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)).tolist() == [0.5, -0.5, 0.0]
+    with pytest.raises(InputError, match="prior is None"):
+        spo.advantages(groups, None, (0.0, 1.0))
+
+
+def test_equal_groups() -> None:
+    groups = Groups.from_lists("abcd", range(4), [[1.0, 1.0], [0.0, 1.0], [], [0.5]])
+    assert equal_groups(groups).tolist() == [True, False, True, True]
+
+
+def test_rollouts_go_to_the_largest_gain_first() -> None:
+    assert share_out([3, 5, 2], [0.1, 0.3, 0.2], 6) == [0, 5, 1]
+    assert share_out([3, 5, 2], [0.1, 0.3, 0.2], 99) == [3, 5, 2]
+    assert share_out([], [], 4) == []
+
+
+def test_first_rollouts_keep_back_what_is_expected() -> None:
+    assert first_rollouts(128, 16, 0.0) == [16] * 8
+    assert first_rollouts(128, 4, 4.0) == [4] * 16
+    assert first_rollouts(11, 4, 4.0) == [4, 4, 3]
+    assert first_rollouts(3, 4, 0.0) == [3]
+    assert first_rollouts(0, 4, 2.0) == []
+
+
+def test_a_sample_counts_what_it_drops() -> None:
+    sample = Sample()
+    sample.start(["a", "b"], [0, 1], torch.tensor([0.5, 0.5]))
+    sample.spent = 3
+    sample.rewards = [[1.0, 1.0], [0.0]]
+    sample.drop(torch.tensor([True, False]))
+    assert (sample.prompts, sample.dropped, sample.kept) == (["b"], 2, 1)
+
+
+def test_seeds_depend_on_every_part() -> None:
+    assert len({seed_of("a", 1, 2), seed_of("a", 2, 1), seed_of("a", 12), seed_of("b", 1, 2)}) == 4
+    assert 0 <= seed_of("a") < 2**63
