@@ -41,7 +41,8 @@ demo: setup
 	$(BIN)/v05 train --output runs/demo
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
 .venv-peers/.installed: pyproject.toml setup.py $(NATIVE)

@@ -1,5 +1,6 @@
 """A small policy of the Qwen3 architecture, with a tokenizer of single characters."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from v05.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class PolicySize:
 
 SIZES: Final[Mapping[str, PolicySize]] = MappingProxyType(
     {
-        "small": PolicySize(hidden_size=96, intermediate_size=256, layers=4, heads=4, key_value_heads=2, head_dim=24),
+        "small": PolicySize(hidden_size=64, intermediate_size=208, layers=4, heads=4, key_value_heads=2, head_dim=16),
         "tiny": PolicySize(hidden_size=32, intermediate_size=64, layers=2, heads=2, key_value_heads=1, head_dim=16),
     }
 )
@@ -34,7 +38,7 @@ SIZES: Final[Mapping[str, PolicySize]] = MappingProxyType(
 class Policy:
     """A causal language model and its tokenizer."""
 
-    model: torch.nn.Module
+    model: Any
     tokenizer: Any
 
     @property
@@ -82,7 +86,7 @@ class Policy:
             Logits [T, vocabulary] float32, differentiable in the weights.
         """
         bounds = sequence_offsets.tolist()
-        responses = [tokens[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        responses = [tokens[first:last] for first, last in itertools.pairwise(bounds)]
         rows = [torch.cat([torch.tensor(prompt), reply]) for prompt, reply in zip(prompts, responses, strict=True)]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         logits = self.model(input_ids=padded, use_cache=False).logits
@@ -95,8 +99,17 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the model and the tokenizer so that transformers can load them from `folder`."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def check_size(size: str) -> None:
+    """Raise InputError unless `size` is one of `SIZES`."""
+    if size not in SIZES:
+        raise InputError(f"policy is {size!r}; allowed: {', '.join(SIZES)}")
 
 
 def make_tokenizer(alphabet: str) -> Any:
@@ -107,7 +120,7 @@ def make_tokenizer(alphabet: str) -> Any:
     special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -131,12 +144,11 @@ def make_policy(alphabet: str, size: str, seed: int) -> Policy:
         The policy, float32, on the CPU.
 
     Raises:
-        ValueError: no size has that name.
+        InputError: no size has that name.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    if size not in SIZES:
-        raise ValueError(f"policy is {size!r}; allowed: {', '.join(SIZES)}")
+    check_size(size)
     widths, tokenizer = SIZES[size], make_tokenizer(alphabet)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -9,6 +9,7 @@ import typer
 from v05 import __version__
 from v05.cli.doctor import doctor
 from v05.cli.fuse import fuse
+from v05.cli.train import train
 from v05.errors import InputError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
     pass
 
 
+app.command()(train)
 app.command()(fuse)
 app.command()(doctor)
 

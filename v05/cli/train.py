@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,8 @@ class ProgressReporter:
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")] = Path("runs/train"),
     algorithm: Annotated[
-        str | None, typer.Option(help="v05, v05_loo, grpo, dr_grpo, rloo, dapo, spo or reinforce; :k sets the group size.")
+        str | None,
+        typer.Option(help="Name[:k], k rollouts to start with: v05, grpo, dr_grpo, rloo, dapo, spo."),
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
@@ -54,7 +54,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; a finished warm start is kept.")] = False,
-    threads: Annotated[int, typer.Option(help="Processor threads; 0 for all cores, at most 4.")] = 0,
+    threads: Annotated[int, typer.Option(help="Processor threads; the bits depend on it.")] = 1,
 ) -> None:
     """Train a small policy by reinforcement learning, or compare algorithms on it."""
     from v05.checkpoint import StopRequest
@@ -80,15 +80,15 @@ def train(
         with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
             reporter = ProgressReporter(progress)
             if compare is None:
-                tables = _one(settings, output, stop, reporter, resume, overwrite)
+                table = _one(settings, output, stop, reporter, resume, overwrite)
             else:
-                tables = _several(settings, compare, seeds, output, stop, reporter, overwrite)
+                table = _several(settings, compare, seeds, output, stop, reporter, overwrite)
     except Interrupted as interrupted:
         again = "run the same command again" if compare else f"v05 train --output {output} --resume"
         console.print(f"Stopped: {interrupted}. To go on: {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from interrupted
-    for table in tables:
-        console.print(table)
+    console.print(table)
+    console.print(f"files: {output}", soft_wrap=True, highlight=False)
 
 
 def _settings(config: Path | None, given: dict[str, Any], output: Path, resume: bool) -> TrainConfig:
@@ -104,14 +104,14 @@ def _settings(config: Path | None, given: dict[str, Any], output: Path, resume: 
 def _set_threads(threads: int) -> None:
     import torch
 
-    if threads < 0:
-        raise InputError(f"--threads is {threads}; allowed: 0 or more")
-    torch.set_num_threads(threads or min(4, os.cpu_count() or 1))
+    if threads < 1:
+        raise InputError(f"--threads is {threads}; allowed: 1 or more")
+    torch.set_num_threads(threads)
 
 
 def _one(
     settings: TrainConfig, output: Path, stop: Any, reporter: ProgressReporter, resume: bool, overwrite: bool
-) -> list[Table]:
+) -> Table:
     """Train once; return what to print."""
     from v05.run import binomial_interval, remove_run, train_run
 
@@ -134,9 +134,8 @@ def _one(
         table.add_row("conflicts found", f"{summary['conflicts']:,} in {summary['prompts']:,} prompts")
     table.add_row("mean rollouts per prompt", f"{summary['rollouts_per_prompt']:.2f}")
     table.add_row("seconds after the warm start", f"{summary['seconds']:.0f}")
-    for name in ("metrics.jsonl", "curves.png", "checkpoints", "policy"):
-        table.add_row(name, str(output / name))
-    return [table]
+    table.add_row("written", "metrics.jsonl, curves.png, summary.json, checkpoints, policy")
+    return table
 
 
 def _several(
@@ -147,7 +146,7 @@ def _several(
     stop: Any,
     reporter: ProgressReporter,
     overwrite: bool,
-) -> list[Table]:
+) -> Table:
     """Compare; return what to print."""
     from v05.compare import compare, reference_of
     from v05.run import remove_run
@@ -169,8 +168,8 @@ def _several(
     table.add_section()
     needed = [curve.rollouts_to(target.final) for curve in curves]
     table.add_row(f"to {target.final:.1%}", *("never" if count is None else f"{count:,.0f}" for count in needed))
-    table.caption = f"Last row: rollouts to the final accuracy of {target.name}. Files: {output}"
-    return [table]
+    table.caption = f"last row: rollouts to {target.name}'s end"
+    return table
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final, Literal, Protocol
 
+from v05.errors import InputError
 from v05.tasks.arithmetic import Arithmetic
 
 Split = Literal["train", "heldout"]
@@ -43,8 +44,8 @@ def make_task(name: str) -> Task:
         The task.
 
     Raises:
-        ValueError: no task has that name.
+        InputError: no task has that name.
     """
     if name not in TASKS:
-        raise ValueError(f"task is {name!r}; allowed: {', '.join(TASKS)}")
+        raise InputError(f"task is {name!r}; allowed: {', '.join(TASKS)}")
     return TASKS[name]()

@@ -47,10 +47,10 @@ class Arithmetic:
         return [int(number) for number in prompt.removesuffix("=").split("+")]
 
     def difficulty(self, prompt: str) -> float:
-        """Return how hard `prompt` is, from 0 (two numbers of one digit) to 1 (four numbers of three digits)."""
+        """Return how hard `prompt` is, from 0 (two numbers of one digit) to 1 (four numbers of two digits)."""
         numbers = self.operands(prompt)
         mean_digits = sum(len(str(number)) for number in numbers) / len(numbers)
-        return (len(numbers) - 2) / 4 + (mean_digits - 1) / 4
+        return (len(numbers) - 2) / 4 + (mean_digits - 1) / 2
 
     def demonstration(self, prompt: str, seed: int, position: int) -> str:
         """Return an answer for imitation, wrong in one digit with a probability of 0.30 to 0.75 by difficulty.
@@ -74,7 +74,7 @@ class Arithmetic:
     def _prompt(self, seed: int, position: int, split: str) -> str:
         draw = random.Random(f"{split}/{seed}/{position}")
         while True:
-            numbers = [draw.randrange(10 ** draw.randint(1, 3)) for _ in range(draw.randint(2, 4))]
+            numbers = [draw.randrange(10 ** draw.randint(1, 2)) for _ in range(draw.randint(2, 4))]
             prompt = "+".join(map(str, numbers)) + "="
             if (zlib.crc32(prompt.encode()) % HELDOUT_PART == 0) == (split == "heldout"):
                 return prompt

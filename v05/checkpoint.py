@@ -1,0 +1,128 @@
+"""Checkpoints: tensors in safetensors, the rest in one small JSON file, written whole or not at all."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+KEPT = 2  # checkpoints that stay; older ones are removed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from.
+
+    Attributes:
+        update: updates done when it was written.
+        tensors: tensors by file and name.
+        state: everything else, as JSON can hold it.
+    """
+
+    update: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/<update>` and remove all but the newest `KEPT` checkpoints.
+
+    The files are written to a temporary folder that is renamed when complete, so a crash leaves the previous
+    checkpoint in place.
+
+    Args:
+        folder: of all checkpoints of a run; made where missing.
+        checkpoint: what to write.
+
+    Returns:
+        The folder of this checkpoint.
+    """
+    target, partial = folder / f"{checkpoint.update:06d}", folder / f"{checkpoint.update:06d}.partial"
+    for stale in (target, partial):
+        if stale.exists():
+            shutil.rmtree(stale)
+    partial.mkdir(parents=True)
+    for name, tensors in checkpoint.tensors.items():
+        write_tensors(partial / f"{name}.safetensors", tensors)
+    write_text(partial / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}, indent=2) + "\n")
+    os.replace(partial, target)
+    for old in _finished(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint in `folder`, or None where there is none."""
+    finished = _finished(folder)
+    if not finished:
+        return None
+    newest = finished[-1]
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    tensors = {file.stem: read_tensors(file) for file in sorted(newest.glob("*.safetensors"))}
+    return Checkpoint(update=state.pop("update"), tensors=tensors, state=state)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors as safetensors: to a temporary file first, then renamed."""
+    _write(file, save(dict(tensors)))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file."""
+    return dict(load(file.read_bytes()))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file: to a temporary file first, then renamed."""
+    _write(file, text.encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((entry for entry in folder.iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+
+
+class StopRequest:
+    """Inside its `with` block, the first SIGINT or SIGTERM asks for a stop; the second has its usual effect."""
+
+    def __init__(self) -> None:
+        """Start without a request; the handlers are installed by `with`."""
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        """Install the handlers."""
+        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the previous handlers back."""
+        self._restore()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""The settings of a training run: defaults, then a TOML or JSON file, then the command line."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from v05.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes; two runs with equal settings and threads are equal bit for bit.
+
+    Attributes:
+        algorithm: `name[:k]`, see `v05.algorithms`.
+        task: one of `v05.tasks.TASKS`.
+        policy: size of the policy, one of `v05.policy.SIZES`.
+        prior: `history` (kernel regression over past prompts) or `running_mean`.
+        seed: fixes the order of prompts and every sample; the warm start has its own.
+        rollouts: rollouts to spend in all.
+        rollouts_per_update: rollouts that one step of the optimiser learns from.
+        learning_rate: of Adam, constant.
+        temperature: of sampling and of log-probabilities.
+        cost: price of a rollout in the look-ahead, in units of the largest reward variance.
+        epochs: passes over each batch; from the second on the ratio is clipped.
+        micro_batches: parts that a batch is split into to save memory; does not change the gradient.
+        eval_every: rollouts between held-out evaluations.
+        heldout_prompts: held-out prompts, the same in every run.
+        heldout_samples: answers sampled to each of them at temperature 1.
+        checkpoint_every: updates between checkpoints.
+        warm_start_steps: batches of supervised learning before the first rollout.
+        warm_start_seed: fixes weights and data of the warm start, whatever `seed` is.
+    """
+
+    algorithm: str = "v05"
+    task: str = "arithmetic"
+    policy: str = "small"
+    prior: str = "history"
+    seed: int = 0
+    rollouts: int = 16_000
+    rollouts_per_update: int = 128
+    learning_rate: float = 2e-4
+    temperature: float = 1.0
+    cost: float = 1 / 256
+    epochs: int = 1
+    micro_batches: int = 1
+    eval_every: int = 1_000
+    heldout_prompts: int = 512
+    heldout_samples: int = 4
+    checkpoint_every: int = 25
+    warm_start_steps: int = 700
+    warm_start_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming the first setting that is not allowed."""
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), type(field.default))
+        whole = ("rollouts", "rollouts_per_update", "epochs", "micro_batches", "eval_every")
+        for name in (*whole, "heldout_prompts", "heldout_samples", "checkpoint_every"):
+            _check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
+        for name in ("seed", "warm_start_seed", "warm_start_steps", "cost"):
+            _check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
+        for name in ("learning_rate", "temperature"):
+            _check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
+        _check("prior", self.prior, lambda value: value in ("history", "running_mean"), "history, running_mean")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings by name."""
+        return dataclasses.asdict(self)
+
+
+def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the defaults, overridden by a file, overridden by `given`.
+
+    Args:
+        file: a TOML or JSON file of settings; None for none.
+        given: settings by name, as on the command line.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        InputError: unknown key, a value that is not allowed, or a file that cannot be read as TOML or JSON.
+        OSError: the file cannot be opened.
+    """
+    settings: dict[str, Any] = {}
+    if file is not None:
+        settings.update(_known(read_settings(file), str(file)))
+    settings.update(_known(given or {}, "the given settings"))
+    return TrainConfig(**settings)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings in a TOML or JSON file, unchecked."""
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+    if file.suffix not in readers:
+        raise InputError(f"{file} ends in {file.suffix!r}; allowed: {', '.join(readers)}")
+    try:
+        settings = readers[file.suffix](file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} holds a {type(settings).__name__}; allowed: settings by name")
+    return settings
+
+
+def _known(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in settings:
+        if key not in names:
+            raise InputError(f"unknown key {key!r} in {where}; allowed: {', '.join(names)}")
+    return settings
+
+
+def _check(name: str, value: Any, allowed: Callable[[Any], bool], description: str) -> None:
+    if not allowed(value):
+        raise InputError(f"{name} is {value!r}; allowed: {description}")
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    accepted = (int, float) if expected is float else (expected,)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise InputError(f"{name} is {value!r}; allowed: {expected.__name__}")

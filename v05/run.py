@@ -1,0 +1,251 @@
+"""One training run in its folder: warm start, updates, evaluations, checkpoints, summary."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from v05.algorithms import parse_algorithm
+from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.config import TrainConfig, make_config
+from v05.errors import InputError
+from v05.plots import plot_run
+from v05.policy import check_size
+from v05.rollout.hf import TransformersEngine
+from v05.tasks import make_task
+from v05.trainer import Trainer
+from v05.value.history import HistoryPrior
+from v05.value.prior import Prior, RunningMean
+from v05.warm_start import warm_start
+
+FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
+FOLDERS = ("checkpoints", "policy")
+
+
+class Interrupted(Exception):
+    """A stop was asked for and the run is saved."""
+
+
+class Reporter(Protocol):
+    """Shows progress."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """Show that `done` of `total` units of `stage` are done; `note` says what was measured last."""
+        ...
+
+
+@dataclass
+class Clock:
+    """Seconds of wall-clock time in a run, over all its sessions."""
+
+    before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return self.before + time.monotonic() - self.started
+
+
+def train_run(
+    config: TrainConfig, folder: Path, cache: Path, stop: StopRequest, report: Reporter, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train one policy, or go on with a run that was stopped, and return its summary.
+
+    Args:
+        config: the settings.
+        folder: of this run; made where missing.
+        cache: folder of warm starts.
+        stop: looked at after every update.
+        report: shows progress.
+        resume: go on from the newest checkpoint in `folder`; start anew where there is none.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        Interrupted: a stop was asked for; everything is saved.
+        InputError: an unknown name; the folder has a run and `resume` is false; or `config` differs from the settings
+            of the run to resume.
+    """
+    prepare_folder(config, folder, resume)
+    if (folder / "summary.json").exists():
+        return read_summary(folder)
+    trainer = make_trainer(config, cache, stop, report)
+    checkpoint = read_checkpoint(folder / "checkpoints")
+    clock = Clock()
+    if checkpoint is None:
+        write_text(folder / "metrics.jsonl", "")
+        _evaluate(trainer, folder, {"update": 0, "rollouts": 0})
+        _save(trainer, folder, clock)
+    else:
+        trainer.load_state(checkpoint.tensors, checkpoint.state["counters"])
+        clock.before = checkpoint.state["seconds"]
+        truncate_metrics(folder / "metrics.jsonl", checkpoint.update)
+    _loop(trainer, folder, clock, stop, report)
+    return _finish(trainer, folder, clock)
+
+
+def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Reporter) -> Trainer:
+    """Return a trainer at the warm start that `config` describes."""
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        report("warm start", done, total, f"loss {loss:.3f}")
+        if stop.requested:
+            raise Interrupted("stopped during the warm start, which starts over next time")
+
+    task = make_task(config.task)
+    policy = warm_start(config, task, cache, on_step)
+    return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
+
+
+def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
+    """Return a new prior of the kind that the algorithm and the settings ask for."""
+    kind = parse_algorithm(config.algorithm).prior
+    kind_or_configured = config.prior if kind == "configured" else kind
+    if kind_or_configured == "none":
+        return None
+    return HistoryPrior(reward_range) if kind_or_configured == "history" else RunningMean(reward_range)
+
+
+def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Make the folder of a run, or check that the run in it is the one to resume.
+
+    Raises:
+        InputError: an unknown algorithm, task or policy; the folder has a run and `resume` is false; or `config`
+            differs from the settings of that run.
+    """
+    parse_algorithm(config.algorithm)
+    make_task(config.task)
+    check_size(config.policy)
+    file = folder / "config.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(config.to_dict(), indent=2) + "\n")
+        return
+    if not resume:
+        raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
+    saved = make_config(file).to_dict()
+    for name, value in config.to_dict().items():
+        if value != saved[name]:
+            raise InputError(f"{name} is {value!r}; allowed when resuming {folder}: {saved[name]!r}")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files of a run from `folder`, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a finished run."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def truncate_metrics(file: Path, update: int) -> None:
+    """Remove the lines of later updates than `update`, and a line that was cut off in writing."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["update"] > update:
+            break
+        kept.append(line)
+    write_text(file, "".join(kept))
+
+
+def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Return rollouts spent and held-out accuracy at each evaluation."""
+    evaluated = [line for line in metrics if line.get("heldout_right") is not None]
+    return (
+        [line["rollouts"] for line in evaluated],
+        [line["heldout_right"] / line["heldout_total"] for line in evaluated],
+    )
+
+
+def binomial_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share.
+
+    Args:
+        right: successes, 0 to `total`.
+        total: trials, 1 or more.
+
+    Returns:
+        Lower and upper bound, from 0 to 1.
+    """
+    z = 1.959963984540054
+    share, inverse = right / total, z * z / total
+    centre = (share + inverse / 2) / (1 + inverse)
+    half = z / (1 + inverse) * math.sqrt(share * (1 - share) / total + inverse / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:
+    """Update until all rollouts are spent, evaluating, saving and reporting on the way."""
+    config, counters = trainer.config, trainer.counters
+    accuracy = accuracies(read_metrics(folder))[1][-1]
+    while not trainer.done:
+        before = counters.rollouts
+        metrics = trainer.update()
+        if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
+            accuracy = _evaluate(trainer, folder, metrics)
+        else:
+            _append(folder, metrics)
+        report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
+        if trainer.done or stop.requested or counters.update % config.checkpoint_every == 0:
+            _save(trainer, folder, clock)
+        if stop.requested and not trainer.done:
+            raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
+
+
+def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> float:
+    right, total = trainer.evaluate()
+    _append(folder, {**metrics, "heldout_right": right, "heldout_total": total})
+    return right / total
+
+
+def _append(folder: Path, metrics: Mapping[str, Any]) -> None:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+
+def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:
+    tensors, counters = trainer.state()
+    state = {"counters": counters, "seconds": clock.seconds}
+    write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
+
+
+def _finish(trainer: Trainer, folder: Path, clock: Clock) -> dict[str, Any]:
+    """Export the policy, draw the curves, and write and return the summary."""
+    counters, metrics = trainer.counters, read_metrics(folder)
+    evaluated = [line for line in metrics if line.get("heldout_right") is not None]
+    trainer.policy.save(folder / "policy")
+    summary = {
+        "algorithm": trainer.algorithm.name,
+        "seed": trainer.config.seed,
+        "parameters": trainer.policy.parameters,
+        "heldout_before": [evaluated[0]["heldout_right"], evaluated[0]["heldout_total"]],
+        "heldout_after": [evaluated[-1]["heldout_right"], evaluated[-1]["heldout_total"]],
+        "rollouts": counters.rollouts,
+        "prompts": counters.groups,
+        "rollouts_per_prompt": counters.kept / max(1, counters.groups),
+        "conflicts": counters.conflicts if trainer.prior is not None else None,
+        "dropped": counters.dropped,
+        "updates": counters.update,
+        "seconds": clock.seconds,
+    }
+    plot_run(metrics, trainer.algorithm.name, folder / "curves.png")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,295 @@
+"""The loop: prior, first rollouts, test, more where planned, advantage, log-probs, loss, step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v05.algorithms import equal_groups, parse_algorithm
+from v05.batch import Groups, PackedTokens
+from v05.config import TrainConfig
+from v05.kernels import policy_loss, shrinkage, token_logprob
+from v05.kernels.shrinkage.op import Shrinkage
+from v05.policy import Policy
+from v05.rollout.engine import Engine, Rollout
+from v05.rollout.pack import pack
+from v05.rollout.scheduler import Sample, first_rollouts, share_out
+from v05.seeds import seed_of
+from v05.tasks import Task
+from v05.value.prior import Prior
+
+GRADIENT_NORM = 1.0  # gradients are scaled down to this norm
+WARM_UP = 10  # updates of linearly rising learning rate, while Adam's averages fill
+HELDOUT_SEED = 0  # held-out prompts and their samples are the same in every run
+
+
+@dataclass
+class Counters:
+    """How far a run is; everything adds up over updates.
+
+    Attributes:
+        update: updates done.
+        rollouts: rollouts spent, dropped ones included.
+        position: prompts taken from the task's stream.
+        groups: groups learnt from.
+        kept: rollouts learnt from.
+        conflicts: groups whose first rollouts contradicted their prior.
+        dropped: rollouts dropped because their group's rewards were all equal.
+        expected_extra: decayed mean of the rollouts that a prompt wants beyond its first ones.
+    """
+
+    update: int = 0
+    rollouts: int = 0
+    position: int = 0
+    groups: int = 0
+    kept: int = 0
+    conflicts: int = 0
+    dropped: int = 0
+    expected_extra: float = 2.0
+
+
+class Trainer:
+    """One run of one algorithm, update by update; the same settings give the same bits."""
+
+    def __init__(self, config: TrainConfig, policy: Policy, task: Task, engine: Engine, prior: Prior | None) -> None:
+        """Set up an optimiser over `policy`.
+
+        Args:
+            config: the settings.
+            policy: what is trained, in place.
+            task: prompts and rewards.
+            engine: generates rollouts; gets the policy's weights before each use.
+            prior: expected rewards; None for an algorithm without.
+
+        Raises:
+            ValueError: the algorithm needs a prior and none is given.
+        """
+        self.config, self.policy, self.task, self.engine, self.prior = config, policy, task, engine, prior
+        self.algorithm = parse_algorithm(config.algorithm)
+        if self.algorithm.prior != "none" and prior is None:
+            raise ValueError(f"prior is None; allowed for {self.algorithm.name}: a prior")
+        self.learning_rate = self.algorithm.learning_rate or config.learning_rate
+        self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.999))
+        self.counters = Counters()
+
+    @property
+    def done(self) -> bool:
+        """Return whether all rollouts are spent."""
+        return self.counters.rollouts >= self.config.rollouts
+
+    def update(self) -> dict[str, Any]:
+        """Sample rollouts, learn from them once, and return this update's metrics by name."""
+        self.engine.update_weights(self.policy.model.state_dict())
+        sample, first_conflicts = self._sample()
+        groups, prior = sample.groups, sample.prior
+        advantages = self.algorithm.advantages(groups, prior, self.task.reward_range)
+        rollouts = [rollout for group in sample.rollouts for rollout in group]
+        batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
+        learnt = self._learn(batch, advantages) if rollouts else {}
+        if self.prior is not None:
+            self.prior.observe(groups.prompts, groups.means, groups.counts)
+        self._count(sample, first_conflicts)
+        return self._metrics(sample, groups, prior, advantages, learnt, first_conflicts)
+
+    def evaluate(self) -> tuple[int, int]:
+        """Return how many sampled held-out answers are right, and how many there were.
+
+        Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
+        """
+        self.engine.update_weights(self.policy.model.state_dict())
+        prompts = self.task.prompts(HELDOUT_SEED, 0, self.config.heldout_prompts, "heldout")
+        right = 0
+        for start in range(0, len(prompts), 256):
+            part = prompts[start : start + 256]
+            answers = self.engine.generate(
+                part,
+                [self.config.heldout_samples] * len(part),
+                seed=seed_of("heldout", HELDOUT_SEED, start),
+                temperature=1.0,
+                max_new_tokens=self.task.max_answer_length,
+            )
+            best = self.task.reward_range[1]
+            rewards = [
+                [self._reward(prompt, answer) for answer in row] for prompt, row in zip(part, answers, strict=True)
+            ]
+            right += sum(reward == best for row in rewards for reward in row)
+        return right, len(prompts) * self.config.heldout_samples
+
+    def _sample(self) -> tuple[Sample, int]:
+        """Spend this update's rollouts; return the groups and how many first tests found a conflict."""
+        sample, first_conflicts, round_number = Sample(), 0, 0
+        left_in_run = self.config.rollouts - self.counters.rollouts
+        target = min(self.config.rollouts_per_update, left_in_run)
+        while sample.kept < target and sample.spent < left_in_run:
+            budget = min(target - sample.kept, left_in_run - sample.spent)
+            more = self._planned_more(sample, budget)
+            first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
+            started = len(sample.prompts)
+            self._start_prompts(sample, len(first))
+            self._generate(sample, [*more, *first], round_number)
+            first_conflicts += self._conflicts(sample, started)
+            if self.algorithm.drop_equal:
+                sample.drop(equal_groups(sample.groups))
+            round_number += 1
+        return sample, first_conflicts
+
+    def _start_prompts(self, sample: Sample, count: int) -> None:
+        """Take `count` prompts off the stream, each with its expected reward."""
+        first = self.counters.position
+        prompts = self.task.prompts(self.config.seed, first, count)
+        middle = sum(self.task.reward_range) / 2
+        prior = torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
+        sample.start(prompts, range(first, first + count), prior)
+        self.counters.position += count
+
+    def _generate(self, sample: Sample, counts: list[int], round_number: int) -> None:
+        """Generate `counts` rollouts and verify them."""
+        rollouts = self.engine.generate(
+            sample.prompts,
+            counts,
+            seed=seed_of("rollout", self.config.seed, self.counters.update, round_number),
+            temperature=self.config.temperature,
+            max_new_tokens=self.task.max_answer_length,
+        )
+        rewards = [
+            [self._reward(prompt, rollout) for rollout in row]
+            for prompt, row in zip(sample.prompts, rollouts, strict=True)
+        ]
+        sample.add(rollouts, rewards)
+
+    def _reward(self, prompt: str, rollout: Rollout) -> float:
+        """Return the verifier's reward, or the smallest one for an answer without an end."""
+        return self.task.verify(prompt, rollout.text) if rollout.finished else self.task.reward_range[0]
+
+    def _test(self, groups: Groups, prior: Tensor) -> Shrinkage:
+        """Return what the shrinkage test says of every group."""
+        return shrinkage(
+            groups.rewards,
+            groups.offsets,
+            prior,
+            reward_range=self.task.reward_range,
+            cost=self.config.cost,
+            k_init=self.algorithm.k_init,
+            k_max=self.algorithm.k_max,
+        )
+
+    def _planned_more(self, sample: Sample, budget: int) -> list[int]:
+        """Return the rollouts that each group gets now, at most `budget` in all; the largest gains come first."""
+        if self.algorithm.k_max == self.algorithm.k_init or not sample.prompts:
+            return [0] * len(sample.prompts)
+        test = self._test(sample.groups, sample.prior)
+        wanted = torch.where(test.roll_out_more, test.planned - test.count, 0)
+        return share_out(wanted.tolist(), test.gain.tolist(), budget)
+
+    def _conflicts(self, sample: Sample, started: int) -> int:
+        """Return how many of the groups from `started` on reject their prior."""
+        if self.prior is None:
+            return 0
+        return int((self._test(sample.groups, sample.prior).deviation[started:] > 0).sum())
+
+    def _learn(self, batch: PackedTokens, advantages: Tensor) -> dict[str, float]:
+        """Take one step per epoch, the gradient summed over micro-batches; return sums of metrics."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (self.counters.update + 1) / WARM_UP)
+        old_logprobs: list[Tensor] = []
+        totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
+        for epoch in range(self.config.epochs):
+            self.optimizer.zero_grad(set_to_none=True)
+            for part, (sequences, tokens) in enumerate(batch.split(self.config.micro_batches)):
+                logprobs, entropy = self._logprobs(tokens)
+                if epoch == 0:
+                    old_logprobs.append(logprobs.detach())
+                    totals["entropy"] += float(entropy.detach().sum())
+                    gap = (old_logprobs[part] - tokens.logprobs).abs().max()
+                    totals["sampler_gap"] = max(totals["sampler_gap"], float(gap))
+                loss, metrics = policy_loss(
+                    logprobs,
+                    old_logprobs[part],
+                    advantages[sequences],
+                    tokens.weights,
+                    sequence_offsets=tokens.sequence_offsets,
+                    clip_low=self.algorithm.clip_low,
+                    clip_high=self.algorithm.clip_high,
+                )
+                loss.backward()
+                totals["loss"] += float(loss.detach())
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), GRADIENT_NORM)
+            totals["gradient_norm"] = float(norm)
+            self.optimizer.step()
+        totals["entropy"] /= len(batch.tokens)
+        return totals
+
+    def _logprobs(self, batch: PackedTokens) -> tuple[Tensor, Tensor]:
+        """Return log-probability and entropy of every response token under the policy, [T] each."""
+        logits = self.policy.response_logits(batch.prompts, batch.tokens, batch.sequence_offsets)
+        logprobs, entropy = token_logprob(logits, batch.tokens, temperature=self.config.temperature)
+        return logprobs, entropy
+
+    def _count(self, sample: Sample, first_conflicts: int) -> None:
+        """Add an update to the counters."""
+        counters = self.counters
+        counters.update += 1
+        counters.rollouts += sample.spent
+        counters.groups += len(sample.prompts)
+        counters.kept += sample.kept
+        counters.dropped += sample.dropped
+        counters.conflicts += first_conflicts
+        if self.algorithm.k_max > self.algorithm.k_init and sample.prompts:
+            test = self._test(sample.groups, sample.prior)
+            extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
+            counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
+
+    def _metrics(
+        self,
+        sample: Sample,
+        groups: Groups,
+        prior: Tensor,
+        advantages: Tensor,
+        learnt: Mapping[str, float],
+        first_conflicts: int,
+    ) -> dict[str, Any]:
+        """Return one line of metrics.jsonl; nan, where a batch is empty, is written as null."""
+        means = groups.means
+        values = {
+            "reward": float(groups.rewards.mean()),
+            "rollouts_per_prompt": float(groups.counts.float().mean()),
+            "advantage_variance": float(advantages.var(unbiased=False)),
+            "prior_squared_error": float((prior - means).square().mean()) if self.prior is not None else math.nan,
+            **learnt,
+        }
+        counts = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
+        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": first_conflicts}
+        return {**counts, **whole, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return the tensors by file and name, and the counters, from which `load_state` goes on bit for bit.
+
+        Every random draw is a function of seed, update and round, so that the counters are the generators' state.
+        """
+        tensors = {
+            "policy": {name: value.contiguous() for name, value in self.policy.model.state_dict().items()},
+            "optimizer": {
+                f"{index}.{name}": value
+                for index, entry in self.optimizer.state_dict()["state"].items()
+                for name, value in entry.items()
+            },
+            "prior": {} if self.prior is None else self.prior.state_dict(),
+        }
+        return tensors, asdict(self.counters)
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
+        """Go on from a state that `state` returned."""
+        self.policy.model.load_state_dict(dict(tensors["policy"]))
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+        if self.prior is not None:
+            self.prior.load_state_dict(tensors["prior"])
+        self.counters = Counters(**counters)

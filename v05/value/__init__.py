@@ -1,0 +1,1 @@
+"""Priors: what reward to expect of a prompt before its rollouts exist."""
