@@ -229,7 +229,7 @@ V05_FN Slope<T> kl_term(T y, const Slope<T>& bounded, T power) {
 template <class T>
 V05_FN T sampler_weight(T ratio, bool masks, const PolicyNumbers<T>& by) {
   bool inside = ratio >= by.sampler_floor && ratio <= by.sampler_cap;
-  return masks ? (inside ? ratio : T(0)) : smaller(ratio, by.sampler_cap);
+  return masks ? (inside ? ratio : T(0)) : smaller(by.sampler_cap, ratio);
 }
 
 }  // namespace v05

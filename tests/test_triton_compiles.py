@@ -6,6 +6,7 @@ from ahead_of_time import TARGETS, assert_it_fits, compile_for
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
 from v05.kernels.policy_loss import triton as policy_loss
+from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
@@ -122,9 +123,9 @@ def test_policy_loss_sequences(target, dtype, level):
         whole = level == 1 or correction >= Correction.SEQUENCE_TRUNCATE
         constants = {"LEVEL": level, "CORRECTION": int(correction), "WHOLE": whole, "BLOCK_T": policy_loss.BLOCK}
         absent = {} if correction else {"sampler_logprobs": None}
-        types = policy_types(policy_loss.sequence_kernel, dtype, **absent)
+        types = policy_types(triton_sequences.sequence_kernel, dtype, **absent)
         resources = compile_for(
-            target, policy_loss.sequence_kernel, types, constants | absent, num_warps=policy_loss.WARPS
+            target, triton_sequences.sequence_kernel, types, constants | absent, num_warps=policy_loss.WARPS
         )
         assert_it_fits(target, resources)
 
@@ -133,7 +134,7 @@ def test_policy_loss_sequences(target, dtype, level):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_policy_loss_share_and_finish(target, dtype):
     block = {"BLOCK_T": policy_loss.BLOCK}
-    kernel = policy_loss.share_kernel
+    kernel = triton_sequences.share_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
     types = dict.fromkeys(("partial", "present", "totals"), f"*{dtype}") | {"programs": "i64", "sequences": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))

@@ -105,7 +105,7 @@ def read_curve(name: str, folders: Sequence[Path], config: TrainConfig) -> Curve
 
 def reference_of(curves: Sequence[Curve]) -> Curve:
     """Return the curve whose final accuracy is the target: `grpo:16`, or `grpo`, or else the last one."""
-    by_name = {curve.name: curve for curve in curves}
+    by_name = {curve.name.partition("@")[0]: curve for curve in curves}
     return by_name.get("grpo:16") or by_name.get("grpo") or curves[-1]
 
 

@@ -30,6 +30,7 @@ class TrainConfig:
         micro_batches: parts that a batch is split into to save memory; does not change the gradient.
         eval_every: rollouts between held-out evaluations.
         heldout_prompts: held-out prompts, the same in every run.
+        heldout_seed: chooses the held-out prompts: tune on one choice, report on another.
         heldout_samples: answers sampled to each of them at temperature 1.
         checkpoint_every: updates between checkpoints.
         warm_start_steps: batches of supervised learning before the first rollout.
@@ -50,6 +51,7 @@ class TrainConfig:
     micro_batches: int = 1
     eval_every: int = 1_000
     heldout_prompts: int = 512
+    heldout_seed: int = 0
     heldout_samples: int = 4
     checkpoint_every: int = 25
     warm_start_steps: int = 700

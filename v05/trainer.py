@@ -23,7 +23,6 @@ from v05.value.prior import Prior
 
 GRADIENT_NORM = 1.0  # gradients are scaled down to this norm
 WARM_UP = 10  # updates of linearly rising learning rate, while Adam's averages fill
-HELDOUT_SEED = 0  # held-out prompts and their samples are the same in every run
 
 
 @dataclass
@@ -100,14 +99,14 @@ class Trainer:
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
         self.engine.update_weights(self.policy.model.state_dict())
-        prompts = self.task.prompts(HELDOUT_SEED, 0, self.config.heldout_prompts, "heldout")
+        prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
         right = 0
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
             answers = self.engine.generate(
                 part,
                 [self.config.heldout_samples] * len(part),
-                seed=seed_of("heldout", HELDOUT_SEED, start),
+                seed=seed_of("heldout", self.config.heldout_seed, start),
                 temperature=1.0,
                 max_new_tokens=self.task.max_answer_length,
             )

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, 
   scratch.present[s] = count > 0 ? T(1) : T(0);
   if (in.sequence_level) {
     scratch.kept[s] = T(count);
-    scratch.ratio[s] = exp(T(x_sum) / larger(T(count), T(1)));
+    scratch.ratio[s] = exp(T(x_sum / larger(count, 1.0)));
   }
   if (corrects) {
     const double bound = kLogRatioBound<double>;
@@ -89,7 +89,7 @@ __device__ __forceinline__ PolicyTerm<T> surrogate(Surrogate kind, const PolicyT
 template <class T>
 __device__ __forceinline__ Slope<T> kl(Kl kind, T ref, T logprob) {
   T gap = ref - logprob;
-  if (!(gap == gap)) return {T(0), T(0)};  // equal infinities
+  if (ref == logprob && !(gap == gap)) return {T(0), T(0)};  // equal infinities
   Slope<T> bounded = log_ratio(ref, logprob);
   switch (kind) {
     case Kl::k1:

@@ -23,10 +23,10 @@ __device__ __forceinline__ Wide minus_infinity() {
   return -std::numeric_limits<Wide>::infinity();
 }
 
-// The sums relative to a maximum at least as large; nothing but zeros where there was none.
+// The sums relative to a maximum at least as large; without a maximum they are 0, or NaN where a logit was.
 template <class Wide>
 __device__ __forceinline__ RowSums<Wide> raised(const RowSums<Wide>& row, Wide max, Wide inverse_temperature) {
-  if (row.max == minus_infinity<Wide>()) return {max, Wide(0), Wide(0)};
+  if (row.max == minus_infinity<Wide>()) return {max, row.sum, row.weighted};
   Wide shift = (row.max - max) * inverse_temperature, factor = exp(shift);
   return {max, row.sum * factor, factor > Wide(0) ? (row.weighted + row.sum * shift) * factor : Wide(0)};
 }
@@ -35,21 +35,21 @@ template <class Wide>
 __device__ __forceinline__ RowSums<Wide> merged(const RowSums<Wide>& a, const RowSums<Wide>& b,
                                                 Wide inverse_temperature) {
   Wide max = larger(a.max, b.max);
-  if (max == minus_infinity<Wide>()) return a;
   RowSums<Wide> x = raised(a, max, inverse_temperature), y = raised(b, max, inverse_temperature);
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
+// A NaN is never the largest, but it is in the sums.
 template <class T, class Wide>
 __device__ __forceinline__ void gather(const Vector<T>& values, Wide inverse_temperature, RowSums<Wide>& row) {
   Wide max = row.max;
 #pragma unroll
-  for (int j = 0; j < Vector<T>::kSize; ++j) max = larger(max, Wide(widen(values.at[j])));
-  if (max == minus_infinity<Wide>()) return;
+  for (int j = 0; j < Vector<T>::kSize; ++j) max = larger(Wide(widen(values.at[j])), max);
   if (max > row.max) row = raised(row, max, inverse_temperature);
+  const Wide base = max == minus_infinity<Wide>() ? Wide(0) : max;
 #pragma unroll
   for (int j = 0; j < Vector<T>::kSize; ++j) {
-    Wide d = (Wide(widen(values.at[j])) - max) * inverse_temperature, e = exp(d);
+    Wide d = (Wide(widen(values.at[j])) - base) * inverse_temperature, e = exp(d);
     row.sum += e;
     row.weighted += e > Wide(0) ? e * d : Wide(0);
   }
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(LogprobRows<T> rows, 
       },
       [=](const RowSums<Wide>& a, const RowSums<Wide>& b) { return merged(a, b, inverse_temperature); });
   if (threadIdx.x != 0) return;
-  const bool empty = row.max == minus_infinity<Wide>(), inside = target >= 0 && target < rows.vocabulary;
+  const bool empty = row.max == minus_infinity<Wide>() && row.sum == Wide(0);
+  const bool inside = target >= 0 && target < rows.vocabulary;
   const Wide log_sum = empty ? Wide(0) : log(row.sum);
   const Wide chosen = inside ? Wide(widen(x[target])) : std::numeric_limits<Wide>::quiet_NaN();
   out.logprob[t] = (chosen - (empty ? Wide(0) : row.max)) * inverse_temperature - log_sum;

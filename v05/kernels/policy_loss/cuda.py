@@ -7,35 +7,23 @@ from torch import Tensor
 
 from v05.kernels import _cuda
 from v05.kernels.device import on_device_of, stream_of
-from v05.kernels.policy_loss.options import Kinds, Numbers
+from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    selected: Tensor | None,
-    kinds: Kinds,
-    by: Numbers,
-) -> tuple[Tensor, Tensor, Tensor]:
+def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
-    given = (logprobs, old_logprobs, advantages, weights, ref_logprobs, sampler_logprobs, selected, offsets)
-    held = [None if values is None else values.contiguous() for values in given]
-    tokens, sequences = logprobs.numel(), offsets.numel() - 1
+    given = given.contiguous()
+    logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
     gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
     scratch = make_scratch(logprobs, sequences, kinds, _cuda.policy_blocks(tokens))
     with on_device_of(logprobs):
         _cuda.policy_loss(
-            tuple(0 if values is None else values.data_ptr() for values in held),
+            given.addresses(),
             tuple(values.data_ptr() for values in scratch),
             tokens,
             sequences,
-            advantages.numel() != sequences,
+            given.per_token,
             kinds,
             by,
             gradient.data_ptr(),

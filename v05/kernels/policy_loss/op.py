@@ -15,6 +15,7 @@ from v05.kernels.policy_loss.options import (
     BY_COVARIANCE,
     METRICS,
     Correction,
+    Inputs,
     Kinds,
     Kl,
     Numbers,
@@ -56,7 +57,7 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch.implementation("policy_loss", backend).policy_loss
     tensors = (logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected)
-    return run(*tensors, Kinds(*kinds), Numbers(*numbers))
+    return run(Inputs(*tensors), Kinds(*kinds), Numbers(*numbers))
 
 
 @_policy_loss.register_fake
@@ -90,43 +91,22 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
 _policy_loss.register_autograd(_backward, setup_context=_save)
 
 
-def _run(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    selected: Tensor | None,
-    kinds: Kinds,
-    by: Numbers,
-    check_values: bool,
-    backend: str | None,
-) -> PolicyLoss:
+def _run(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: str | None) -> PolicyLoss:
     """Checks shapes, casts to the working dtype and runs the backend."""
+    logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected = given
     companions = dict(ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
     check_token_shapes(logprobs, advantages, offsets, old_logprobs=old_logprobs, weights=weights, **companions)
     if selected is not None and (selected.dtype != torch.bool or selected.shape != logprobs.shape):
-        given = f"{selected.dtype} of shape {list(selected.shape)}"
-        raise ValueError(f"covariance_selected is {given}; allowed: torch.bool of shape {list(logprobs.shape)}")
-    dtype = segments.working_dtype(logprobs)
-
-    def constant(values: Tensor) -> Tensor:
-        return values.detach().to(dtype)
-
-    logprobs = logprobs.to(dtype)
-    old_logprobs, advantages, weights = constant(old_logprobs), constant(advantages), constant(weights)
-    ref_logprobs = None if ref_logprobs is None else constant(ref_logprobs)
-    sampler_logprobs = None if sampler_logprobs is None else constant(sampler_logprobs)
-    inputs = (logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs)
+        shape = f"{selected.dtype} of shape {list(selected.shape)}"
+        raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(logprobs.shape)}")
+    inputs = given.cast(segments.working_dtype(logprobs))
     chosen = dispatch.choose("policy_loss", logprobs.device.type, backend)
     if check_values or (chosen == "reference" and logprobs.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_token_values(*inputs, kinds)
+        check_token_values(inputs, kinds)
     if chosen == "reference":
-        loss, metrics = reference.policy_loss(*inputs, selected, kinds, by)
+        loss, metrics = reference.policy_loss(inputs, kinds, by)
     else:
-        loss, _, metrics = _policy_loss(*inputs, selected, list(kinds), list(by), chosen)
+        loss, _, metrics = _policy_loss(*inputs, list(kinds), list(by), chosen)
     return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
@@ -215,6 +195,6 @@ def policy_loss(
             clip_low=clip_low,
             clip_high=clip_high,
         )
-    tensors = (logprobs, old_logprobs, advantages, weights)
-    options = (ref_logprobs, sampler_logprobs, covariance_selected)
-    return _run(*tensors, sequence_offsets, *options, kinds, by, check_values, backend)
+    tensors = (logprobs, old_logprobs, advantages, weights, sequence_offsets)
+    given = Inputs(*tensors, ref_logprobs, sampler_logprobs, covariance_selected)
+    return _run(given, kinds, by, check_values, backend)

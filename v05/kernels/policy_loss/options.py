@@ -69,6 +69,50 @@ CORRECTIONS = {kind.name.lower(): kind for kind in Correction}
 BY_COVARIANCE = (Surrogate.CLIP_COV, Surrogate.KL_COV)
 
 
+class Inputs(NamedTuple):
+    """Packed tokens: `[T]` each, but for advantages `[N]` or `[T]` and offsets `[N+1]`; selected is bool."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    offsets: Tensor
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    selected: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens."""
+        return self.logprobs.numel()
+
+    @property
+    def sequences(self) -> int:
+        """N, the number of sequences."""
+        return self.offsets.numel() - 1
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is an advantage for each token; where N is T there is one for each sequence."""
+        return self.advantages.numel() != self.sequences
+
+    def cast(self, dtype: torch.dtype) -> Inputs:
+        """The same in one dtype; only the log-probs of the policy in training keep their gradient."""
+        old, advantages, weights = (values.detach().to(dtype) for values in self[1:4])
+        ref = None if self.ref_logprobs is None else self.ref_logprobs.detach().to(dtype)
+        sampler = None if self.sampler_logprobs is None else self.sampler_logprobs.detach().to(dtype)
+        return Inputs(self.logprobs.to(dtype), old, advantages, weights, self.offsets, ref, sampler, self.selected)
+
+    def contiguous(self) -> Inputs:
+        """The same with every tensor contiguous."""
+        return Inputs(*(None if values is None else values.contiguous() for values in self))  # type: ignore[arg-type]
+
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses in the order of the native modules, 0 for what is absent."""
+        ordered = (*self[:4], self.ref_logprobs, self.sampler_logprobs, self.selected, self.offsets)
+        return tuple(0 if values is None else values.data_ptr() for values in ordered)
+
+
 class Kinds(NamedTuple):
     """What is computed; `level` 1 is by sequence."""
 
@@ -178,22 +222,14 @@ def _check_kept(name: str, values: Tensor, bad: Tensor, offsets: Tensor, allowed
         raise ValueError(f"{name}[{i}] is {float(values[i]):g} (sequence {sequence}); allowed: {allowed}")
 
 
-def check_token_values(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    kinds: Kinds,
-) -> None:
+def check_token_values(given: Inputs, kinds: Kinds) -> None:
     """Raises at the first value of an unmasked token that is not allowed, saying where; waits for the device."""
+    logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, _ = given
     segments.check_offset_values("sequence_offsets", offsets, logprobs.numel())
     _check_kept("weights", weights, ~weights.isfinite(), offsets, "finite")
     keep = weights != 0
     per_token = advantages
-    if advantages.numel() == offsets.numel() - 1:
+    if not given.per_token:
         per_token = advantages[segments.segment_ids(offsets, logprobs.numel())]
     bad = keep & ~per_token.isfinite()
     if advantages is per_token:

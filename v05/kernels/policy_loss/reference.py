@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
-from v05.kernels.policy_loss.options import LOG_RATIO_BOUND, Correction, Kinds, Kl, Numbers, Surrogate
+from v05.kernels.policy_loss.options import LOG_RATIO_BOUND, Correction, Inputs, Kinds, Kl, Numbers, Surrogate
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -77,20 +77,10 @@ def clip_counts(kind: int, ratio: Tensor, advantages: Tensor, keep: Tensor, by: 
     return [low.sum(), high.sum(), dual.sum()]
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    selected: Tensor | None,
-    kinds: Kinds,
-    by: Numbers,
-) -> tuple[Tensor, Tensor]:
+def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor]:
     """The loss, differentiable in logprobs by autograd, and the metrics `[11]` in the order of `METRICS`."""
-    tokens, sequences = logprobs.numel(), offsets.numel() - 1
+    logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected = given
+    tokens, sequences = given.tokens, given.sequences
     ids = segments.segment_ids(offsets, tokens)
     keep = weights != 0
 
@@ -98,7 +88,7 @@ def policy_loss(
         return torch.where(keep, values, 0)
 
     logprobs, old_logprobs = clean(logprobs), clean(old_logprobs)
-    advantages = clean(advantages if advantages.numel() != sequences else advantages[ids])
+    advantages = clean(advantages if given.per_token else advantages[ids])
     chosen = keep & selected if selected is not None else torch.zeros_like(keep)
     x = log_ratio(logprobs, old_logprobs)
     kept = segments.segment_sum(keep.to(x.dtype), ids, sequences)

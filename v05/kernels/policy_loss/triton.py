@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from v05.kernels.device import on_device_of
-from v05.kernels.policy_loss.options import Kinds, Numbers
+from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
+from v05.kernels.policy_loss.triton_sequences import load_kept, sequence_kernel, share_kernel
 from v05.kernels.policy_loss.triton_terms import (
-    BOUND,
     KL_NONE,
     SEQUENCE_MASK,
     SEQUENCE_TRUNCATE,
@@ -54,58 +54,37 @@ def sequences_of(offsets, o_token, m_token, first_token, tokens, sequences, BLOC
 
 
 @triton.jit
-def load_kept(values, o_token, m_keep):
-    """Values of unmasked tokens and 0 elsewhere: what a masked token holds is never read."""
-    return tl.load(values + o_token, mask=m_keep, other=0)
+def correction_of(
+    sequence_correction, sampler_logprobs, o_sequence, o_token, keep, old, bounds, CORRECTION: tl.constexpr
+):
+    """The sampler weight of each token: its own or its sequence's, 1 where nothing is corrected, 0 where masked."""
+    correction = tl.where(keep, 1.0, 0.0).to(old.dtype)
+    if CORRECTION >= SEQUENCE_TRUNCATE:
+        correction = tl.load(sequence_correction + o_sequence, mask=keep, other=0)
+    elif CORRECTION != UNCORRECTED:
+        z, _moves = log_ratio(old, load_kept(sampler_logprobs, o_token, keep))
+        own = sampler_weight(tl.exp(z), bounds[0], bounds[1], CORRECTION == TOKEN_MASK)
+        correction = tl.where(keep, own, 0)
+    return correction
 
 
 @triton.jit
-def sequence_kernel(
-    logprobs,
-    old_logprobs,
-    weights,
-    sampler_logprobs,
-    offsets,
-    present,
-    kept,
-    sequence_ratio,
-    sequence_correction,
-    floor: tl.float64,
-    cap: tl.float64,
-    LEVEL: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """One sequence: whether a token is unmasked; and, WHOLE, the ratio of its mean and its sampler weight."""
-    acc: tl.constexpr = present.dtype.element_ty
-    sequence = tl.program_id(0).to(tl.int64)
-    cursor = tl.load(offsets + sequence)
-    end = tl.load(offsets + sequence + 1)
-    count = tl.full([], 0, acc)
-    x_sum = tl.full([], 0, tl.float64)
-    sampler_sum = tl.full([], 0, tl.float64)
-    while (cursor < end) & ((count == 0) | WHOLE):
-        o_token = cursor + tl.arange(0, BLOCK_T)
-        m_keep = tl.load(weights + o_token, mask=o_token < end, other=0) != 0
-        count += tl.sum(m_keep.to(acc), axis=0)
-        if WHOLE:
-            b_old = load_kept(old_logprobs, o_token, m_keep)
-            if LEVEL == 1:
-                b_x, _b_moves = log_ratio(load_kept(logprobs, o_token, m_keep), b_old)
-                x_sum += tl.sum(b_x.to(tl.float64), axis=0)
-            if CORRECTION >= SEQUENCE_TRUNCATE:
-                b_x, _b_moves = log_ratio(b_old, load_kept(sampler_logprobs, o_token, m_keep))
-                sampler_sum += tl.sum(b_x.to(tl.float64), axis=0)
-        cursor += BLOCK_T
-    tl.store(present + sequence, tl.where(count > 0, 1, 0))
-    if LEVEL == 1:
-        tl.store(kept + sequence, count)
-        tl.store(sequence_ratio + sequence, tl.exp((x_sum / tl.maximum(count, 1)).to(acc)))
-    if CORRECTION >= SEQUENCE_TRUNCATE:
-        ratio = tl.exp(tl.minimum(tl.maximum(sampler_sum, -BOUND), BOUND)).to(acc)
-        weight = sampler_weight(ratio, scalar(floor, acc), scalar(cap, acc), CORRECTION == SEQUENCE_MASK)
-        tl.store(sequence_correction + sequence, weight)
+def store_sums(partial, programs, value, keep, ratio, x, low, high, dual, kl, correction, chosen, MASKS: tl.constexpr):
+    """This program's sums, in the order of the loss and METRICS; sequences are counted elsewhere."""
+    acc: tl.constexpr = value.dtype
+    count = tl.sum(keep.to(acc), axis=0)
+    passed = tl.sum((correction != 0).to(acc), axis=0)
+    tl.store(partial, tl.sum(tl.where(keep, value, 0), axis=0))
+    tl.store(partial + programs, count)
+    tl.store(partial + 3 * programs, tl.sum(tl.where(keep, ratio, 0), axis=0))
+    tl.store(partial + 4 * programs, tl.sum(x, axis=0))
+    tl.store(partial + 5 * programs, tl.sum((keep & low).to(acc), axis=0))
+    tl.store(partial + 6 * programs, tl.sum((keep & high).to(acc), axis=0))
+    tl.store(partial + 7 * programs, tl.sum((keep & dual).to(acc), axis=0))
+    tl.store(partial + 8 * programs, tl.sum(tl.where(keep, kl, 0), axis=0))
+    tl.store(partial + 9 * programs, tl.sum(correction, axis=0))
+    tl.store(partial + 10 * programs, (count - passed) if MASKS else count * 0)
+    tl.store(partial + 11 * programs, tl.sum(chosen.to(acc), axis=0))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"])
@@ -182,17 +161,13 @@ def token_kernel(
         scalar(covariance_coef, acc),
         SURROGATE,
     )
-    correction = tl.where(keep, 1.0, 0.0).to(acc)
-    if CORRECTION >= SEQUENCE_TRUNCATE:
-        correction = tl.load(sequence_correction + o_sequence, mask=keep, other=0)
-    elif CORRECTION != UNCORRECTED:
-        z, _moves = log_ratio(old, load_kept(sampler_logprobs, o_token, keep))
-        own = sampler_weight(tl.exp(z), scalar(floor, acc), scalar(cap, acc), CORRECTION == TOKEN_MASK)
-        correction = tl.where(keep, own, 0)
+    bounds = (scalar(floor, acc), scalar(cap, acc))
+    correction = correction_of(
+        sequence_correction, sampler_logprobs, o_sequence, o_token, keep, old, bounds, CORRECTION
+    )
     scale = weight * correction
     total = scale * value
-    direct = scale * direct
-    slope = scale * slope
+    direct, slope = scale * direct, scale * slope
     kl = value * 0
     if KL != KL_NONE:
         kl, kl_slope = kl_term(logprob, load_kept(ref_logprobs, o_token, keep), KL)
@@ -204,43 +179,9 @@ def token_kernel(
         direct += moves * slope
     tl.store(gradient + o_token, tl.where(keep, direct, 0), mask=m_token)
 
-    count = tl.sum(keep.to(acc), axis=0)
-    passed = tl.sum((correction != 0).to(acc), axis=0)
-    masked = count - passed
-    if CORRECTION != TOKEN_MASK and CORRECTION != SEQUENCE_MASK:
-        masked = count * 0
+    masks: tl.constexpr = CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK
     partial += program
-    tl.store(partial, tl.sum(tl.where(keep, total, 0), axis=0))
-    tl.store(partial + programs, count)
-    tl.store(partial + 3 * programs, tl.sum(tl.where(keep, ratio, 0), axis=0))
-    tl.store(partial + 4 * programs, tl.sum(x, axis=0))
-    tl.store(partial + 5 * programs, tl.sum((keep & low).to(acc), axis=0))
-    tl.store(partial + 6 * programs, tl.sum((keep & high).to(acc), axis=0))
-    tl.store(partial + 7 * programs, tl.sum((keep & dual).to(acc), axis=0))
-    tl.store(partial + 8 * programs, tl.sum(tl.where(keep, kl, 0), axis=0))
-    tl.store(partial + 9 * programs, tl.sum(correction, axis=0))
-    tl.store(partial + 10 * programs, masked)
-    tl.store(partial + 11 * programs, tl.sum(chosen.to(acc), axis=0))
-
-
-@triton.jit
-def share_kernel(logprobs, old_logprobs, weights, offsets, kept, by_ratio, gradient, BLOCK_T: tl.constexpr):
-    """Gives each token of a sequence its share of the derivative by the sequence's mean log-ratio."""
-    acc: tl.constexpr = gradient.dtype.element_ty
-    sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets + sequence)
-    end = tl.load(offsets + sequence + 1)
-    total = tl.full([], 0, tl.float64)
-    for start in range(begin, end, BLOCK_T):
-        o_token = start + tl.arange(0, BLOCK_T)
-        total += tl.sum(tl.load(by_ratio + o_token, mask=o_token < end, other=0).to(tl.float64), axis=0)
-    part = (total / tl.maximum(tl.load(kept + sequence), 1)).to(acc)
-    for start in range(begin, end, BLOCK_T):
-        o_token = start + tl.arange(0, BLOCK_T)
-        m_keep = tl.load(weights + o_token, mask=o_token < end, other=0) != 0
-        _x, moves = log_ratio(load_kept(logprobs, o_token, m_keep), load_kept(old_logprobs, o_token, m_keep))
-        direct = tl.load(gradient + o_token, mask=m_keep, other=0)
-        tl.store(gradient + o_token, direct + moves * part, mask=m_keep)
+    store_sums(partial, programs, total, keep, ratio, x, low, high, dual, kl, correction, chosen, masks)
 
 
 @triton.jit(do_not_specialize=["programs", "sequences"])
@@ -259,22 +200,11 @@ def finish_kernel(partial, present, totals, programs: tl.int64, sequences: tl.in
     tl.store(totals + field, tl.sum(b_total, axis=0))
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    selected: Tensor | None,
-    kinds: Kinds,
-    by: Numbers,
-) -> tuple[Tensor, Tensor, Tensor]:
+def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
-    given = (logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected)
-    policy, o, a, w, bounds, q, v, chosen = (None if values is None else values.contiguous() for values in given)
-    tokens, sequences = logprobs.numel(), offsets.numel() - 1
+    given = given.contiguous()
+    p, o, a, w, bounds, q, v, chosen = given
+    logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
     gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
     if tokens == 0:
         totals.zero_()
@@ -286,20 +216,20 @@ def policy_loss(
     with on_device_of(logprobs):
         bounds_of = (by.sampler_floor, by.sampler_cap)
         sequence_kernel[(sequences,)](
-            *(policy, o, w, v, bounds, present, kept, ratio, correction, *bounds_of),
+            *(p, o, w, v, bounds, present, kept, ratio, correction, *bounds_of),
             WHOLE=whole_sequences(kinds),
             **shared,
         )
         state = (ratio, correction, gradient, by_ratio, partial)
         token_kernel[(programs,)](
-            *(policy, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, *by),
+            *(p, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, *by),
             SURROGATE=kinds.surrogate,
             KL=kinds.kl,
-            PER_TOKEN=advantages.numel() != sequences,
-            SELECTS=selected is not None,
+            PER_TOKEN=given.per_token,
+            SELECTS=chosen is not None,
             **shared,
         )
         if kinds.level == 1:
-            share_kernel[(sequences,)](policy, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
+            share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
         finish_kernel[(FIELDS,)](partial, present, totals, programs, sequences, BLOCK_P=BLOCK)
     return totals[0].clone(), gradient, totals[1:].clone()

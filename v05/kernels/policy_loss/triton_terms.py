@@ -30,10 +30,16 @@ BOUND = tl.constexpr(LOG_RATIO_BOUND)
 
 
 @triton.jit
+def clamped(x, low, high):
+    """x between two bounds; NaN stays NaN, which a minimum would drop on a GPU."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def log_ratio(a, b):
     """a - b cut off at the bound and 1 within it, else 0; two equal infinities differ by 0, without slope."""
     gap = a - b
-    bounded = tl.where(a == b, 0, tl.minimum(tl.maximum(gap, -BOUND), BOUND))
+    bounded = tl.where(a == b, 0, clamped(gap, -BOUND, BOUND))
     return bounded, tl.where(tl.abs(gap) <= BOUND, 1.0, 0.0).to(gap.dtype)
 
 
@@ -43,7 +49,7 @@ def sampler_weight(ratio, floor, cap, MASKS: tl.constexpr):
     if MASKS:
         weight = tl.where((ratio >= floor) & (ratio <= cap), ratio, 0)
     else:
-        weight = tl.minimum(ratio, cap)
+        weight = tl.where(ratio > cap, cap, ratio)
     return weight
 
 
@@ -53,7 +59,7 @@ def clipped_term(ratio, advantage, clip_low, clip_high, dual_clip):
     negative = advantage < 0
     bottom = tl.where(negative, 1 - clip_low, 0)
     top = tl.where(negative, dual_clip, 1 + clip_high)
-    kept = tl.maximum(bottom, tl.minimum(top, ratio))
+    kept = clamped(ratio, bottom, top)
     slope = tl.where(kept == ratio, -advantage * ratio, 0)
     return (
         -advantage * kept,
@@ -96,7 +102,7 @@ def surrogate_term(
         by_ratio = tl.where(selected, 0, by_ratio)
         dual = advantage != advantage
     if SURROGATE == CISPO:
-        by_logprob = -advantage * tl.maximum(1 - clip_low, tl.minimum(1 + clip_high, ratio))
+        by_logprob = -advantage * clamped(ratio, 1 - clip_low, 1 + clip_high)
         value = by_logprob * logprob
         low = ratio < 1 - clip_low
         high = ratio > 1 + clip_high
@@ -119,7 +125,7 @@ def surrogate_term(
 def kl_term(logprob, ref_logprob, KL: tl.constexpr):
     """An estimate of KL(policy || reference) and its slope by the log-prob; a + has the slope of k2."""
     gap = ref_logprob - logprob
-    defined = gap == gap
+    defined = (gap == gap) | (ref_logprob != logprob)  # equal infinities differ by nothing
     y = tl.where(defined, gap, 0)
     if KL == K1:
         value = -y

@@ -13,6 +13,9 @@ from v05.kernels.token_logprob.rules import rows_of
 
 BLOCK = 4096
 WARPS = 8
+# A new length compiles nothing: neither the numbers, nor where in memory the second half of the statistics begins.
+LENGTHS = ["columns", "ignore_index"]
+HALVES = ["largest", "log_sum"]
 
 
 @triton.jit
@@ -33,7 +36,7 @@ def load_logits(logits, start, columns, acc: tl.constexpr, BLOCK_V: tl.constexpr
     return o_column, m_column, tl.load(logits + o_column, mask=m_column, other=float("-inf")).to(acc)
 
 
-@triton.jit(do_not_specialize=["columns", "ignore_index"])
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=HALVES)
 def forward_kernel(
     logits,
     targets,
@@ -80,17 +83,18 @@ def forward_kernel(
             base = new_base
         weighted = tl.sum(b_weighted, axis=0)
         total = tl.sum(b_sum, axis=0)
-        some = row_max > float("-inf")
+        some = (row_max > float("-inf")) | (total != total)
         log_total = tl.where(some, tl.log(tl.where(some, total, 1)), 0)
         inside = (target >= 0) & (target < columns)
         chosen = tl.load(logits + target, mask=inside, other=float("nan")).to(acc)
         tl.store(logprob + row, (chosen - base) * inverse - log_total)
-        tl.store(entropy + row, tl.where(some, tl.maximum(log_total - weighted / tl.where(some, total, 1), 0), 0))
+        own_entropy = log_total - weighted / tl.where(some, total, 1)
+        tl.store(entropy + row, tl.where(some & ~(own_entropy < 0), own_entropy, 0))
         tl.store(largest + row, row_max)
         tl.store(log_sum + row, log_total)
 
 
-@triton.jit(do_not_specialize=["columns", "ignore_index"])
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=HALVES)
 def backward_kernel(
     logits,
     targets,

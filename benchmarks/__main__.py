@@ -1,0 +1,81 @@
+"""`python -m benchmarks`: measures, appends rows to results.csv, and writes the report."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import bench_advantage, bench_policy_loss, bench_shrinkage, bench_token_logprob, report
+from benchmarks.harness import Row, measure
+
+FOLDER = Path(__file__).parent
+BENCHES = {
+    "shrinkage": bench_shrinkage,
+    "advantage": bench_advantage,
+    "policy_loss": bench_policy_loss,
+    "token_logprob": bench_token_logprob,
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--op", action="append", choices=list(BENCHES), help="only this op; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="the smallest inputs, half a second each, nothing kept")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seconds", type=float, help="of timing per case (4; with --quick 0.5)")
+    parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results.csv, RESULTS.md and plots")
+    parser.add_argument("--report-only", action="store_true", help="write the report from the rows there are")
+    return parser.parse_args()
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    """Adds rows to a CSV file, with a header where it is new."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["pass" if name == "direction" else name for name in Row._fields])
+        writer.writerows(rows)
+
+
+def describe(row: Row) -> str:
+    """One line for the terminal."""
+    what = f"{row.op:14} {row.shape:32} {row.dtype:9} {row.direction:19} {row.contender:16}"
+    if not row.p50_ms:
+        return f"{what} {row.note}"
+    return f"{what} {float(row.p50_ms):10.3f} ms  {float(row.ratio_to_ours):8.2f} x v05  {row.note}"
+
+
+def main() -> int:
+    options = arguments()
+    path, begin = options.output / "results.csv", time.perf_counter()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for op in [] if options.report_only else options.op or BENCHES:
+        for case in BENCHES[op].cases(torch.device(options.device), options.quick):
+            rows = []
+            for row in measure(case, run_id, options.seconds or (0.5 if options.quick else 4.0)):
+                print(describe(row), flush=True)
+                rows.append(row)
+            if not options.quick:
+                append(path, rows)
+            torch.compiler.reset()
+            gc.collect()
+    if not options.quick:
+        report.write(path, options.output)
+        print(f"{options.output / 'RESULTS.md'} after {time.perf_counter() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""group_advantage beside its equations in torch, eager and compiled, and verl's functions over the same groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import OURS, Case, Contender, Run, compiled, rival
+from v05.kernels import group_advantage, segments
+from v05.kernels.advantage.estimators import ESTIMATORS
+from v05.testing import ragged_groups
+
+FULL, QUICK = [512, 4096, 65536], [512]
+VERL = {"grpo": "grpo", "rloo": "rloo"}
+
+
+def verl_rivals(estimator: str, rewards: Tensor, offsets: Tensor) -> list[Contender]:
+    """verl's loop and its vectorised form, on responses of one token, so that nothing is broadcast."""
+    if estimator not in VERL:
+        return [
+            Contender("verl", None, f"has no {estimator}"),
+            Contender("verl vectorised", None, f"has no {estimator}"),
+        ]
+    index = segments.segment_ids(offsets, rewards.numel()).cpu().numpy()
+    column, mask = rewards[:, None], torch.ones_like(rewards)[:, None]
+
+    def of(infix: str) -> Contender:
+        def make(algos: ModuleType) -> Run:
+            function = getattr(algos, f"compute_{VERL[estimator]}{infix}_outcome_advantage")
+            return lambda: (function(column, mask, index)[0],)
+
+        return rival("verl vectorised" if infix else "verl", "verl.trainer.ppo.core_algos", make)
+
+    return [of(""), of("_vectorized")]
+
+
+def case(estimator: str, groups: int, device: torch.device) -> Case:
+    rewards, offsets, prior = (tensor.to(device) for tensor in ragged_groups(groups, 4, 16))
+    given = prior if ESTIMATORS[estimator].needs_prior else None
+
+    def run(backend: str | None) -> Sequence[Tensor]:
+        return (group_advantage(rewards, offsets, estimator=estimator, prior=given, backend=backend),)
+
+    size = rewards.element_size()
+    return Case(
+        op="advantage",
+        shape=f"{estimator}, {groups} groups of 4 to 16",
+        dtype="float32",
+        direction="forward",
+        bytes=rewards.numel() * 2 * size + groups * (8 + (size if given is not None else 0)),
+        flops=rewards.numel() * 6 + groups * 10,
+        contenders=[
+            Contender(OURS, lambda: run(None)),
+            Contender("torch eager", lambda: run("reference")),
+            Contender("torch.compile", compiled(lambda: run("reference"))),
+            *verl_rivals(estimator, rewards, offsets),
+            Contender("TRL", None, "computed inside its trainer, no function to call"),
+        ],
+        device=device,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yields the cases, one in memory at a time."""
+    for groups in QUICK if quick else FULL:
+        for estimator in ("v05", "grpo", "rloo"):
+            yield case(estimator, groups, device)

@@ -1,0 +1,43 @@
+"""shrinkage beside its equations in torch, eager and compiled. No package has a rival: none fuses a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import OURS, Case, Contender, compiled
+from v05.kernels import shrinkage
+from v05.testing import ragged_groups
+
+FULL, QUICK = [512, 4096, 65536], [512]
+
+
+def case(groups: int, device: torch.device) -> Case:
+    rewards, offsets, prior = (tensor.to(device) for tensor in ragged_groups(groups, 4, 16))
+
+    def run(backend: str | None) -> Sequence[Tensor]:
+        s = shrinkage(rewards, offsets, prior, backend=backend)
+        return s.mean, s.deviation, s.weight, s.baseline, s.mse, s.gain, s.planned
+
+    size = rewards.element_size()
+    return Case(
+        op="shrinkage",
+        shape=f"{groups} groups of 4 to 16",
+        dtype="float32",
+        direction="forward",
+        bytes=rewards.numel() * size + groups * (8 + size + 6 * size + 2 * 8 + 1),
+        flops=rewards.numel() * 2 + groups * 40,
+        contenders=[
+            Contender(OURS, lambda: run(None)),
+            Contender("torch eager", lambda: run("reference")),
+            Contender("torch.compile", compiled(lambda: run("reference"))),
+        ],
+        device=device,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yields the cases, one in memory at a time."""
+    yield from (case(groups, device) for groups in (QUICK if quick else FULL))

@@ -1,0 +1,37 @@
+"""The README's examples run as printed, and what it names exists."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
+
+
+def test_examples_print_what_they_say():
+    shown = [(code, output) for code, output in BLOCKS if output]
+    assert len(shown) == 4
+    names = {}
+    for code, output in shown:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), names)
+        assert printed.getvalue() == output
+
+
+def test_pictures_and_make_targets_exist():
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", README):
+        assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG", picture
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert target in targets, target
+
+
+@pytest.mark.parametrize("path", re.findall(r"^(csrc/\S+?|v05/\S+?|benchmarks|tests)/?\s{2,}", README, re.MULTILINE))
+def test_the_tree_is_true(path):
+    for part in path.split(", "):
+        assert list(ROOT.glob(part.replace("<op>", "*"))), part
