@@ -17,6 +17,7 @@ from benchmarks.rivals import forward_backward
 from v05.kernels import policy_loss
 
 FULL, QUICK = [(4, 1024), (64, 1024), (1024, 1024)], [(4, 1024)]
+LARGE = [(16384, 1024)]  # on a GPU
 LOW, HIGH, DUAL = 0.2, 0.28, 3.0
 
 
@@ -83,4 +84,5 @@ def case(sequences: int, length: int, device: torch.device) -> Case:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yields the cases, one in memory at a time."""
-    yield from (case(sequences, length, device) for sequences, length in (QUICK if quick else FULL))
+    full = FULL + (LARGE if device.type == "cuda" else [])
+    yield from (case(sequences, length, device) for sequences, length in (QUICK if quick else full))

@@ -15,6 +15,7 @@ from v05.kernels import token_logprob
 Both = Callable[[Tensor], Sequence[Tensor]]
 FULL = [(2048, 32000, torch.float32), (2048, 32000, torch.bfloat16), (256, 151936, torch.bfloat16)]
 QUICK = [(256, 32000, torch.float32)]
+LARGE = [(8192, 151936, torch.bfloat16)]  # on a GPU
 TINY = (16, 1024, torch.float32)
 
 
@@ -50,10 +51,10 @@ def functions(targets: Tensor) -> dict[str, tuple[str, Callable[..., Both]]]:
 
 
 def case(rows: int, columns: int, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
-    rng = torch.Generator().manual_seed(0)
-    logits = (torch.randn(rows, columns, generator=rng) * 3).to(dtype).to(device)
-    targets = torch.randint(columns, (rows,), generator=rng).to(device)
-    upstream = [torch.randn(rows, generator=rng).to(device) for _ in range(2)]
+    rng = torch.Generator(device).manual_seed(0)
+    logits = (torch.randn(rows, columns, generator=rng, device=device) * 3).to(dtype)
+    targets = torch.randint(columns, (rows,), generator=rng, device=device)
+    upstream = [torch.randn(rows, generator=rng, device=device) for _ in range(2)]
     contenders = []
     for name, (modules, make) in functions(targets).items():
 
@@ -79,6 +80,7 @@ def case(rows: int, columns: int, dtype: torch.dtype, backward: bool, device: to
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yields the cases, one in memory at a time."""
-    for rows, columns, dtype in (QUICK if quick else FULL) + [TINY]:
+    full = (LARGE if device.type == "cuda" else []) + FULL
+    for rows, columns, dtype in (QUICK if quick else full) + [TINY]:
         for backward in (False, True):
             yield case(rows, columns, dtype, backward, device)

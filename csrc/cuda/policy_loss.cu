@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPerThread = 8;  // tokens, kThreads apart
-constexpr int64_t kTokens = int64_t(kThreads) * kPerThread;
+constexpr int64_t kBlockTokens = int64_t(kThreads) * kPerThread;
 
 template <class T>
 __device__ __forceinline__ T block_sum(T value) {
@@ -149,7 +149,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
     token_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, T* __restrict__ gradient) {
   __shared__ int64_t edges[2];
-  const int64_t begin = int64_t(blockIdx.x) * kTokens, end = smaller(begin + kTokens, in.n);
+  const int64_t begin = int64_t(blockIdx.x) * kBlockTokens, end = smaller(begin + kBlockTokens, in.n);
   if (threadIdx.x < 2)
     edges[threadIdx.x] = sequence_of(in.offsets, threadIdx.x == 0 ? begin : end - 1, 0, in.sequences - 1);
   __syncthreads();
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t policy_blocks(int64_t n) { return (n + kTokens - 1) / kTokens; }
+int64_t policy_blocks(int64_t n) { return (n + kBlockTokens - 1) / kBlockTokens; }
 
 template <class T>
 void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* totals,

@@ -43,7 +43,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")] = Path("runs/train"),
     algorithm: Annotated[
         str | None,
-        typer.Option(help="Name[:k], k rollouts to start with: v05, grpo, dr_grpo, rloo, dapo, spo."),
+        typer.Option(help="Name[:k], k rollouts to start with: v05, grpo, dr_grpo, rloo, dapo, spo, reinforce."),
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
@@ -51,6 +51,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
     prior: Annotated[str | None, typer.Option(help="history or running_mean.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
+    heldout_seed: Annotated[int | None, typer.Option(help="Chooses the held-out prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; a finished warm start is kept.")] = False,
@@ -66,6 +67,7 @@ def train(
         "learning_rate": learning_rate,
         "prior": prior,
         "seed": seed,
+        "heldout_seed": heldout_seed,
     }
     settings = _settings(config, {name: value for name, value in given.items() if value is not None}, output, resume)
     if seeds is not None and compare is None:

@@ -47,9 +47,11 @@ def check_vector(name: str, values: Tensor, like: Tensor | None = None, length: 
 
 
 def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
-    """Raises where offsets is not an int64 vector of at least one element beside `like`; values are not read."""
+    """Raises where offsets is not an int64 vector of at least one element that delimits `like`; values are not read."""
     if offsets.dim() != 1 or offsets.numel() == 0:
         raise ValueError(f"{name} has shape {list(offsets.shape)}; allowed: one dimension, at least one element")
+    if offsets.numel() == 1 and like.numel():
+        raise ValueError(f"{name} has 1 element; allowed: at least 2, for there are {like.numel()} elements to delimit")
     if offsets.dtype != torch.int64:
         raise TypeError(f"{name} is {offsets.dtype}; allowed: torch.int64")
     if offsets.device != like.device:

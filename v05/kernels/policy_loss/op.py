@@ -85,7 +85,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return (None if grad_loss is None else gradient * grad_loss, *[None] * 10)
+    if grad_loss is not None and not _is_one(grad_loss):
+        gradient = gradient * grad_loss
+    return (None if grad_loss is None else gradient, *[None] * 10)
+
+
+def _is_one(value: Tensor) -> bool:
+    """Whether a scalar is a plain 1 on the CPU, as in `loss.backward()`: the stored gradient is then the answer."""
+    return type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value == 1)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_save)

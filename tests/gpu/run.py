@@ -1,0 +1,181 @@
+"""`make gpu`: builds for the present GPU, tests every op on it, watches the kernels with compute-sanitizer, benchmarks.
+
+Needs no network, runs in the Python it is started with, and goes on after a failure. Exit status: 0 where all is well,
+1 where something failed, 2 without a GPU. In the folder `--out` it leaves a log per step, tests.xml and large.xml
+(JUnit), steps.json, benchmarks/results.csv and benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = 530  # seconds for everything
+TAIL = 12  # lines of a failed step's log in the summary
+OPS = ("token_logprob", "policy_loss", "shrinkage", "advantage")
+PROBE = """
+import sys, torch
+if not torch.cuda.is_available(): sys.exit(1)
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}", torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its own limit in seconds; `junit` names the report it leaves."""
+
+    name: str
+    command: list[str]
+    limit: float
+    junit: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """How a step ended: `status` is "passed", "failed" or "timed out"."""
+
+    name: str
+    status: str
+    seconds: float
+    log: str
+    details: list[str]
+
+
+def probe() -> list[str] | None:
+    """The architecture and the description of the present GPU, or None."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    return done.stdout.strip().split(maxsplit=1) if done.returncode == 0 else None
+
+
+def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bool) -> Step:
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-rfEs"]
+    if parallel and importlib.util.find_spec("xdist"):
+        command += ["-n", "6", "--dist", "worksteal"]
+    return Step(name, [*command, f"--junitxml={out / name}.xml"], limit, out / f"{name}.xml")
+
+
+def sanitizer_step(tool: str, backend: str, limit: float) -> Step:
+    """Each tensor is an allocation of its own under memcheck, so that a step past its end is one into nothing."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command += [sys.executable, "tests/gpu/every_kernel.py", "--backend", backend]
+    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    return Step(f"{tool}-{backend}", command, limit, environment=own)
+
+
+def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
+    """Groups of steps, one after the other; those of a group run at the same time."""
+    python = sys.executable
+    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
+    target = {"V05_CUDA_ARCHS": architecture, "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    build = Step("build", [*install, "--no-deps", "-v", "-e", "."], 150, environment=target)
+    imports = Step("import", [python, "-c", "import v05.kernels._cpu, v05.kernels._cuda, triton"], 60)
+    cuda, triton = ([sanitizer_step(tool, b, 150) for tool in ("memcheck", "racecheck")] for b in ("cuda", "triton"))
+    tests = pytest_step("tests", "not large", out, 180, parallel=True)  # leaves Triton's kernels compiled behind
+    large = pytest_step("large", "large", out, 90, parallel=False)
+    bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
+    timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--op"]
+    benches = [[Step(f"bench-{op}", [*timing, op], 120)] for op in OPS]
+    report = Step("bench-report", [*bench, "--report-only"], 30)
+    return [[build], [imports], [tests, *cuda], [large, *triton], *benches, [report]]
+
+
+def failures_of(junit: Path) -> list[str]:
+    """A line for each test that failed, and one that counts the tests."""
+    if not junit.exists():
+        return []
+    cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+    lines = []
+    for case in cases:
+        for child in case:
+            if child.tag in ("failure", "error"):
+                first = (child.get("message") or "").strip().split("\n", 1)[0]
+                lines.append(f"{case.get('classname')}::{case.get('name')}: {first}"[:240])
+    skipped = sum(child.tag == "skipped" for case in cases for child in case)
+    return [*lines, f"{len(cases)} tests, {len(lines)} failed, {skipped} skipped"]
+
+
+def run(step: Step, out: Path, deadline: float) -> Result:
+    """Runs a step into its log and ends it, children included, at its limit or at the deadline."""
+    begin, log = time.monotonic(), out / f"{step.name}.log"
+    limit = max(1.0, min(step.limit, deadline - begin))
+    with log.open("w", encoding="utf-8") as file:
+        print(*step.command, file=file, flush=True)
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=os.environ | step.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            status = "passed" if process.wait(timeout=limit) == 0 else "failed"
+        except OSError as error:
+            print(error, file=file)
+            status = "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            print(f"\nended after {limit:.0f} s", file=file)
+            status = "timed out"
+    details = failures_of(step.junit) if step.junit else []
+    if status != "passed":
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        details += [] if step.junit and len(details) > 1 else lines[-TAIL:]
+    result = Result(step.name, status, round(time.monotonic() - begin, 1), log.name, details)
+    print(f"{result.status:10} {result.name:20} {result.seconds:6.1f} s", flush=True)
+    return result
+
+
+def summary(results: list[Result]) -> str:
+    """What failed, with its reasons, then what passed."""
+    failed = [result for result in results if result.status != "passed"]
+    lines = [f"\n{len(failed)} of {len(results)} steps failed" if failed else f"\nall {len(results)} steps passed"]
+    for result in [*failed, *(result for result in results if result.status == "passed")]:
+        lines.append(f"{result.status.upper():10} {result.name} ({result.seconds} s, {result.log})")
+        lines += [f"    {line}" for line in result.details]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing per benchmark case")
+    options = parser.parse_args()
+    found = probe()
+    if found is None:
+        print("make gpu: torch finds no GPU here")
+        return 2
+    begin, out = time.monotonic(), options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{found[1]}, sm_{found[0]}; logs in {out}", flush=True)
+    results: list[Result] = []
+    for group in steps(found[0], out, options.seconds):
+        with ThreadPoolExecutor(len(group)) as pool:
+            results += pool.map(lambda step: run(step, out, begin + BUDGET), group)
+    steps_told = {"device": found[1], "seconds": time.monotonic() - begin, "steps": [asdict(r) for r in results]}
+    (out / "steps.json").write_text(json.dumps(steps_told, indent=1), encoding="utf-8")
+    text = summary(results)
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 1 if any(result.status != "passed" for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

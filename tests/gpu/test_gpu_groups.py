@@ -1,0 +1,134 @@
+"""shrinkage and group_advantage on the device against float64, from no groups to more than a grid's axis holds."""
+
+import pytest
+import torch
+from common import (
+    BACKENDS,
+    COMBINATIONS,
+    DEVICE,
+    DTYPES,
+    KERNELS,
+    assert_same_bits,
+    compare,
+    on_device,
+    run_advantage,
+    run_shrinkage,
+    scaled,
+    widened,
+)
+
+from v05.kernels import group_advantage, shrinkage
+from v05.testing import RaggedGroups, offsets_of, ragged_groups
+
+VALUES = (-1.0, 0.3, 1.0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def compare_shrinkage(backend, data, **options):
+    """Plans are held between those of a cost slightly higher and slightly lower: rounding decides on the edge."""
+    result = compare(run_shrinkage, backend, data, but=("planned", "roll_out_more"), **options)
+    fewest, most = (
+        run_shrinkage("reference", widened(data), cost=(1 + gap) / 256, **options)["planned"] for gap in (3e-5, -3e-5)
+    )
+    assert ((fewest <= result["planned"]) & (result["planned"] <= most)).all()
+    assert torch.equal(result["roll_out_more"], result["planned"] > result["count"])
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("longest", [0, 1, 16, 300])
+def test_shrinkage(backend, dtype, longest):
+    data = on_device(ragged_groups(scaled(1003, 53), 0, longest, seed=longest, values=VALUES, dtype=dtype))
+    compare_shrinkage(backend, data, leave_one_out=True, advantages=True, k_init=3, k_max=20)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(leave_one_out=True), dict(advantages=True)])
+def test_shrinkage_without_what_was_not_asked_for(backend, options):
+    compare_shrinkage(backend, on_device(ragged_groups(97, 0, 9, values=VALUES)), **options)
+
+
+@pytest.mark.parametrize(("estimator", "scale"), COMBINATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_advantage(backend, estimator, scale, dtype):
+    data = on_device(ragged_groups(scaled(1003, 53), 0, 21, seed=4, values=VALUES, dtype=dtype))
+    compare(run_advantage, backend, data, estimator=estimator, scale=scale)
+
+
+def test_statistics_over_tokens(backend):
+    data = on_device(ragged_groups(300, 0, 9, seed=5, values=VALUES))
+    lengths = torch.randint(1, 900, data.rewards.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    compare(run_advantage, backend, data, estimator="reinforce_plus_plus", lengths=lengths)
+
+
+def test_more_groups_than_a_grid_axis_holds_blocks(backend):
+    """65,535 blocks of 32 groups."""
+    data = on_device(ragged_groups(scaled(65_536 * 32 + 5, 700), 0, 2, seed=6, dtype=torch.float64))
+    compare_shrinkage(backend, data, advantages=True)
+    compare(run_advantage, backend, data, estimator="rloo")
+
+
+def test_one_group_of_everything(backend):
+    size = scaled(1_000_003, 2003)
+    rewards = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = on_device(RaggedGroups(rewards, torch.tensor([0, 0, size]), torch.tensor([0.2, 0.9]).double()))
+    compare_shrinkage(backend, data, leave_one_out=True)
+    compare(run_advantage, backend, data, estimator="grpo")
+
+
+def test_nothing_to_do(backend):
+    for lengths in ([], [0], [0, 0, 0]):
+        offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+        data = on_device(RaggedGroups(torch.empty(0), offsets, torch.full((len(lengths),), 0.25)))
+        result = compare_shrinkage(backend, data, leave_one_out=True, advantages=True)
+        assert (result["baseline"] == 0.25).all()
+        for estimator in ("v05", "grpo", "reinforce_plus_plus"):
+            assert compare(run_advantage, backend, data, estimator=estimator)["advantages"].numel() == 0
+
+
+def test_equal_rewards_are_exactly_zero(backend):
+    data = on_device(RaggedGroups(torch.full((13,), 0.1), torch.tensor([0, 3, 6, 13]), torch.zeros(3)))
+    for estimator in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus"):
+        assert not run_advantage(backend, data, estimator)["advantages"].any(), estimator
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_same_bits_in_any_company(backend):
+    data = ragged_groups(200, 0, 40, seed=6, values=VALUES)
+    rewards = list(data.rewards.split(data.offsets.diff().tolist()))
+    options = dict(leave_one_out=True, advantages=True)
+    whole = run_shrinkage(backend, on_device(data), **options)
+    scaled_by_std = run_advantage(backend, on_device(data), "grpo")["advantages"]
+    ids = torch.arange(200).repeat_interleave(data.offsets.diff())
+    for seed in range(scaled(20, 3)):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[: 200 - 7 * seed]
+        pieces = torch.cat([rewards[g] for g in order])
+        other = on_device(RaggedGroups(pieces, offsets_of(data.offsets.diff()[order]), data.prior[order]))
+        source = torch.cat([(ids == g).nonzero()[:, 0] for g in order]).to(DEVICE)
+        groups = order.to(DEVICE)
+        expected = {k: v[source if k in ("rollout_baseline", "advantages") else groups] for k, v in whole.items()}
+        assert_same_bits(run_shrinkage(backend, other, **options), expected)
+        assert torch.equal(run_advantage(backend, other, "grpo")["advantages"], scaled_by_std[source])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rewards=[0.0, float("nan"), 1, 1]), r"rewards\[1\] is nan \(group 0\); allowed: -1 to 1"),
+        (dict(rewards=[0.0, 0, 0, 1.5]), r"rewards\[3\] is 1.5 \(group 2\)"),
+        (dict(prior=[0.0, 0, -2]), r"prior\[2\] is -2; allowed: -1 to 1"),
+        (dict(offsets=[1, 2, 2, 4]), r"offsets\[0\] is 1; allowed: 0"),
+        (dict(offsets=[0, 3, 2, 4]), r"offsets\[2\] is 2; allowed: 3"),
+        (dict(offsets=[0, 2, 2, 5]), r"offsets\[3\] is 5; allowed: 4"),
+    ],
+)
+def test_bad_values_are_named_where_asked_for(backend, change, message):
+    given = dict(rewards=[0.0, 0, 1, 1], offsets=[0, 2, 2, 4], prior=[0.0, 0, 0]) | change
+    data = on_device(RaggedGroups(*(torch.tensor(values) for values in given.values())))
+    with pytest.raises(ValueError, match=message):
+        shrinkage(*data, check_values=True, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        group_advantage(data.rewards, data.offsets, prior=data.prior, check_values=True, backend=backend)
