@@ -28,20 +28,20 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py $(NATIVE)
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,bench]"
+	$(BIN)/python -m pip install -q "v05[test,bench]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.tests
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q "v05[dev]"
 	@touch $@
 
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/v05 train --output runs/demo
+	$(BIN)/v05 train --output runs/demo --resume
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/interpreted
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/interpreted --ignore tests/gpu
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
@@ -50,7 +50,7 @@ test: $(VENV)/.tests
 	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "transformers<5.11" cachetools uvicorn fastapi
-	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@touch $@
 
 test-peers: .venv-peers/.installed
@@ -62,8 +62,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-bench: $(VENV)/.tests
-	$(BIN)/python -m benchmarks
+# Beside TRL and verl, hence in their environment.
+bench: .venv-peers/.installed
+	.venv-peers/bin/python -m benchmarks
+
+# In the Python at hand, which has torch for its GPU; logs, JSON and tables go to $$OUT.
+gpu:
+	$(PYTHON) tests/gpu/run.py --out "$(or $(OUT),gpu-results)"
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

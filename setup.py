@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 FORMULAS = [str(CSRC / "formulas.h"), str(CSRC / "inputs.h")]
 CPU_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "90", "100", "120")
 
 
@@ -82,4 +82,4 @@ def extensions() -> list[Extension]:
     return [cpu, cuda]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative}, options={"build_ext": {"parallel": 2}})

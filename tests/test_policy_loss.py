@@ -431,6 +431,7 @@ def test_covariance_selection():
         (dict(weights=[1.0, 1]), "weights has 2 elements; allowed: 4"),
         (dict(offsets=[0, 2, 3]), r"sequence_offsets\[2\] is 3; allowed: 4"),
         (dict(offsets=[0, 9, 4]), r"sequence_offsets\[2\] is 4; allowed: 9"),
+        (dict(offsets=[0]), "sequence_offsets has 1 element; allowed: at least 2, for there are 4 elements"),
         (dict(kl="k3"), "ref_logprobs is missing; kl 'k3' needs it"),
         (dict(ref_logprobs=torch.zeros(4)), "ref_logprobs is given; kl 'none' needs none"),
         (dict(kl="k3", ref_logprobs=torch.tensor([0, math.nan, 0, 0])), r"ref_logprobs\[1\] is nan"),

@@ -120,7 +120,7 @@ def run(step: Step, out: Path, deadline: float) -> Result:
             process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
-                env=os.environ | step.environment,
+                env=os.environ | {"PYTHONPATH": str(ROOT)} | step.environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
