@@ -16,7 +16,10 @@ def doctor() -> None:
         for row in rows.items():
             table.add_row(*row)
         console.print(table)
-    table = Table("op", "tensors on", "runs", "does not run, because", title="Backends", title_justify="left")
+    table = Table(title="Backends", title_justify="left")
+    for name in ("op", "tensors", "runs"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("does not run, because")
     for line in report.backends():
         reasons = [f"{name}: {reason}" for name, reason in line.reasons.items() if reason is not None]
         table.add_row(line.op, line.device, line.chosen, "\n".join(reasons))

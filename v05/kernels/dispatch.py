@@ -31,7 +31,7 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     if importlib.util.find_spec(f"v05.kernels.{op}.{backend}") is None:
         return f"{op} has no {backend} kernel yet"
     if device_type not in _DEVICES[backend] and not (backend == "triton" and device_type == "cpu" and interpreting()):
-        return f"the {backend} backend takes {' or '.join(_DEVICES[backend])} tensors, these are on {device_type}"
+        return f"takes {' or '.join(_DEVICES[backend])} tensors, these are on {device_type}"
     native = {"cpu": "v05.kernels._cpu", "cuda": "v05.kernels._cuda"}.get(backend)
     for needed in filter(None, (native, "triton" if backend == "triton" else None)):
         try:

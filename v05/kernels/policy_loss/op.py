@@ -92,7 +92,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
 
 def _is_one(value: Tensor) -> bool:
     """Whether a scalar is a plain 1 on the CPU, as in `loss.backward()`: the stored gradient is then the answer."""
-    return type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value == 1)
+    plain = type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and bool(value == 1)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_save)
