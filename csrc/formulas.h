@@ -132,6 +132,11 @@ V05_FN T clamped(T x, T low, T high) {
 }
 
 template <class T>
+V05_FN T one_if(bool condition) {
+  return condition ? T(1) : T(0);
+}
+
+template <class T>
 struct Slope {
   T value, slope;
 };
@@ -155,7 +160,7 @@ struct PolicyToken {
 template <class T>
 struct PolicyTerm {
   T value, by_ratio, by_logprob;
-  bool low, high, dual;  // which bound held the ratio back
+  T low, high, dual;  // 1 for the bound that held the ratio back, else 0
 };
 
 // -min(rho A, clip(rho) A), and at most c |A| where A < 0: -A times a ratio clipped on the side that A makes active.
@@ -168,9 +173,9 @@ V05_FN PolicyTerm<T> clipped_term(T ratio, T advantage, const PolicyNumbers<T>& 
   return {-advantage * kept,
           kept == ratio ? -advantage * ratio : T(0),
           T(0),
-          negative && ratio < bottom,
-          positive && ratio > top,
-          negative && ratio > top};
+          one_if<T>(negative & (ratio < bottom)),
+          one_if<T>(positive & (ratio > top)),
+          one_if<T>(negative & (ratio > top))};
 }
 
 // SAPO's gate is 4 / tau / (1 + exp(this)).
@@ -187,27 +192,27 @@ V05_FN PolicyTerm<T> policy_term(const PolicyToken<T>& token, const PolicyNumber
   if constexpr (kind == Surrogate::clip_cov) {
     PolicyTerm<T> term = clipped_term(ratio, advantage, by);
     bool out = token.selected != T(0);
-    return {out ? T(0) : term.value, out ? T(0) : term.by_ratio, T(0), term.low, term.high, false};
+    return {out ? T(0) : term.value, out ? T(0) : term.by_ratio, T(0), term.low, term.high, T(0)};
   }
   if constexpr (kind == Surrogate::cispo) {
     T low = T(1) - by.clip_low, high = T(1) + by.clip_high, factor = -advantage * clamped(ratio, low, high);
-    return {factor * token.logprob, T(0), factor, ratio<low, ratio> high, false};
+    return {factor * token.logprob, T(0), factor, one_if<T>(ratio < low), one_if<T>(ratio > high), T(0)};
   }
   if constexpr (kind == Surrogate::sapo) {
     T tau = advantage > T(0) ? by.tau_pos : by.tau_neg, sigmoid = T(1) / (T(1) + token.gate);
     T slope = T(4) * sigmoid * (token.gate * sigmoid) * ratio;
-    return {-advantage * (T(4) / tau) * sigmoid, -advantage * slope, T(0), false, false, false};
+    return {-advantage * (T(4) / tau) * sigmoid, -advantage * slope, T(0), T(0), T(0), T(0)};
   }
   if constexpr (kind == Surrogate::kl_cov) {
     T pull = token.selected * by.covariance_coef, sign = token.x > T(0) ? T(1) : token.x < T(0) ? T(-1) : T(0);
     return {-advantage * ratio + pull * std::fabs(token.x),
             -advantage * ratio,
             pull * sign * token.moves,
-            false,
-            false,
-            false};
+            T(0),
+            T(0),
+            T(0)};
   }
-  return {-advantage * token.logprob, T(0), -advantage, false, false, false};  // gpg
+  return {-advantage * token.logprob, T(0), -advantage, T(0), T(0), T(0)};  // gpg
 }
 
 // Estimators of KL(policy || reference), their slope by the policy's log-probability l; y = q - l, `bounded` the same

@@ -4,7 +4,7 @@
 
 #include "ops.h"
 #include "parallel.h"
-#include "policy_tile.h"
+#include "policy_pass.h"
 #include "vector_math.h"
 
 namespace v05::cpu {
@@ -77,6 +77,7 @@ struct ChunkPass {
     Sums sums;
     Tile<T> tile;
     std::memset(static_cast<void*>(&tile), 0, sizeof tile);
+    std::fill(tile.correction, tile.correction + kTile, T(1));
     const bool whole = in.sequence_level || whole_sequence(in.correction);
     for (int64_t s = chunk.first; s < in.sequences && in.offsets[s] < chunk.end; ++s) {
       if (whole) summarise(in, state, s, tile, sums);
@@ -89,11 +90,12 @@ struct ChunkPass {
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
       const int64_t count = std::min(kTile, chunk.end - begin);
       while (in.offsets[s + 1] <= begin) ++s;
-      const int64_t kept = load(in, begin, count, s, tile, sums);
-      ratios(in, state, begin, count, s, kept, tile, sums);
-      surrogate_switch(in, tile, sums);
-      kl_switch(in, begin, count, tile, sums);
-      combine(in, state, begin, count, tile, gradient, sums);
+      spread_all(in, state, begin, count, s, tile, sums);
+      if (in.sequence_level)
+        policy_switch<true>(in, begin, count, tile, gradient, state.by_ratio.get(), sums);
+      else
+        policy_switch<false>(in, begin, count, tile, gradient, static_cast<T*>(nullptr), sums);
+      kl_switch(in, begin, count, gradient, sums);
     }
     for (s = chunk.first; in.sequence_level && s < in.sequences && in.offsets[s] < chunk.end; ++s)
       share(in, state, s, gradient);

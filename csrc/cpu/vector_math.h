@@ -52,6 +52,14 @@ V05_INLINE float exp_fast(float x) {
 V05_INLINE float zero_unless(bool keep, float x) { return bits_of<float>(bits_of<uint32_t>(x) & -uint32_t(keep)); }
 V05_INLINE double zero_unless(bool keep, double x) { return bits_of<double>(bits_of<uint64_t>(x) & -uint64_t(keep)); }
 
+// x, or 1; a mask again.
+V05_INLINE float one_unless(bool keep, float x) {
+  return bits_of<float>((bits_of<uint32_t>(x) & -uint32_t(keep)) | (bits_of<uint32_t>(1.0f) & ~-uint32_t(keep)));
+}
+V05_INLINE double one_unless(bool keep, double x) {
+  return bits_of<double>((bits_of<uint64_t>(x) & -uint64_t(keep)) | (bits_of<uint64_t>(1.0) & ~-uint64_t(keep)));
+}
+
 constexpr float kNegligible = -87.33f;
 
 // e^x for x <= 0, give or take rounding; 0 up to kNegligible, where it leaves the normal numbers.

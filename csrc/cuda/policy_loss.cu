@@ -137,9 +137,9 @@ __device__ __forceinline__ void add_token(const PolicyInputs<T>& in, const Polic
   sums[kTokens] += 1;
   sums[kRatio] += ratio;
   sums[kLogRatio] += x.value;
-  sums[kClippedLow] += term.low ? 1 : 0;
-  sums[kClippedHigh] += term.high ? 1 : 0;
-  sums[kDualClipped] += term.dual ? 1 : 0;
+  sums[kClippedLow] += term.low;
+  sums[kClippedHigh] += term.high;
+  sums[kDualClipped] += term.dual;
   sums[kSamplerWeight] += correction;
   sums[kSamplerMasked] += masks(in.correction) && correction == T(0) ? 1 : 0;
   sums[kSelected] += selected;
