@@ -27,6 +27,11 @@ def working_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
+def address(values: Tensor | None) -> int:
+    """Address of a tensor's first element as the native modules take it, 0 for None."""
+    return 0 if values is None else values.data_ptr()
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """Returns value where it is allowed, and raises ValueError naming what is otherwise."""
     if value not in allowed:

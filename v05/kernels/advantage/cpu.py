@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import _cpu
+from v05.kernels import _cpu, segments
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.shrinkage.cpu import check
 
@@ -30,8 +30,8 @@ def group_advantage(
     _cpu.advantage(
         rewards.data_ptr(),
         offsets.data_ptr(),
-        0 if prior is None else prior.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(),
+        segments.address(prior),
+        segments.address(lengths),
         rewards.numel(),
         offsets.numel() - 1,
         int(baseline),

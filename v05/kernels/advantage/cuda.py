@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import _cuda
+from v05.kernels import _cuda, segments
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.reference import batch_moments
 from v05.kernels.device import on_device_of, stream_of
@@ -33,8 +33,8 @@ def group_advantage(
         _cuda.advantage(
             rewards.data_ptr(),
             offsets.data_ptr(),
-            0 if prior is None else prior.data_ptr(),
-            0 if moments is None else moments.data_ptr(),
+            segments.address(prior),
+            segments.address(moments),
             offsets.numel() - 1,
             int(baseline),
             int(scale),

@@ -110,7 +110,7 @@ class Inputs(NamedTuple):
     def addresses(self) -> tuple[int, ...]:
         """Addresses in the order of the native modules, 0 for what is absent."""
         ordered = (*self[:4], self.ref_logprobs, self.sampler_logprobs, self.selected, self.offsets)
-        return tuple(0 if values is None else values.data_ptr() for values in ordered)
+        return tuple(map(segments.address, ordered))
 
 
 class Kinds(NamedTuple):

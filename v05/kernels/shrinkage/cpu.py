@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import _cpu
+from v05.kernels import _cpu, segments
 from v05.kernels.shrinkage.rules import SLACK, Budget, Outputs, check_group_values
 
 
@@ -15,7 +15,7 @@ def check(rewards: Tensor, offsets: Tensor, prior: Tensor | None, low: float, hi
     valid = _cpu.groups_valid(
         rewards.data_ptr(),
         offsets.data_ptr(),
-        0 if prior is None else prior.data_ptr(),
+        segments.address(prior),
         rewards.numel(),
         offsets.numel() - 1,
         low - slack,

@@ -9,10 +9,6 @@ from v05.kernels import _cpu, segments
 from v05.kernels.token_logprob.rules import DTYPES, check_values, rows_of
 
 
-def address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
-
-
 def token_logprob(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +27,7 @@ def token_logprob(
         columns,
         targets.data_ptr(),
         ignore_index,
-        address(temperatures),
+        segments.address(temperatures),
         temperature,
         logprob.data_ptr(),
         entropy.data_ptr(),
@@ -70,13 +66,13 @@ def token_logprob_backward(
         columns,
         targets.data_ptr(),
         ignore_index,
-        address(temperatures),
+        segments.address(temperatures),
         temperature,
         entropy.data_ptr(),
         statistics.data_ptr(),
         statistics.data_ptr() + rows * statistics.element_size(),
-        address(grad_logprob),
-        address(grad_entropy),
+        segments.address(grad_logprob),
+        segments.address(grad_entropy),
         grad_logits.data_ptr(),
     )
     return grad_logits

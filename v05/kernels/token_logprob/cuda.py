@@ -10,10 +10,6 @@ from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.token_logprob.rules import DTYPES, rows_of
 
 
-def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
-
-
 def _inputs(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, ignore_index: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[int, int, int, int]]:
@@ -33,7 +29,7 @@ def token_logprob(
     statistics = torch.empty(2, rows, dtype=dtype, device=logits.device)
     largest = statistics.data_ptr()
     outputs = (logprob.data_ptr(), entropy.data_ptr(), largest, largest + rows * statistics.element_size())
-    kind, addresses = DTYPES.index(logits.dtype), tuple(map(_address, held))
+    kind, addresses = DTYPES.index(logits.dtype), tuple(map(segments.address, held))
     with on_device_of(logits):
         _cuda.token_logprob(kind, addresses, sizes, temperature, outputs, stream_of(logits))
     return logprob, entropy, statistics
@@ -59,11 +55,11 @@ def token_logprob_backward(
     with on_device_of(logits):
         _cuda.token_logprob_backward(
             DTYPES.index(logits.dtype),
-            tuple(map(_address, held)),
+            tuple(map(segments.address, held)),
             sizes,
             temperature,
             saved,
-            tuple(map(_address, gradients)),
+            tuple(map(segments.address, gradients)),
             grad_logits.data_ptr(),
             logits.shape[1],
             stream_of(logits),
