@@ -69,9 +69,10 @@ sanitize: $(VENV)/.tests
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r v05 tests build/sanitize
 	rm -f build/sanitize/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext -b build/sanitize -t build/sanitize/objects
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize $(abspath $(BIN))/python -m pytest -p no:cacheprovider --rootdir build/sanitize -k "not compile" \
-	  $(addprefix build/sanitize/tests/test_,shrinkage.py advantage.py policy_loss.py token_logprob.py)
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c ../../pyproject.toml --rootdir . -k "not compile" \
+	  $(addprefix tests/test_,shrinkage.py advantage.py policy_loss.py token_logprob.py)
 
 # Beside TRL and verl, hence in their environment.
 bench: .venv-peers/.installed
