@@ -55,6 +55,18 @@ V05_FN bool worth_one_more(T deviation, T k, T s, T cost) {
   return deviation * deviation > cost * ((k * deviation + s) * ((k + T(1)) * deviation + s));
 }
 
+// The first k from count to k_max at which one more rollout is not worth its cost. With u = k + s / d the gain is
+// s / (u (u + 1)), so that u (u + 1) = 1 / cost says about where; the rule itself decides, a step up or down.
+template <class T>
+V05_FN int64_t first_not_worth(T deviation, int64_t count, T s, const Budget<T>& budget) {
+  if (!(deviation > T(0)) || count >= budget.k_max) return count;
+  T about = (std::sqrt(T(1) + T(4) / budget.cost) - T(1)) * T(0.5) - s / deviation;
+  int64_t k = int64_t(larger(T(count), smaller(T(budget.k_max), about)));
+  while (k < budget.k_max && worth_one_more(deviation, T(k), s, budget.cost)) ++k;
+  while (k > count && !worth_one_more(deviation, T(k - 1), s, budget.cost)) --k;
+  return k;
+}
+
 // w = d / (d + s / k), with d the positive part of (m - V)^2 - s / k.
 template <class T>
 V05_FN T squared_deviation(T mean, T k, T prior, T s) {
@@ -77,12 +89,7 @@ V05_FN Fusion<T> fuse(T mean, int64_t count, T prior, const Budget<T>& budget) {
   T s = budget.variance(), k = T(count);
   T d = squared_deviation(mean, k, prior, s);
   T mse = d * s / (k * d + s), gain = lookahead_gain(d, k, s);
-  int64_t planned = count;
-  if (count < budget.k_init) {
-    planned = budget.k_init;
-  } else {
-    while (planned < budget.k_max && worth_one_more(d, T(planned), s, budget.cost)) ++planned;
-  }
+  int64_t planned = count < budget.k_init ? budget.k_init : first_not_worth(d, count, s, budget);
   return {d, d / (d + s / k), fused_baseline(mean, k, prior, s), mse, gain, planned};
 }
 

@@ -84,6 +84,13 @@ def test_plan_is_the_first_count_whose_gain_is_below_the_cost(backend):
         assert planned == k
 
 
+@pytest.mark.parametrize("cost", [0.0, 1e-12, 1 / 1024, 1 / 90, 0.3, 1e6])
+def test_plans_at_any_cost(cost):
+    data = ragged_groups(500, 0, 12, seed=13, dtype=torch.float64)
+    plan = shrinkage(*data, cost=cost, k_max=90, backend="cpu").planned
+    assert torch.equal(plan, shrinkage(*data, cost=cost, k_max=90, backend="reference").planned)
+
+
 def test_cost_means_the_same_in_every_reward_range(backend):
     data = ragged_groups(200, 1, 12, seed=5, dtype=torch.float64)
     signed = shrinkage(*data, backend=backend)

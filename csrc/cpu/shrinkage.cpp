@@ -15,13 +15,16 @@ bool groups_valid(const T* rewards, const int64_t* offsets, const T* prior, int6
   if (offsets[0] != 0 || offsets[groups] != n) return false;
   std::atomic<bool> valid{true};
   parallel_for(groups, n, kRewardsPerThread, [&](int64_t begin, int64_t end) {
-    bool good = true;
-    for (int64_t g = begin; g < end; ++g) good &= offsets[g] <= offsets[g + 1];
+    // Integers and no short circuit: loops that vectorise. Bounds in T, as torch compares.
+    int bad = 0;
+    const T lowest = T(low), highest = T(high);
+    for (int64_t g = begin; g < end; ++g) bad |= offsets[g] > offsets[g + 1];
     if (prior)
-      for (int64_t g = begin; g < end; ++g) good &= prior[g] >= low && prior[g] <= high;
-    if (good && offsets[begin] >= 0 && offsets[end] <= n)
-      for (int64_t i = offsets[begin]; i < offsets[end]; ++i) good &= rewards[i] >= low && rewards[i] <= high;
-    if (!good) valid = false;
+      for (int64_t g = begin; g < end; ++g) bad |= !((prior[g] >= lowest) & (prior[g] <= highest));
+    if (!bad && offsets[begin] >= 0 && offsets[end] <= n)
+      for (int64_t i = offsets[begin]; i < offsets[end]; ++i)
+        bad |= !((rewards[i] >= lowest) & (rewards[i] <= highest));
+    if (bad) valid = false;
   });
   return valid;
 }
