@@ -6,14 +6,15 @@ equal lengths, so verl's padded layout has no padding: the input that favours it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, Run, compiled, rival
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends, rival
 from benchmarks.rivals import forward_backward
+from benchmarks.timing import Run
 from v05.kernels import policy_loss
 
 FULL, QUICK = [(4, 1024), (64, 1024), (1024, 1024)], [(4, 1024)]
@@ -36,8 +37,8 @@ class VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-def case(sequences: int, length: int, device: torch.device) -> Case:
-    rng = torch.Generator().manual_seed(0)
+def case(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
+    rng = torch.Generator().manual_seed(seed)
     tokens = sequences * length
     logprobs = -torch.randn(tokens, generator=rng).abs().to(device)
     old = (logprobs.cpu() + 0.2 * torch.randn(tokens, generator=rng)).to(device)
@@ -59,10 +60,16 @@ def case(sequences: int, length: int, device: torch.device) -> Case:
 
         return forward_backward(loss, logprobs, upstream)
 
-    def ours(x: Tensor) -> Sequence[Tensor]:
-        return (policy_loss(x, old, advantages, weights, sequence_offsets=offsets, **options).loss,)
+    def ours(backend: str | None = None) -> Run:
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            named = dict(sequence_offsets=offsets, backend=backend)
+            return (policy_loss(x, old, advantages, weights, **named, **options).loss,)
 
-    fast = compiled(lambda x: eager(x, old, per_token, weights))
+        return forward_backward(loss, logprobs, upstream)
+
+    def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
+        return forward_backward(lambda x: function(x, old, per_token, weights), logprobs, upstream)
+
     return Case(
         op="policy_loss",
         shape=f"{tokens} tokens, {sequences} sequences",
@@ -71,14 +78,17 @@ def case(sequences: int, length: int, device: torch.device) -> Case:
         bytes=tokens * 4 * (3 + 1) + sequences * 12,
         flops=tokens * 12,
         contenders=[
-            Contender(OURS, forward_backward(ours, logprobs, upstream)),
-            Contender("torch eager", forward_backward(lambda x: eager(x, old, per_token, weights), logprobs, upstream)),
-            Contender("torch.compile", forward_backward(fast, logprobs, upstream)),
+            Contender(OURS, ours()),
+            Contender("torch eager", plain(eager)),
+            Contender("torch.compile", plain(compiled(eager))),
+            *of_backends(ours, device),
             rival("verl", "verl.trainer.ppo.core_algos", verl),
             Contender("TRL", None, "computed inside its trainer, no function to call"),
             Contender("Liger", None, "its GRPO loss on given logits is a GPU kernel"),
         ],
         device=device,
+        elements=tokens,
+        another=lambda other: case(sequences, length, device, other),
     )
 
 

@@ -65,7 +65,7 @@ v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const st
 template <class T>
 void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n,
                  int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
-                 const std::array<double, 9>& by, Address gradient, Address totals, Address stream) {
+                 const std::array<double, 9>& by, Address gradient, Address loss, Address metrics, Address stream) {
   v05::PolicyInputs<T> in{};
   in.logprobs = at<T>(inputs[0]), in.old_logprobs = at<T>(inputs[1]), in.advantages = at<T>(inputs[2]);
   in.weights = at<T>(inputs[3]), in.ref_logprobs = at<T>(inputs[4]), in.sampler_logprobs = at<T>(inputs[5]);
@@ -76,7 +76,8 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
   in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
   v05::cuda::PolicyScratch<T> space{at<T>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]),
                                     at<T>(scratch[3]), at<T>(scratch[4]), at<T>(scratch[5])};
-  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(totals), reinterpret_cast<cudaStream_t>(stream));
+  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(loss), at<T>(metrics),
+                         reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -127,8 +128,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("policy_loss",
         [](const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n, int64_t sequences,
            bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
-           Address gradient, Address totals, Address stream, bool wide) {
+           Address gradient, Address loss, Address metrics, Address stream, bool wide) {
           (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
-                                                            numbers, gradient, totals, stream);
+                                                            numbers, gradient, loss, metrics, stream);
         });
 }

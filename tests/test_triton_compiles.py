@@ -136,5 +136,8 @@ def test_policy_loss_share_and_finish(target, dtype):
     block = {"BLOCK_T": policy_loss.BLOCK}
     kernel = triton_sequences.share_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
-    types = dict.fromkeys(("partial", "present", "totals"), f"*{dtype}") | {"programs": "i64", "sequences": "i64"}
+    types = dict.fromkeys(("partial", "present", "loss", "metrics"), f"*{dtype}") | {
+        "programs": "i64",
+        "sequences": "i64",
+    }
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))

@@ -38,7 +38,8 @@ constexpr double kLowestTemperature = 1e-6, kHighestTemperature = 1e6;
 template <class T>
 int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>>& out);
 
-// grad_logits [count, vocabulary] without gaps; a null gradient is 0.
+// grad_logits [count, vocabulary] without gaps, or the logits themselves; a null gradient is 0. A target that is not in
+// the vocabulary but not ignored either belongs to columns that are elsewhere.
 template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);

@@ -52,9 +52,9 @@ struct PolicyScratch {
 // How many blocks of policy_loss share n tokens.
 int64_t policy_blocks(int64_t n);
 
-// gradient [n] is that of the loss by the log-probabilities; totals [kPolicySums].
+// gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1].
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* totals,
+void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream);
 
 }  // namespace v05::cuda

@@ -64,7 +64,8 @@ def policy_loss(
     kinds: Sequence[int],
     numbers: Sequence[float],
     gradient: int,
-    totals: int,
+    loss: int,
+    metrics: int,
     stream: int,
     wide: bool,
 ) -> None: ...

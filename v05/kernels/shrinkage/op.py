@@ -122,7 +122,7 @@ def shrinkage(
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
     rewards, prior = rewards.detach().to(dtype), prior.detach().to(dtype)
-    chosen = dispatch.choose("shrinkage", rewards.device.type, backend)
+    chosen = dispatch.backend_for("shrinkage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, budget.low, budget.high)
     if chosen == "reference":
