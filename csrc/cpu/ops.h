@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "calibration.h"
 #include "formulas.h"
 #include "half.h"
 #include "inputs.h"
@@ -21,6 +22,9 @@ template <class T>
 void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t n, int64_t groups,
                const Budget<double>& budget, T* floats, int64_t* integers, bool* more, T* rollout_baseline,
                T* advantages);
+
+template <class T>
+void calibrated(const Calibration<T>& in);
 
 // lengths [n], where not null, weigh the rewards in the statistics of the batch.
 template <class T>
