@@ -60,10 +60,12 @@ V05_FN T log_likelihood(T sum, int64_t count, T centre, T strength, bool graded)
 template <class T>
 V05_FN void likelihoods(T sum, int64_t count, T centre, bool graded, T* out) {
   T most = 0;
+  V05_UNROLL
   for (int i = 0; i < kComponents; ++i) {
     out[i] = log_likelihood(sum, count, component_centre(i, centre), component_strength<T>(i), graded);
     most = i == 0 ? out[0] : larger(most, out[i]);
   }
+  V05_UNROLL
   for (int i = 0; i < kComponents; ++i) out[i] = std::exp(out[i] - most);
 }
 
@@ -73,32 +75,52 @@ struct Belief {
   T mean, variance, weight;
 };
 
+// The mean reward that a component leads to, from prior rewards worth `strength`, centred at c.
+template <class T>
+V05_FN T component_mean(T sum, T count, T strength, T c) {
+  return (sum + strength * c) / (count + strength);
+}
+
 // From the likelihoods of a group, which become the shares of the components, and the weights of these.
 template <class T>
 V05_FN Belief<T> posterior_of(T* share, T sum, int64_t count, T centre, bool graded, const T* weights) {
-  T means[kComponents], total = 0, mean = 0, variance = 0, weight = 0;
+  const T k = T(count), extra = graded ? T(1) : T(0);
+  T total = 0, mean = 0, variance = 0, weight = 0;
+  V05_UNROLL
   for (int i = 0; i < kComponents; ++i) total += share[i] *= weights[i];
+  V05_UNROLL
   for (int i = 0; i < kComponents; ++i) {
-    T strength = component_strength<T>(i) + (graded ? T(1) : T(0));
+    T strength = component_strength<T>(i) + extra;
     share[i] /= total;
-    means[i] = (sum + strength * component_centre(i, centre)) / (T(count) + strength);
-    mean += share[i] * means[i];
-    weight += share[i] * T(count) / (T(count) + strength);
+    mean += share[i] * component_mean(sum, k, strength, component_centre(i, centre));
+    weight += share[i] * k / (k + strength);
   }
+  V05_UNROLL
   for (int i = 0; i < kComponents; ++i) {
-    T strength = component_strength<T>(i), gap = means[i] - mean;
-    T own =
-        graded ? T(0.25) / (T(count) + strength + T(1)) : means[i] * (T(1) - means[i]) / (T(count) + strength + T(1));
-    variance += share[i] * (own + gap * gap);
+    T strength = component_strength<T>(i);
+    T own = component_mean(sum, k, strength + extra, component_centre(i, centre)), gap = own - mean;
+    variance += share[i] * ((graded ? T(0.25) : own * (T(1) - own)) / (k + strength + T(1)) + gap * gap);
   }
   return {mean, variance, weight};
 }
 
+// The mean of that belief alone, a component at a time, so that a thread holds no arrays.
 template <class T>
-V05_FN Belief<T> posterior(T sum, int64_t count, T centre, bool graded, const T* weights) {
-  T share[kComponents];
-  likelihoods(sum, count, centre, graded, share);
-  return posterior_of(share, sum, count, centre, graded, weights);
+V05_FN T posterior_mean(T sum, int64_t count, T centre, bool graded, const T* weights) {
+  T most = 0, total = 0, mean = 0;
+  V05_ROLLED
+  for (int i = 0; i < kComponents; ++i) {
+    T strength = component_strength<T>(i), c = component_centre(i, centre);
+    T log_l = log_likelihood(sum, count, c, strength, graded);
+    if (i == 0 || log_l > most) {
+      T factor = i == 0 ? T(1) : std::exp(most - log_l);
+      total *= factor, mean *= factor, most = log_l;
+    }
+    T share = weights[i] * std::exp(log_l - most);
+    total += share;
+    mean += share * component_mean(sum, T(count), strength + (graded ? T(1) : T(0)), c);
+  }
+  return mean / total;
 }
 
 // 4 e / (u (u + 1)) > cost, without a division: what one more rollout takes off the posterior variance, in units of s.
@@ -150,5 +172,20 @@ struct Calibration {
   bool* more;
   T *rollout_baseline, *advantages, *new_state;
 };
+
+// From addresses: those of the inputs (rewards to state), and those of what is written (table to new_state).
+template <class T>
+Calibration<T> calibration_at(const uintptr_t* in, int64_t n, int64_t groups, const Budget<double>& budget,
+                              const uintptr_t* out) {
+  Calibration<T> c{};
+  c.rewards = reinterpret_cast<const T*>(in[0]), c.offsets = reinterpret_cast<const int64_t*>(in[1]);
+  c.prior = reinterpret_cast<const T*>(in[2]), c.graded = reinterpret_cast<const bool*>(in[3]);
+  c.state = reinterpret_cast<const T*>(in[4]), c.n = n, c.groups = groups, c.budget = budget;
+  c.table = reinterpret_cast<T*>(out[0]), c.weights = reinterpret_cast<T*>(out[1]);
+  c.floats = reinterpret_cast<T*>(out[2]), c.integers = reinterpret_cast<int64_t*>(out[3]);
+  c.more = reinterpret_cast<bool*>(out[4]), c.rollout_baseline = reinterpret_cast<T*>(out[5]);
+  c.advantages = reinterpret_cast<T*>(out[6]), c.new_state = reinterpret_cast<T*>(out[7]);
+  return c;
+}
 
 }  // namespace v05

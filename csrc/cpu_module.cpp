@@ -29,13 +29,10 @@ void shrinkage(Address rewards, Address offsets, Address prior, int64_t n, int64
                       at<int64_t>(integers), at<bool>(more), at<T>(rollout_baseline), at<T>(advantages));
 }
 
-// rewards, offsets, prior, graded, state; table, weights, floats, integers, more, rollout_baseline, advantages, state.
 template <class T>
 void calibrated(const std::array<Address, 5>& in, int64_t n, int64_t groups, const v05::Budget<double>& budget,
                 const std::array<Address, 8>& out) {
-  v05::cpu::calibrated<T>({at<T>(in[0]), at<int64_t>(in[1]), at<T>(in[2]), at<bool>(in[3]), at<T>(in[4]), n, groups,
-                           budget, at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<int64_t>(out[3]), at<bool>(out[4]),
-                           at<T>(out[5]), at<T>(out[6]), at<T>(out[7])});
+  v05::cpu::calibrated(v05::calibration_at<T>(in.data(), n, groups, budget, out.data()));
 }
 
 template <class T>

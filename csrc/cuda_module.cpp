@@ -92,6 +92,17 @@ PYBIND11_MODULE(_cuda, m) {
                                                   floats, integers, more, rollout_baseline, advantages, stream);
   });
 
+  m.def("calibrated",
+        [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
+           int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, Address stream, bool wide) {
+          const v05::Budget<double> budget{low, high, cost, k_init, k_max};
+          const auto on = reinterpret_cast<cudaStream_t>(stream);
+          if (wide)
+            v05::cuda::calibrated(v05::calibration_at<double>(in.data(), n, groups, budget, out.data()), on);
+          else
+            v05::cuda::calibrated(v05::calibration_at<float>(in.data(), n, groups, budget, out.data()), on);
+        });
+
   m.def("advantage", [](Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
                         int scale, double low, double high, double eps, Address out, Address stream, bool wide) {
     (wide ? advantage<double> : advantage<float>)(rewards, offsets, prior, moments, groups, baseline, scale, low, high,

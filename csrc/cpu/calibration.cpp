@@ -105,12 +105,12 @@ void finish(const Calibration<T>& in, bool graded, const double* weights, int64_
     if (in.rollout_baseline && !graded)
       for (int z = 0; z < 2; ++z)
         if (z ? sum > 0 : sum < double(count))
-          known[z] = low + width * posterior(sum - z, count - 1, centre, graded, weights).mean;
+          known[z] = low + width * posterior_mean(sum - z, count - 1, centre, graded, weights);
     for (int64_t i = begin; i < end && (in.rollout_baseline || in.advantages); ++i) {
       double mu = fusion.baseline;
       if (in.rollout_baseline) {
         double z = unit_reward<double>(in.rewards[i], low, in.budget.high, graded);
-        mu = graded ? low + width * posterior(sum - z, count - 1, centre, graded, weights).mean : known[int(z)];
+        mu = graded ? low + width * posterior_mean(sum - z, count - 1, centre, graded, weights) : known[int(z)];
         in.rollout_baseline[i] = T(mu);
       }
       if (in.advantages) in.advantages[i] = T(in.rewards[i] - mu);

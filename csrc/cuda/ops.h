@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "calibration.h"
 #include "formulas.h"
 #include "inputs.h"
 
@@ -16,6 +17,9 @@ namespace v05::cuda {
 template <class T>
 void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream);
+
+template <class T>
+void calibrated(const Calibration<T>& in, cudaStream_t stream);
 
 // moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's.
 template <class T>
