@@ -12,13 +12,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_advantage, bench_policy_loss, bench_shrinkage, bench_token_logprob, report, wins
+from benchmarks import (
+    bench_advantage,
+    bench_calibration,
+    bench_policy_loss,
+    bench_shrinkage,
+    bench_token_logprob,
+    report,
+    wins,
+)
 from benchmarks.harness import Row, measure
 from v05.kernels.wins import FILE
 
 FOLDER = Path(__file__).parent
 BENCHES = {
     "shrinkage": bench_shrinkage,
+    "calibration": bench_calibration,
     "advantage": bench_advantage,
     "policy_loss": bench_policy_loss,
     "token_logprob": bench_token_logprob,

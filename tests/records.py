@@ -46,3 +46,8 @@ def sparse_records(folder: Path, seed: int = 0) -> list[dict]:
         text = prompts[f"{row['dataset']}_{row['id']}"]
         records.append({"prompt": text, "rewards": rewards, "prior": prior, "model": row["model"], "step": row["step"]})
     return records
+
+
+def recorded_scores() -> list[float]:
+    """Every score of the records."""
+    return [row["score"] for row in read_lines(v0_folder() / "context.jsonl")]

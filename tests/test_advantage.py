@@ -56,6 +56,37 @@ def test_hand_computed(backend):
     assert of("v05", prior=prior, scale="baseline")[4] == pytest.approx((1 - fused[1].item()) / implied)
 
 
+def test_baselines_of_the_batch_by_hand(backend):
+    rewards = torch.tensor([1.0, -1, 1, 1, 1, -1, -1, -1, 1], dtype=torch.float64)
+    offsets, lengths = torch.tensor([0, 2, 5, 8, 9]), torch.tensor([1.0, 3, 1, 1, 1, 2, 2, 2, 5])
+
+    def of(estimator, **options):
+        return group_advantage(rewards, offsets, estimator=estimator, backend=backend, **options).tolist()
+
+    assert of("opo", lengths=lengths)[:2] == pytest.approx([1.5, -0.5])  # the mean by length is (1 - 3) / 4
+    assert of("opo") == pytest.approx(of("dr_grpo"))
+    assert of("gpg") == of("dr_grpo")  # no reward is 0
+    # The first group's others have means 1, -1 and 1 and no variance within, so its own other reward stands: rloo.
+    assert of("james_stein")[:2] == pytest.approx([2.0, -2.0])
+    # The second's: means 0, -1 and 1, variances over k of 1 and 0: v = 1/2, s = 2/3, shrunk from 1 by 3/7 to 0.
+    assert of("james_stein")[2:5] == pytest.approx([3 / 7] * 3)
+    assert of("james_stein")[8] == pytest.approx(1.0)  # alone: the mean of the other groups, 0
+
+
+def test_gpg_counts_the_rewards_that_speak(backend):
+    rewards, offsets = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 4])
+    options = dict(estimator="gpg", reward_range=(0.0, 1.0), backend=backend)
+    assert group_advantage(rewards, offsets, **options).tolist() == [3.0, -1.0, -1.0, -1.0]
+    assert not group_advantage(rewards * 0, offsets, **options).any()
+
+
+def test_calibrated_advantages_are_those_of_shrinkage(backend):
+    data = ragged_groups(60, 0, 9, seed=2)
+    for own, estimator in ((False, "v05_calibrated"), (True, "v05_calibrated_loo")):
+        result = shrinkage(*data, fusion="calibrated", leave_one_out=own, advantages=True, backend=backend)
+        torch.testing.assert_close(advantages(data, estimator, backend), result.advantages, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("estimator", "scale"), list(combinations()))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_cpu_is_as_exact_as_torch(estimator, scale, dtype):

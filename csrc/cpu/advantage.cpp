@@ -57,7 +57,8 @@ void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T
     for (int64_t g = begin_group; g < end_group; ++g) {
       int64_t begin = offsets[g], end = offsets[g + 1], count = end - begin;
       if (count == 0) continue;
-      double first = rewards[begin], sum = 0, squares = 0, value = prior ? double(prior[g]) : 0;
+      double first = rewards[begin], sum = 0, squares = 0,
+             value = prior && baseline != Baseline::given ? double(prior[g]) : 0;
       for (int64_t i = begin; i < end; ++i) sum += rewards[i] - first;
       double mean = first + sum / double(count), common = mean, factor = 1;
       if (scale == Scale::group)
@@ -67,7 +68,7 @@ void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T
       if (scale == Scale::group) factor = inverse_std(squares, double(count - 1), eps);
       if (scale == Scale::batch) factor = batch.inverse_std;
       for (int64_t i = begin; i < end; ++i) {
-        double mu = common;
+        double mu = baseline == Baseline::given ? double(prior[i]) : common;
         if (baseline == Baseline::loo) mu = count > 1 ? mean_without<double>(first, sum, rewards[i], count) : first;
         if (baseline == Baseline::fused_loo) {
           double rest = count > 1 ? mean_without<double>(first, sum, rewards[i], count) : value;

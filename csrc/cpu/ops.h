@@ -26,7 +26,8 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
 template <class T>
 void calibrated(const Calibration<T>& in);
 
-// lengths [n], where not null, weigh the rewards in the statistics of the batch.
+// lengths [n], where not null, weigh the rewards in the statistics of the batch. A given baseline [n] comes in place of
+// the prior.
 template <class T>
 void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T* lengths, int64_t n, int64_t groups,
                Baseline baseline, Scale scale, double low, double high, double eps, T* out);

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
   Team<T> team(rewards, offsets, groups);
   int64_t count = team.count();
   T k = T(count), mean = team.mean(T(0)), s = (high - low) * (high - low) * T(0.25);
-  T value = prior && team.present ? prior[team.group] : T(0);
+  T value = prior && team.present && baseline != Baseline::given ? prior[team.group] : T(0);
   T common = mean, factor = 1;
   if (baseline == Baseline::fused) common = fused_baseline(mean, k, value, s);
   if (baseline == Baseline::batch) common = moments[0];
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
     factor = inverse_std(team_sum(squares), k - 1, eps);
   }
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
-    T reward = rewards[i], mu = common;
+    T reward = rewards[i], mu = baseline == Baseline::given ? prior[i] : common;
     if (baseline == Baseline::loo) mu = count > 1 ? mean_without(team.first, team.shifted, reward, count) : reward;
     if (baseline == Baseline::fused_loo) {
       T rest = count > 1 ? mean_without(team.first, team.shifted, reward, count) : value;

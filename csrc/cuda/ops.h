@@ -21,7 +21,8 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
 template <class T>
 void calibrated(const Calibration<T>& in, cudaStream_t stream);
 
-// moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's.
+// moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's. A given baseline
+// [n] comes in place of the prior.
 template <class T>
 void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
                Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream);

@@ -151,6 +151,7 @@ def _rows(size: int, seed: int = 0):
 
 OPS = {
     "shrinkage": Op(_groups, run_shrinkage, dict(leave_one_out=True, advantages=True)),
+    "calibrated fusion": Op(_groups, run_shrinkage, dict(fusion="calibrated", leave_one_out=True, advantages=True)),
     "advantage by group": Op(_groups, run_advantage, dict(estimator="grpo")),
     "advantage by batch": Op(_groups, run_advantage, dict(estimator="v05_loo", scale="batch")),
     "policy_loss by token": Op(_tokens, run_policy_loss, dict(kl="k3", correction="token_truncate")),

@@ -37,6 +37,10 @@ def groups_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for own, centred in itertools.product((False, True), repeat=2):
             options = dict(leave_one_out=own, advantages=centred)
             yield f"shrinkage {dtype} {options}", partial(run_shrinkage, backend, data, **options)
+        for values, own in itertools.product(((-1.0, 1.0), (-1.0, 0.3, 1.0)), (False, True)):
+            chosen = on_device(ragged_groups(67, 0, 21, values=values, dtype=dtype))
+            options = dict(fusion="calibrated", leave_one_out=own, advantages=True)
+            yield f"calibrated {dtype} {values} {own}", partial(run_shrinkage, backend, chosen, **options)
         for estimator, scale in COMBINATIONS:
             options = dict(estimator=estimator, scale=scale)
             yield f"advantage {dtype} {options}", partial(run_advantage, backend, data, **options)

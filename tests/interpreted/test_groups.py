@@ -18,9 +18,28 @@ def test_shrinkage(dtype, longest):
     with poisoned_outputs():
         result = shrinkage(*data, backend="triton", **options)
     for name, value in result._asdict().items():
+        if value is None:
+            continue
         if value.dtype.is_floating_point:
             assert_as_exact_as(value, getattr(same, name), getattr(exact, name))
         else:
+            assert torch.equal(value, getattr(same, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-1.0, 0.3, 1.0)])
+@pytest.mark.parametrize("own", [False, True])
+def test_calibrated_fusion(dtype, values, own):
+    data = ragged_groups(101, 0, 13, seed=3, values=values, dtype=dtype)
+    options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=torch.arange(7).to(dtype))
+    exact = shrinkage(data.rewards.double(), data.offsets, data.prior.double(), backend="reference", **options)
+    same = shrinkage(*data, backend="reference", **options)
+    with poisoned_outputs():
+        result = shrinkage(*data, backend="triton", **options)
+    for name, value in result._asdict().items():
+        if value is not None and value.is_floating_point():
+            assert_as_exact_as(value, getattr(same, name), getattr(exact, name))
+        elif value is not None:
             assert torch.equal(value, getattr(same, name)), name
 
 

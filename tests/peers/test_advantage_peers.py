@@ -15,6 +15,8 @@ ESTIMATORS = {
     "grpo": (core_algos.compute_grpo_outcome_advantage, dict(norm_adv_by_std_in_grpo=True)),
     "dr_grpo": (core_algos.compute_grpo_outcome_advantage, dict(norm_adv_by_std_in_grpo=False)),
     "rloo": (core_algos.compute_rloo_outcome_advantage, {}),
+    "opo": (core_algos.compute_opo_outcome_advantage, {}),
+    "gpg": (core_algos.compute_gpg_outcome_advantage, {}),
 }
 
 
@@ -42,7 +44,8 @@ def test_groups_of_two_or_more(estimator, values, seed):
     data, lengths = batch(seed, 2, values)
     function, options = ESTIMATORS[estimator]
     reward_range = (min(values), max(values))
-    ours = group_advantage(data.rewards, data.offsets, estimator=estimator, reward_range=reward_range, eps=1e-6)
+    named = dict(estimator=estimator, reward_range=reward_range, lengths=lengths, eps=1e-6)
+    ours = group_advantage(data.rewards, data.offsets, **named)
     # A group of equal rewards is 0 in ours; rounding in theirs is divided by their 1e-6.
     torch.testing.assert_close(ours, verl_advantage(function, data, lengths, **options), rtol=1e-7, atol=1e-9)
 
@@ -56,7 +59,7 @@ def test_a_group_of_one_differs_by_design(estimator):
     alone = (counts == 1).repeat_interleave(counts)
     assert alone.any()
     theirs = verl_advantage(function, data, lengths, **options)
-    ours = group_advantage(data.rewards, data.offsets, estimator=estimator)
+    ours = group_advantage(data.rewards, data.offsets, estimator=estimator, lengths=lengths)
     assert not ours[alone].any()
     torch.testing.assert_close(theirs[alone], data.rewards[alone], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours[~alone], theirs[~alone], rtol=1e-7, atol=1e-9)

@@ -25,7 +25,7 @@ def group_advantage(
     rewards, offsets = rewards.contiguous(), offsets.contiguous()
     prior = None if prior is None else prior.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    check(rewards, offsets, prior, low, high)
+    check(rewards, offsets, None if baseline is Baseline.GIVEN else prior, low, high)
     out = torch.empty_like(rewards)
     _cpu.advantage(
         rewards.data_ptr(),

@@ -14,6 +14,7 @@ class Baseline(IntEnum):
     GROUP = 2  # mean of the group
     LOO = 3  # mean of the rest of the group
     BATCH = 4  # mean of the batch
+    GIVEN = 5  # one per rollout, made before the launch: see baselines.py
 
 
 class Scale(IntEnum):
@@ -26,24 +27,34 @@ class Scale(IntEnum):
 
 
 class Estimator(NamedTuple):
-    """A baseline, and the scale that belongs to the estimator's definition."""
+    """A baseline, the scale that belongs to the estimator's definition, and what else it does.
+
+    `made` names the maker of a given baseline. `by_signal` multiplies advantages by N over the rewards that are not 0.
+    """
 
     baseline: Baseline
     scale: Scale = Scale.NONE
+    made: str = ""
+    by_signal: bool = False
 
     @property
     def needs_prior(self) -> bool:
         """Whether the baseline is fused with a prior."""
-        return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO)
+        return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO) or self.made.startswith("calibrated")
 
 
 ESTIMATORS = {
     "v05": Estimator(Baseline.FUSED),  # arXiv 2603.10848
     "v05_loo": Estimator(Baseline.FUSED_LOO),  # ours
+    "v05_calibrated": Estimator(Baseline.GIVEN, made="calibrated"),  # ours
+    "v05_calibrated_loo": Estimator(Baseline.GIVEN, made="calibrated_loo"),  # ours
     "grpo": Estimator(Baseline.GROUP, Scale.GROUP),  # arXiv 2402.03300
     "dr_grpo": Estimator(Baseline.GROUP),  # arXiv 2503.20783
     "rloo": Estimator(Baseline.LOO),  # arXiv 2402.14740
     "reinforce_plus_plus": Estimator(Baseline.BATCH, Scale.BATCH),  # arXiv 2501.03262
+    "opo": Estimator(Baseline.GIVEN, made="optimal"),  # arXiv 2505.23585
+    "gpg": Estimator(Baseline.GROUP, by_signal=True),  # arXiv 2504.02546
+    "james_stein": Estimator(Baseline.GIVEN, made="james_stein"),  # arXiv 2511.03710
 }
 SCALES = {scale.name.lower(): scale for scale in Scale}
 
@@ -60,7 +71,7 @@ def resolve(estimator: str, scale: str) -> Estimator:
         raise ValueError(f"scale is {scale!r}; allowed: {', '.join(map(repr, SCALES))}")
     defined, asked = ESTIMATORS[estimator], SCALES[scale]
     if defined.scale is Scale.NONE:
-        return Estimator(defined.baseline, asked)
+        return defined._replace(scale=asked)
     if asked not in (Scale.NONE, defined.scale):
         own = defined.scale.name.lower()
         raise ValueError(f"scale is {scale!r} but {estimator} is defined with {own!r}; allowed: 'none' or {own!r}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.advantage import reference
+from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
 from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget
 
@@ -64,7 +65,9 @@ def group_advantage(
         offsets: `[G+1]` int64, ascending from 0 to N; group g is `rewards[offsets[g]:offsets[g+1]]`, may be empty.
         estimator: `"v05"` (prior and group mean fused), `"v05_loo"` (the same without the rollout's own reward),
             `"grpo"` (group mean and std), `"dr_grpo"` (group mean), `"rloo"` (mean of the others),
-            `"reinforce_plus_plus"` (mean and std of the batch).
+            `"reinforce_plus_plus"` (mean and std of the batch), `"v05_calibrated"` and `"v05_calibrated_loo"` (fusion
+            calibrated on the batch), `"opo"` (mean weighted by length), `"gpg"` (group mean; advantages times N over
+            the rewards that are not 0), `"james_stein"` (mean of the others, shrunk to the other groups' mean).
         prior: `[G]` floating, the expected rewards; needed by, and only allowed with, the fused estimators.
         scale: divides by nothing (`"none"`), the std of the group's or the batch's rewards (`"group"`, `"batch"`;
             unbiased, plus eps), or the std the baseline implies (`"baseline"`, `sqrt(max((b - mu)(mu - a), eps))`).
@@ -83,8 +86,9 @@ def group_advantage(
         ValueError, TypeError: names, shapes, dtypes or values that are not allowed; the message says where.
         RuntimeError: the backend asked for cannot run here.
 
-    Source: V0.5 (arXiv 2603.10848), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740) and REINFORCE++
-    (2501.03262).
+    Source: V0.5 (arXiv 2603.10848), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), REINFORCE++
+    (2501.03262), OPO (2505.23585), GPG (2504.02546) and James-Stein (2511.03710); calibration and the leave-one-out
+    forms of V0.5 are ours.
     """
     resolved = resolve(estimator, scale)
     low, high = make_budget(reward_range, 0.0, 1, 1)[:2]
@@ -104,8 +108,11 @@ def group_advantage(
     chosen = dispatch.backend_for("advantage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, low, high)
+    if resolved.made:
+        prior = MAKERS[resolved.made](Given(rewards, offsets, prior, lengths, low, high, backend))
+    kinds = (int(resolved.baseline), int(resolved.scale))
     if chosen == "reference":
-        return reference.group_advantage(rewards, offsets, prior, lengths, *resolved, low, high, eps)
-    return _group_advantage(
-        rewards, offsets, prior, lengths, int(resolved.baseline), int(resolved.scale), low, high, eps, chosen
-    )
+        out = reference.group_advantage(rewards, offsets, prior, lengths, *kinds, low, high, eps)
+    else:
+        out = _group_advantage(rewards, offsets, prior, lengths, *kinds, low, high, eps, chosen)
+    return out * (rewards.numel() / torch.count_nonzero(rewards).clamp(min=1)) if resolved.by_signal else out

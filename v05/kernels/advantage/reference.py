@@ -32,13 +32,13 @@ def group_advantage(
     offsets: Tensor,
     prior: Tensor | None,
     lengths: Tensor | None,
-    baseline: Baseline,
-    scale: Scale,
+    baseline: int,
+    scale: int,
     low: float,
     high: float,
     eps: float,
 ) -> Tensor:
-    """Advantages `[N]` of rewards `[N]`; see the public function for what each choice means."""
+    """Advantages `[N]` of rewards `[N]`; see the public function. A given baseline `[N]` comes in place of a prior."""
     s = ((high - low) / 2) ** 2
     first, shifted, ids, count = group_sums(rewards, offsets)
     k = count.to(rewards.dtype)
@@ -51,6 +51,9 @@ def group_advantage(
     elif baseline == Baseline.FUSED_LOO:
         assert prior is not None
         mu = fusion.fuse(rest, others, prior[ids], s)[2]
+    elif baseline == Baseline.GIVEN:
+        assert prior is not None
+        mu = prior
     elif baseline == Baseline.LOO:
         mu = torch.where(others > 0, rest, rewards)
     elif baseline == Baseline.BATCH:

@@ -24,6 +24,7 @@ FUSED = tl.constexpr(int(Baseline.FUSED))
 FUSED_LOO = tl.constexpr(int(Baseline.FUSED_LOO))
 LOO = tl.constexpr(int(Baseline.LOO))
 BATCH = tl.constexpr(int(Baseline.BATCH))
+GIVEN = tl.constexpr(int(Baseline.GIVEN))
 BY_GROUP = tl.constexpr(int(Scale.GROUP))
 BY_BATCH = tl.constexpr(int(Scale.BATCH))
 BY_BASELINE = tl.constexpr(int(Scale.BASELINE))
@@ -45,7 +46,7 @@ def advantage_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Advantages of BLOCK_G groups; moments holds the batch's mean and std + eps where they are used."""
+    """Advantages of BLOCK_G groups; moments: mean and std + eps of the batch; a given baseline comes as the prior."""
     acc: tl.constexpr = out.dtype.element_ty
     o_group, m_group, begin, end, first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
     s = scalar((high - low) * (high - low) * 0.25, acc)
@@ -73,6 +74,8 @@ def advantage_kernel(
     for start in range(0, tl.max(end - begin), BLOCK_K):
         o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
         baseline = tl.broadcast_to(common[:, None], [BLOCK_G, BLOCK_K])
+        if BASELINE == GIVEN:
+            baseline = tl.load(prior + o_rollout, mask=m_rollout, other=0).to(acc)
         if BASELINE == LOO or BASELINE == FUSED_LOO:
             others = (k - 1)[:, None]
             rest = first[:, None] + (total[:, None] - (b_reward - first[:, None])) / tl.maximum(others, 1)

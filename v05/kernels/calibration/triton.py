@@ -12,6 +12,7 @@ from v05.kernels.calibration.rules import Outputs
 from v05.kernels.calibration.triton_terms import (
     belief_of,
     look_ahead,
+    mean_without,
     relative_likelihood,
     unit_reward,
 )
@@ -169,16 +170,11 @@ def calibrated_kernel(
     if LEAVE_ONE_OUT or ADVANTAGES:
         most = tl.max(count)
         others = tl.maximum(count - 1, 0)
-        rest = others.to(acc)
         failed = baseline
         solved = baseline
         if LEAVE_ONE_OUT and two:  # only two rewards can be left out
-            b_share = relative_likelihood(tl.minimum(total, rest), others, centre, two, most, acc)
-            p, variance, trust = belief_of(b_share, b_weight, tl.minimum(total, rest), rest, centre, two)
-            failed = a + width * p
-            b_share = relative_likelihood(tl.maximum(total - 1, 0), others, centre, two, most, acc)
-            p, variance, trust = belief_of(b_share, b_weight, tl.maximum(total - 1, 0), rest, centre, two)
-            solved = a + width * p
+            failed = a + width * mean_without(tl.minimum(total, others), others, centre, b_weight, two, most, acc)
+            solved = a + width * mean_without(tl.maximum(total - 1, 0), others, centre, b_weight, two, most, acc)
         for i in range(0, most):
             m_rollout = i < count
             reward = tl.load(rewards + begin + i, mask=m_rollout, other=0).to(acc)
@@ -187,9 +183,7 @@ def calibrated_kernel(
                 z = unit_reward(reward, a, b, two)
                 mu = tl.where(z > 0.5, solved, failed)
                 if two == 0:
-                    b_share = relative_likelihood(total - z, others, centre, two, most, acc)
-                    p, variance, trust = belief_of(b_share, b_weight, total - z, rest, centre, two)
-                    mu = a + width * p
+                    mu = a + width * mean_without(total - z, others, centre, b_weight, two, most, acc)
                 tl.store(rollout_baseline + begin + i, mu, mask=m_rollout)
             if ADVANTAGES:
                 tl.store(advantages + begin + i, reward - mu, mask=m_rollout)

@@ -69,3 +69,12 @@ def look_ahead(mean, variance, two):
     """Strength u of a belief and e: j more rollouts bring the gain of one more to e / ((u + j) (u + j + 1))."""
     strength = tl.where(two, mean * (1 - mean) / variance - 1, 0.25 / variance)
     return strength, tl.where(two, variance * strength, 0.25)
+
+
+@triton.jit
+def mean_without(total, others, centre, b_weight, two, most, acc: tl.constexpr):
+    """Mean of the belief from `others` rewards with this sum, in [0, 1]."""
+    total = total.to(acc)
+    b_likelihood = relative_likelihood(total, others, centre, two, most, acc)
+    mean, _variance, _trust = belief_of(b_likelihood, b_weight, total, others.to(acc), centre, two)
+    return mean

@@ -1,0 +1,90 @@
+"""Baselines that are made before the launch, one per rollout: calibrated fusion, James-Stein, and OPO's optimal one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from v05.kernels import segments
+from v05.kernels.shrinkage.op import shrinkage
+from v05.kernels.shrinkage.rules import group_sums
+
+
+class Given(NamedTuple):
+    """What `group_advantage` was given, checked and in the working dtype."""
+
+    rewards: Tensor  # [N]
+    offsets: Tensor  # [G+1]
+    prior: Tensor | None  # [G]
+    lengths: Tensor | None  # [N]
+    low: float
+    high: float
+    backend: str | None
+
+
+def _ids(given: Given) -> Tensor:
+    return segments.segment_ids(given.offsets, given.rewards.numel())
+
+
+def calibrated(given: Given) -> Tensor:
+    """Posterior mean of each group under the mixture fitted to the batch."""
+    assert given.prior is not None
+    options = dict(reward_range=(given.low, given.high), fusion="calibrated", backend=given.backend)
+    return shrinkage(given.rewards, given.offsets, given.prior, **options).baseline[_ids(given)]  # type: ignore[arg-type]
+
+
+def calibrated_loo(given: Given) -> Tensor:
+    """The same without the rollout's own reward."""
+    assert given.prior is not None
+    options = dict(reward_range=(given.low, given.high), fusion="calibrated", backend=given.backend)
+    own = shrinkage(given.rewards, given.offsets, given.prior, leave_one_out=True, **options).rollout_baseline  # type: ignore[arg-type]
+    assert own is not None
+    return own
+
+
+def optimal(given: Given) -> Tensor:
+    """Mean of each group's rewards weighted by length, sum(l r) / sum(l) (OPO, arXiv 2505.23585, equation 8)."""
+    first, _, ids, count = group_sums(given.rewards, given.offsets)
+    lengths = torch.ones_like(given.rewards) if given.lengths is None else given.lengths
+    total = segments.segment_sum(lengths, ids, count.numel())
+    shifted = segments.segment_sum(lengths * (given.rewards - first[ids]), ids, count.numel())
+    return (first + shifted / torch.where(total > 0, total, 1))[ids]
+
+
+def james_stein(given: Given) -> Tensor:
+    """Mean of the group's other rewards, shrunk to the mean of the other groups (arXiv 2511.03710).
+
+    The share of the other groups is v / (v + s): v the mean of their within-group variances over k, s the variance of
+    their means. Both leave the group itself out. Where a group has one rollout the other groups' mean stands alone.
+    """
+    if given.rewards.numel() == 0:
+        return given.rewards
+    origin = given.rewards[0]  # equal rewards then have a baseline without rounding
+    rewards = (given.rewards - origin).double()
+    _, total, ids, count = group_sums(rewards, given.offsets)
+    groups, k = count.numel(), count.double()
+    total = segments.segment_sum(rewards, ids, groups)
+    mean = total / k.clamp(min=1)
+    squares = segments.segment_sum((rewards - mean[ids]).square(), ids, groups)
+    some, several = (count > 0).double(), (count > 1).double()
+    within = several * squares / (k - 1).clamp(min=1) / k.clamp(min=1)
+    others = some.sum() - some
+    v = (within.sum() - within) / (several.sum() - several).clamp(min=1)
+    middle = (mean.sum() - mean) / others.clamp(min=1)
+    s = (mean.square().sum() - mean.square()) / others.clamp(min=1) - middle.square()
+    share = torch.where(others > 0, v / torch.where(v + s > 0, v + s.clamp(min=0), 1), 0)
+    rest = (total[ids] - rewards) / (k[ids] - 1).clamp(min=1)
+    alone = torch.where(others[ids] > 0, middle[ids], rewards)
+    shrunk = torch.where(count[ids] > 1, rest + share[ids] * (middle[ids] - rest), alone)
+    return origin + shrunk.to(given.rewards.dtype)
+
+
+MAKERS: dict[str, Callable[[Given], Tensor]] = {
+    "calibrated": calibrated,
+    "calibrated_loo": calibrated_loo,
+    "optimal": optimal,
+    "james_stein": james_stein,
+}
