@@ -60,7 +60,7 @@ def make_trainer(**settings: object) -> Trainer:
     return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "v05:1", "v05:3", "v05_loo:1", "grpo:4", "dr_grpo:24", "spo:5"])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "v05:1", "v05:3", "v05_loo:1", "v05_calibrated_loo:1", "grpo:4", "dr_grpo:24", "spo:5"])
 def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
     trainer = make_trainer(algorithm=algorithm, rollouts=160)
     lines = []
@@ -135,8 +135,9 @@ def test_later_epochs_use_the_log_probabilities_of_the_first() -> None:
     assert line["ratio_sum"] != line["tokens"]
 
 
-def test_state_goes_on_bit_for_bit() -> None:
-    whole, first, second = (make_trainer() for _ in range(3))
+@pytest.mark.parametrize("algorithm", ["v05", "v05_calibrated_loo:1"])
+def test_state_goes_on_bit_for_bit(algorithm: str) -> None:
+    whole, first, second = (make_trainer(algorithm=algorithm) for _ in range(3))
     lines = [whole.update() for _ in range(3)]
     first.update()
     second.load_state(*first.state())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from v05.batch import Groups
 from v05.errors import InputError
-from v05.kernels import group_advantage
+from v05.kernels import group_advantage, shrinkage
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Algorithm:
         clip_high: upper bound of the ratio is `1 + clip_high`.
         drop_equal: whether groups with all rewards equal are dropped and replaced.
         learning_rate: overrides the configured one; None to keep it.
+        fusion: of prior and rollouts, in the look-ahead and in the baseline, see `v05.kernels.shrinkage`.
     """
 
     name: str
@@ -41,14 +42,22 @@ class Algorithm:
     clip_high: float = 0.2
     drop_equal: bool = False
     learning_rate: float | None = None
+    fusion: Literal["v05", "calibrated"] = "v05"
 
-    def advantages(self, groups: Groups, prior: Tensor | None, reward_range: tuple[float, float]) -> Tensor:
+    def advantages(
+        self,
+        groups: Groups,
+        prior: Tensor | None,
+        reward_range: tuple[float, float],
+        mixture: Tensor | None = None,
+    ) -> Tensor:
         """Return the advantage of every rollout.
 
         Args:
             groups: G groups with N rollouts in all.
             prior: expected rewards [G] float32; needed unless `self.prior` is `none`.
             reward_range: smallest and largest reward.
+            mixture: state of calibrated fusion from the last update; None at the first.
 
         Returns:
             [N] float32.
@@ -60,6 +69,12 @@ class Algorithm:
             raise InputError(f"prior is None; allowed for {self.name}: a tensor of {len(groups.counts)} rewards")
         if self.estimator == "prior" and prior is not None:
             return groups.rewards - prior[groups.group_of_rollout]
+        if self.fusion == "calibrated" and prior is not None:
+            own = self.estimator.endswith("_loo")
+            options = dict(reward_range=reward_range, leave_one_out=own, advantages=True, state=mixture)
+            result = shrinkage(groups.rewards, groups.offsets, prior, fusion="calibrated", **options)  # type: ignore[arg-type]
+            assert result.advantages is not None
+            return result.advantages
         return group_advantage(
             groups.rewards,
             groups.offsets,
@@ -74,6 +89,12 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = MappingProxyType(
     {
         "v05": Algorithm("v05", 4, 16, "v05", "configured"),
         "v05_loo": Algorithm("v05_loo", 4, 16, "v05_loo", "configured"),
+        "v05_calibrated": Algorithm("v05_calibrated", 4, 16, "v05_calibrated", "configured", fusion="calibrated"),
+        "v05_calibrated_loo": Algorithm(
+            "v05_calibrated_loo", 4, 16, "v05_calibrated_loo", "configured", fusion="calibrated"
+        ),
+        "opo": Algorithm("opo", 16, 16, "opo", "none"),
+        "james_stein": Algorithm("james_stein", 16, 16, "james_stein", "none"),
         "grpo": Algorithm("grpo", 16, 16, "grpo", "none", "seq-mean-token-mean"),
         "dr_grpo": Algorithm("dr_grpo", 16, 16, "dr_grpo", "none"),
         "rloo": Algorithm("rloo", 16, 16, "rloo", "none"),
@@ -82,7 +103,7 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = MappingProxyType(
         "reinforce": Algorithm("reinforce", 1, 1, "prior", "running_mean"),
     }
 )
-SMALLEST_GROUP: Final[Mapping[str, int]] = MappingProxyType({"grpo": 2, "dr_grpo": 2, "rloo": 2, "dapo": 2})
+SMALLEST_GROUP: Final[Mapping[str, int]] = MappingProxyType({"grpo": 2, "dr_grpo": 2, "rloo": 2, "dapo": 2, "opo": 2})
 
 
 def parse_algorithm(text: str) -> Algorithm:

@@ -73,6 +73,7 @@ class Trainer:
         self.learning_rate = self.algorithm.learning_rate or config.learning_rate
         self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.999))
         self.counters = Counters()
+        self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
     @property
     def done(self) -> bool:
@@ -84,7 +85,7 @@ class Trainer:
         self.engine.update_weights(self.policy.model.state_dict())
         sample, first_conflicts = self._sample()
         groups, prior = sample.groups, sample.prior
-        advantages = self.algorithm.advantages(groups, prior, self.task.reward_range)
+        advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
         learnt = self._learn(batch, advantages) if rollouts else {}
@@ -173,6 +174,8 @@ class Trainer:
             cost=self.config.cost,
             k_init=self.algorithm.k_init,
             k_max=self.algorithm.k_max,
+            fusion=self.algorithm.fusion,
+            state=self.mixture,
         )
 
     def _planned_more(self, sample: Sample, budget: int) -> list[int]:
@@ -242,6 +245,8 @@ class Trainer:
             test = self._test(sample.groups, sample.prior)
             extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
             counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
+        if self.algorithm.fusion == "calibrated" and sample.prompts:
+            self.mixture = self._test(sample.groups, sample.prior).state
 
     def _metrics(
         self,
@@ -278,6 +283,7 @@ class Trainer:
                 for name, value in entry.items()
             },
             "prior": {} if self.prior is None else self.prior.state_dict(),
+            "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
         return tensors, asdict(self.counters)
 
@@ -291,4 +297,5 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
         if self.prior is not None:
             self.prior.load_state_dict(tensors["prior"])
+        self.mixture = tensors.get("mixture", {}).get("state")
         self.counters = Counters(**counters)
