@@ -60,7 +60,9 @@ def make_trainer(**settings: object) -> Trainer:
     return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "v05:1", "v05:3", "v05_loo:1", "v05_calibrated_loo:1", "grpo:4", "dr_grpo:24", "spo:5"])
+@pytest.mark.parametrize(
+    "algorithm", [*ALGORITHMS, "v05:1", "v05:3", "v05_loo:1", "v05_calibrated_loo:1", "grpo:4", "dr_grpo:24", "spo:5"]
+)
 def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
     trainer = make_trainer(algorithm=algorithm, rollouts=160)
     lines = []

@@ -1,0 +1,87 @@
+"""The study of gradients: its inner products against autograd, and what theory says of bias and variance."""
+
+import pytest
+import torch
+
+from v05.errors import InputError
+from v05.gradient_study import Drawn, Pool, centred_gram, drawn_as, make_pool, quality
+from v05.policy import make_policy
+from v05.rollout.hf import TransformersEngine
+from v05.tasks import make_task
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Random scores of 5 answers to 6 prompts, with success rates from 0.1 to 0.9."""
+    rng = torch.Generator().manual_seed(0)
+    answer = torch.randint(5, (6, 400), generator=rng)
+    right = torch.rand(6, 400, generator=rng) < torch.linspace(0.1, 0.9, 6)[:, None]
+    grams = [centred_gram(torch.randn(5, 30, generator=rng), row) for row in answer]
+    return Pool(right.double() * 2 - 1, answer, torch.stack(grams))
+
+
+def test_scores_are_those_of_autograd():
+    """The pool's own gradient, once through the inner products and once as the gradient of a sampled loss."""
+    task = make_task("arithmetic")
+    policy = make_policy(task.alphabet, "tiny", 0)
+    prompts = task.prompts(0, 0, 2)
+    done = []
+    pool = make_pool(policy, task, TransformersEngine(policy), prompts, 40, done.append)
+    assert done == [1, 2]
+    rollouts = TransformersEngine(policy).generate(
+        prompts[1:], [40], seed=1_000_003, temperature=1.0, max_new_tokens=task.max_answer_length
+    )[0]
+    rewards = [task.verify(prompts[1], r.text) if r.finished else task.reward_range[0] for r in rollouts]
+    assert pool.rewards[1].tolist() == rewards
+    weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    total = torch.zeros(())
+    for rollout, weight in zip(rollouts, weights - weights.mean(), strict=True):
+        from v05.rollout.pack import pack
+
+        tokens = pack([rollout], "token-mean", max_length=task.max_answer_length)
+        logits = policy.response_logits(tokens.prompts, tokens.tokens, tokens.sequence_offsets)
+        chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens.tokens[:, None])
+        total = total + weight * chosen.sum()
+    gradients = torch.autograd.grad(total, [w for w in policy.model.parameters() if w.requires_grad])
+    squared = sum(float(gradient.double().square().sum()) for gradient in gradients)
+    coefficients = torch.zeros(pool.gram.shape[1], dtype=torch.float64)
+    coefficients.index_add_(0, pool.answer[1], weights)  # centring the scores does what centring the weights does
+    assert float(coefficients @ pool.gram[1] @ coefficients) == pytest.approx(squared, rel=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "v05_loo", "v05_calibrated_loo", "james_stein"])
+def test_without_its_own_reward_a_baseline_has_no_bias(pool, estimator):
+    found = quality(pool, Drawn(estimator, "sd 0.3", repeats=1000))
+    assert abs(found.factor - 1) < 0.1
+    assert found.bias < max(4 * found.bias_half_width, 0.02)
+    assert found.rollouts == 4
+
+
+def test_a_group_mean_shrinks_the_gradient_by_its_own_share(pool):
+    found = quality(pool, Drawn("dr_grpo", "sd 0.3", repeats=1000))
+    assert found.factor == pytest.approx(4 / 3, rel=0.06)
+
+
+def test_more_rollouts_and_better_baselines_have_less_variance(pool):
+    variance = {k: quality(pool, Drawn("rloo", "sd 0.1", k, k, repeats=400)).variance for k in (2, 8)}
+    assert variance[8] < 0.5 * variance[2]
+    alone = quality(pool, Drawn("rloo", "sd 0.1", 2, 2, repeats=400))
+    assert quality(pool, Drawn("v05_calibrated_loo", "sd 0.1", 2, 2, repeats=400)).variance < alone.variance
+
+
+def test_groups_grow_where_the_prior_is_wrong(pool):
+    right = quality(pool, Drawn("v05", "sd 0.1", 4, 16, repeats=40))
+    wrong = quality(pool, Drawn("v05", "30 % hallucinated", 4, 16, repeats=40))
+    assert 4 < right.rollouts < wrong.rollouts < 16
+
+
+def test_names_and_numbers_are_checked():
+    assert drawn_as("v05_calibrated_loo:2", "constant", 100) == Drawn("v05_calibrated_loo", "constant", 2, 16, 100)
+    for settings, message in (
+        (("bayes", "constant"), "estimator is 'bayes'; allowed: v05, "),
+        (("v05", "good"), "prior is 'good'; allowed: sd 0.1, "),
+        (("v05", "constant", 4, 2), "k_init is 4 and k_max 2"),
+        (("v05", "constant", 4, 4, 3), "repeats is 3; allowed: 20 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Drawn(*settings)

@@ -1,0 +1,223 @@
+"""What a baseline is for: bias and variance of a prompt's policy gradient from a few rollouts, by estimator.
+
+A pool of many rollouts of each prompt stands for the policy: groups are drawn from it, and its own gradient is the
+truth. All gradients of one prompt lie in the span of the scores (gradients of log p) of its distinct answers, so that
+the inner products of these, one small matrix a prompt, give every length exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from v05.algorithms import parse_algorithm
+from v05.errors import InputError
+from v05.kernels import group_advantage, shrinkage, token_logprob
+from v05.kernels.advantage.estimators import ESTIMATORS
+from v05.policy import Policy
+from v05.records_study import PRIORS
+from v05.rollout.engine import Engine, Rollout
+from v05.rollout.pack import pack
+from v05.tasks import Task
+
+BLOCKS: Final = 10  # of repeats: what intervals are drawn from
+CHUNK: Final = 1024  # rollouts of a prompt sampled at once
+
+
+class Pool(NamedTuple):
+    """M rollouts of each of P prompts: rewards `[P, M]` float64, the answer `[P, M]` int64 of each, and `gram`
+    `[P, U, U]` float64, the inner products of the answers' scores, centred on the pool; U the most answers of a prompt.
+    """
+
+    rewards: Tensor
+    answer: Tensor
+    gram: Tensor
+
+
+class GradientQuality(NamedTuple):
+    """One estimator's gradients against the truth, relative to its squared length, each with half a 95 % interval.
+
+    `factor` is what the mean gradient is multiplied by to come nearest to the truth (a learning rate does as much);
+    `bias` is the squared length of what is then missing, `variance` that of the noise, multiplied too.
+    """
+
+    estimator: str
+    prior: str
+    k_init: int
+    k_max: int
+    rollouts: float
+    factor: float
+    bias: float
+    bias_half_width: float
+    variance: float
+    variance_half_width: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How groups are drawn: `k_init` rollouts of every prompt, growing to `k_max` where the look-ahead wants more."""
+
+    estimator: str
+    prior: str
+    k_init: int = 4
+    k_max: int = 4
+    repeats: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses names and numbers that cannot be studied."""
+        for what, name, known in (("estimator", self.estimator, ESTIMATORS), ("prior", self.prior, PRIORS)):
+            if name not in known:
+                raise InputError(f"{what} is {name!r}; allowed: {', '.join(known)}")
+        if not 1 <= self.k_init <= self.k_max:
+            raise InputError(f"k_init is {self.k_init} and k_max {self.k_max}; allowed: 1 <= k_init <= k_max")
+        if self.repeats < 2 * BLOCKS:
+            raise InputError(f"repeats is {self.repeats}; allowed: {2 * BLOCKS} or more")
+
+
+def make_pool(
+    policy: Policy, task: Task, engine: Engine, prompts: Sequence[str], size: int, on_prompt: Callable[[int], None]
+) -> Pool:
+    """Samples the pool and computes the scores of its answers.
+
+    Args:
+        policy: whose gradient it is.
+        task: verifies, and limits the length of an answer.
+        engine: samples from the policy at temperature 1.
+        prompts: P prompts.
+        size: rollouts of each.
+        on_prompt: called after each with the prompts done.
+    """
+    rewards, answers, grams = [], [], []
+    for number, prompt in enumerate(prompts):
+        rollouts: list[Rollout] = []
+        for start in range(0, size, CHUNK):
+            count = min(CHUNK, size - start)
+            limits = dict(seed=1_000_003 * number + start, temperature=1.0, max_new_tokens=task.max_answer_length)
+            rollouts += engine.generate([prompt], [count], **limits)[0]  # type: ignore[arg-type]
+        distinct = {rollout.token_ids: rollout for rollout in rollouts}
+        index = {ids: position for position, ids in enumerate(distinct)}
+        low = task.reward_range[0]
+        verified = [task.verify(prompt, r.text) if r.finished else low for r in distinct.values()]
+        answer = torch.tensor([index[rollout.token_ids] for rollout in rollouts])
+        rewards.append(torch.tensor(verified, dtype=torch.float64)[answer])
+        answers.append(answer)
+        grams.append(centred_gram(scores(policy, list(distinct.values()), task.max_answer_length), answer))
+        on_prompt(number + 1)
+    most = max(len(gram) for gram in grams)
+    padded = [torch.nn.functional.pad(gram, (0, most - len(gram), 0, most - len(gram))) for gram in grams]
+    return Pool(torch.stack(rewards), torch.stack(answers), torch.stack(padded))
+
+
+def scores(policy: Policy, rollouts: Sequence[Rollout], max_length: int) -> Tensor:
+    """Gradient of each answer's log-probability by all weights, `[U, D]` float32."""
+    weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    rows = []
+    for rollout in rollouts:
+        tokens = pack([rollout], "token-mean", max_length=max_length)
+        logits = policy.response_logits(tokens.prompts, tokens.tokens, tokens.sequence_offsets)
+        total = token_logprob(logits, tokens.tokens).logprob.sum()
+        rows.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(total, weights)]))
+    return torch.stack(rows)
+
+
+def centred_gram(score: Tensor, answer: Tensor) -> Tensor:
+    """Inner products `[U, U]` float64 of scores `[U, D]` less their mean over the pool, where answers are `[M]`."""
+    share = torch.bincount(answer, minlength=len(score)).double() / len(answer)
+    gram = torch.zeros(len(score), len(score), dtype=torch.float64)
+    for part in score.split(8192, dim=1):
+        wide = part.double()
+        wide = wide - share @ wide
+        gram += wide @ wide.T
+    return gram
+
+
+def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rollouts `[P, k_max]` of every prompt, as places in the pool, and how many of them count, `[P]`."""
+    prompts, size = pool.rewards.shape
+    places = torch.randint(size, (prompts, drawn.k_max), generator=rng)
+    counts = torch.full((prompts,), drawn.k_init)
+    fusion = "calibrated" if "calibrated" in drawn.estimator else "v05"
+    while drawn.k_max > drawn.k_init:
+        rewards, offsets = ragged(pool.rewards.gather(1, places), counts)
+        bounds = dict(k_init=drawn.k_init, k_max=drawn.k_max)
+        test = shrinkage(rewards, offsets, prior, fusion=fusion, **bounds)  # type: ignore[arg-type]
+        if not test.roll_out_more.any():
+            break
+        counts = torch.maximum(counts, test.planned)
+    return places, counts
+
+
+def ragged(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `counts` `[P]` of each row of values `[P, K]` end to end, and their offsets `[P + 1]`."""
+    kept = torch.arange(values.shape[1]) < counts[:, None]
+    return values[kept], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
+    """Draws groups of all prompts, `repeats` times, and compares their gradients with the pool's."""
+    prompts, size = pool.rewards.shape
+    rng = torch.Generator().manual_seed(drawn.seed)
+    truth = pool.rewards.mean(1)
+    per_block = drawn.repeats // BLOCKS
+    coefficients = torch.zeros(BLOCKS, prompts, pool.gram.shape[1], dtype=torch.float64)
+    lengths, spent = torch.zeros(BLOCKS, dtype=torch.float64), 0
+    for block in range(BLOCKS):
+        for _ in range(per_block):
+            prior = PRIORS[drawn.prior](truth, rng)
+            places, counts = draw_groups(pool, prior, drawn, rng)
+            rewards, offsets = ragged(pool.rewards.gather(1, places), counts)
+            given = prior if ESTIMATORS[drawn.estimator].needs_prior else None
+            advantages = group_advantage(rewards, offsets, estimator=drawn.estimator, prior=given)
+            answer = pool.answer.gather(1, places)
+            share = torch.zeros(places.shape, dtype=torch.float64)
+            share[torch.arange(drawn.k_max) < counts[:, None]] = advantages
+            share = share / counts[:, None]
+            coefficients[block].scatter_add_(1, answer, share / per_block)
+            inner = pool.gram[torch.arange(prompts)[:, None, None], answer[:, :, None], answer[:, None, :]]
+            lengths[block] += torch.einsum("pi,pij,pj->", share, inner, share) / per_block
+            spent += int(counts.sum())
+    exact = torch.zeros(prompts, pool.gram.shape[1], dtype=torch.float64)
+    exact.scatter_add_(1, pool.answer, (pool.rewards - truth[:, None]) / size)
+    return _summary(pool.gram, coefficients, lengths, exact, drawn, spent / (BLOCKS * per_block * prompts))
+
+
+def _summary(
+    gram: Tensor, coefficients: Tensor, lengths: Tensor, exact: Tensor, drawn: Drawn, rollouts: float
+) -> GradientQuality:
+    """Bias and variance from the mean gradients and squared lengths of blocks, with jackknife intervals."""
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("...pi,pij,...pj->...", a, gram, b)
+
+    size = inner(exact, exact)
+    products = torch.einsum("api,pij,bpj->ab", coefficients, gram, coefficients)
+    along = inner(coefficients, exact)
+
+    def of(kept: Tensor) -> Tensor:
+        """Factor, bias and variance from some blocks; a product of two different blocks has no noise in its mean."""
+        own = products[kept][:, kept]
+        several = len(own)
+        squared = (own.sum() - own.trace()) / (several * (several - 1))
+        factor = along[kept].mean() / squared
+        bias = (factor**2 * squared - 2 * factor * along[kept].mean() + size) / size
+        return torch.stack([factor, bias, factor**2 * (lengths[kept].mean() - squared) / size])
+
+    everything = torch.arange(BLOCKS)
+    whole = of(everything)
+    left_out = torch.stack([of(everything[everything != block]) for block in range(BLOCKS)])
+    spread = ((BLOCKS - 1) / BLOCKS * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
+    factor, bias, variance = whole.tolist()
+    _, bias_spread, variance_spread = (1.96 * spread).tolist()
+    where = (drawn.estimator, drawn.prior, drawn.k_init, drawn.k_max)
+    return GradientQuality(*where, rollouts, factor, bias, bias_spread, variance, variance_spread)
+
+
+def drawn_as(algorithm: str, prior: str, repeats: int, seed: int = 0) -> Drawn:
+    """How an algorithm of the trainer, `name[:k]`, draws its groups."""
+    found = parse_algorithm(algorithm)
+    return Drawn(found.estimator, prior, found.k_init, found.k_max, repeats, seed)
