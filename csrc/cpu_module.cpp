@@ -58,6 +58,21 @@ auto with_dtype(int code, const Run& run) {
   }
 }
 
+// states, offsets, queries and the weights; stride, tokens, size, prompts, count, heads.
+template <class T>
+v05::AttentionInputs<T, v05::cpu::WideOf<T>> attention_inputs(const std::array<Address, 13>& tensors,
+                                                              const std::array<int64_t, 6>& sizes, double eps) {
+  using Wide = v05::cpu::WideOf<T>;
+  v05::AttentionInputs<T, Wide> in{};
+  in.states = at<T>(tensors[0]), in.offsets = at<int64_t>(tensors[1]), in.queries = at<Wide>(tensors[2]);
+  in.stride = sizes[0], in.tokens = sizes[1], in.size = sizes[2], in.prompts = sizes[3], in.count = sizes[4];
+  in.heads = int(sizes[5]), in.eps = Wide(eps);
+  in.weights = {at<Wide>(tensors[3]),  at<Wide>(tensors[4]),  at<Wide>(tensors[5]), at<Wide>(tensors[6]),
+                at<Wide>(tensors[7]),  at<Wide>(tensors[8]),  at<Wide>(tensors[9]), at<Wide>(tensors[10]),
+                at<Wide>(tensors[11]), at<Wide>(tensors[12])};
+  return in;
+}
+
 template <class T>
 bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
                  const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
@@ -155,6 +170,37 @@ PYBIND11_MODULE(_cpu, m) {
          Address metrics, bool wide) {
         return (wide ? policy_loss<double> : policy_loss<float>)(inputs, n, sequences, advantage_per_token, kinds,
                                                                  numbers, loss, gradient, metrics);
+      },
+      Guard());
+
+  m.def(
+      "query_attention",
+      [](int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+         const std::array<Address, 4>& saved, Address features) {
+        return with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          return v05::cpu::query_attention<T>(
+              attention_inputs<T>(tensors, sizes, eps),
+              {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])}, at<Wide>(features));
+        });
+      },
+      Guard());
+
+  m.def(
+      "query_attention_backward",
+      [](int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+         const std::array<Address, 4>& saved, Address grad_features, const std::array<Address, 12>& gradients) {
+        with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          const auto wide = [&](int i) { return at<Wide>(gradients[static_cast<size_t>(i)]); };
+          v05::cpu::query_attention_backward<T>(
+              attention_inputs<T>(tensors, sizes, eps),
+              {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])}, at<Wide>(grad_features),
+              at<T>(gradients[0]), wide(1),
+              {wide(2), wide(3), wide(4), wide(5), wide(6), wide(7), wide(8), wide(9), wide(10), wide(11)});
+        });
       },
       Guard());
 }
