@@ -39,13 +39,13 @@ def test_against_the_reference(dtype):
     compare(ragged_states([3, 0, 1, 70, 17, 16], count=20, size=40, dtype=dtype))
 
 
-@pytest.mark.parametrize(("heads", "count", "size"), [(1, 1, 1), (2, 64, 130), (8, 33, 7)])
+@pytest.mark.parametrize(("heads", "count", "size"), [(1, 1, 1), (2, 64, 130), (4, 33, 7)])
 def test_other_shapes(heads, count, size):
     compare(ragged_states([5, 0, 20], heads=heads, count=count, size=size))
 
 
 def test_the_published_shape_and_a_long_prompt():
-    compare(ragged_states([300, 30], size=1024))
+    compare(ragged_states([90, 20], size=1024))
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [0, 0, 1]])

@@ -23,9 +23,14 @@ from v05.kernels.query_attention.triton_forward import attend_kernel, keys_kerne
 BLOCK_ROWS = 8  # tokens whose states are read together
 BLOCK_COLUMNS = 128
 BLOCK_KEYS = 64  # tokens of a tile without states
-BLOCK_Q, BLOCK_T = 16, 64  # queries over tokens
-TURNED_T, TURNED_Q = 16, 64  # tokens over queries
+BLOCK_Q, BLOCK_T = 16, 32  # queries over tokens
+TURNED_T, TURNED_Q = 16, 32  # tokens over queries
 CHUNK = 256  # tokens whose share of the projection's gradient is summed by itself
+
+
+def backward_warps(dtype: torch.dtype) -> int:
+    """Warps of a program of the backward: float64 takes twice the registers."""
+    return 8 if dtype == torch.float64 else 4
 
 
 def padded_width(heads: int) -> int:
@@ -62,7 +67,7 @@ def query_attention(
                 **narrow,
             )
         if prompts:
-            attend_kernel[(prompts * blocks,)](
+            attend_kernel[(prompts, blocks)](
                 keys,
                 offsets,
                 queries,
@@ -76,7 +81,6 @@ def query_attention(
                 w.out_bias,
                 tokens,
                 count,
-                blocks,
                 eps,
                 BLOCK_Q=BLOCK_Q,
                 BLOCK_T=BLOCK_T,
@@ -95,7 +99,7 @@ def _by_queries(
     sums = keys.new_empty(prompts * blocks, 2, width, narrow["PADDED"])
     grad_queries = torch.empty_like(given.queries)
     if prompts:
-        queries_kernel[(prompts * blocks,)](
+        queries_kernel[(prompts, blocks)](
             keys,
             given.offsets,
             given.queries,
@@ -112,10 +116,10 @@ def _by_queries(
             keys.shape[1],
             prompts,
             count,
-            blocks,
             eps,
             BLOCK_Q=BLOCK_Q,
             BLOCK_T=BLOCK_T,
+            num_warps=backward_warps(keys.dtype),
             **narrow,
         )
     return grad_queries, rows, sums.sum(0, dtype=torch.float64)
@@ -146,6 +150,7 @@ def _by_tokens(
             eps,
             BLOCK_T=TURNED_T,
             BLOCK_Q=TURNED_Q,
+            num_warps=backward_warps(keys.dtype),
             **narrow,
         )
     return grad_kv, sums.sum(0, dtype=torch.float64)
@@ -159,12 +164,12 @@ def _by_states(given: Inputs, grad_kv: Tensor, heads: int, for_states: bool) -> 
     grad_states = states.new_empty(states.shape if for_states else (0,))
     tile = {"HEADS": heads, "BLOCK_T": BLOCK_ROWS, "BLOCK_D": BLOCK_COLUMNS}
     if tokens:
-        projection_backward_kernel[(chunks * blocks,)](
-            states, grad_kv, partial, states.stride(0), tokens, size, blocks, CHUNK=CHUNK, **tile
+        projection_backward_kernel[(chunks, blocks)](
+            states, grad_kv, partial, states.stride(0), tokens, size, CHUNK=CHUNK, **tile
         )
     if tokens and for_states:
-        states_kernel[(triton.cdiv(tokens, BLOCK_ROWS) * blocks,)](
-            grad_kv, given.weights.projection_weight, grad_states, tokens, size, blocks, **tile
+        states_kernel[(triton.cdiv(tokens, BLOCK_ROWS), blocks)](
+            grad_kv, given.weights.projection_weight, grad_states, tokens, size, **tile
         )
     return grad_states, partial.sum(0, dtype=torch.float64)
 

@@ -66,7 +66,6 @@ def queries_kernel(
     tokens: tl.int64,
     prompts: tl.int64,
     count: tl.int64,
-    blocks: tl.int64,
     eps: tl.float64,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -80,9 +79,8 @@ def queries_kernel(
     """
     acc: tl.constexpr = rows.dtype.element_ty
     WIDTH: tl.constexpr = 2 * HEADS
-    program = tl.program_id(0).to(tl.int64)
-    prompt = program // blocks
-    o_query = program % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    prompt = tl.program_id(0).to(tl.int64)
+    o_query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_query = o_query < count
     o_row = prompt * count + o_query
     o_e = tl.arange(0, PADDED)
@@ -93,12 +91,13 @@ def queries_kernel(
     o_attended = (prompt * WIDTH + o_e[None, :]) * count + o_query[:, None]
     m_attended = m_query[:, None] & (o_e < WIDTH)[None, :]
     b_attended = tl.load(attended + o_attended, mask=m_attended, other=0)
-    store_sums(sums + program * 2 * WIDTH * PADDED, b_grad, b_attended, o_e, WIDTH, PADDED)
+    sums += (prompt * tl.num_programs(1) + tl.program_id(1)) * 2 * WIDTH * PADDED
+    store_sums(sums, b_grad, b_attended, o_e, WIDTH, PADDED)
     begin = tl.load(offsets + prompt)
     end = tl.load(offsets + prompt + 1)
     all_rows = prompts * HEADS * count
     b_by_q = tl.zeros([BLOCK_Q, PADDED], acc)
-    for head in tl.static_range(HEADS):
+    for head in range(HEADS):
         o_statistic = (prompt * HEADS + head) * count + o_query
         over = tl.load(inverse + o_statistic, mask=m_query, other=0)
         most = tl.load(largest + o_statistic, mask=m_query, other=0)
@@ -119,7 +118,7 @@ def queries_kernel(
         )
         b_by_q += as_column(first * SCALE, o_e, 2 * head) + as_column(second * SCALE, o_e, 2 * head + 1)
     b_by_q = tl.where(m_query[:, None], b_by_q, 0)
-    store_sums(sums + (program * 2 + 1) * WIDTH * PADDED, b_by_q, b_hat, o_e, WIDTH, PADDED)
+    store_sums(sums + WIDTH * PADDED, b_by_q, b_hat, o_e, WIDTH, PADDED)
     b_by_hat = product_backward(b_by_q, in_weight, o_e, WIDTH) * load_vector(query_norm, o_e, WIDTH)
     store_rows(grad_queries, normalised_backward(b_by_hat, b_hat, scale, o_e, WIDTH), o_row, m_query, o_e, WIDTH)
 
@@ -197,7 +196,7 @@ def tokens_backward_kernel(
     all_rows = prompts * HEADS * count
     b_by_k = tl.zeros([BLOCK_T, PADDED], acc)
     b_by_v = tl.zeros([BLOCK_T, PADDED], acc)
-    for head in tl.static_range(HEADS):
+    for head in range(HEADS):
         k0 = tl.load(keys + 2 * head * tokens + o_token, mask=m_token, other=0)
         k1 = tl.load(keys + (2 * head + 1) * tokens + o_token, mask=m_token, other=0)
         v0 = tl.load(keys + (WIDTH + 2 * head) * tokens + o_token, mask=m_token, other=0)
@@ -231,7 +230,6 @@ def projection_backward_kernel(
     stride: tl.int64,
     tokens: tl.int64,
     size: tl.int64,
-    blocks: tl.int64,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -240,11 +238,10 @@ def projection_backward_kernel(
     """partial `[chunks, WIDTH, D]`: grad_kv' states over a chunk of tokens, for a block of columns."""
     acc: tl.constexpr = partial.dtype.element_ty
     WIDTH: tl.constexpr = 2 * HEADS
-    program = tl.program_id(0).to(tl.int64)
-    chunk = program // blocks
-    o_column = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk = tl.program_id(0).to(tl.int64)
+    o_column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_column = o_column < size
-    for head in tl.static_range(HEADS):
+    for head in range(HEADS):
         b_first = tl.zeros([BLOCK_T, BLOCK_D], acc)
         b_second = tl.zeros([BLOCK_T, BLOCK_D], acc)
         for start in range(0, CHUNK, BLOCK_T):
@@ -266,7 +263,6 @@ def states_kernel(
     grad_states,
     tokens: tl.int64,
     size: tl.int64,
-    blocks: tl.int64,
     HEADS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -274,13 +270,12 @@ def states_kernel(
     """Gradient of a block of states: grad_kv projection."""
     acc: tl.constexpr = grad_kv.dtype.element_ty
     WIDTH: tl.constexpr = 2 * HEADS
-    program = tl.program_id(0).to(tl.int64)
-    o_token = program // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_column = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_token = o_token < tokens
     m_column = o_column < size
     b_sum = tl.zeros([BLOCK_T, BLOCK_D], acc)
-    for e in tl.static_range(WIDTH):
+    for e in range(WIDTH):
         b_weight = tl.load(projection + e * size + o_column, mask=m_column, other=0)
         b_sum += tl.load(grad_kv + o_token * WIDTH + e, mask=m_token, other=0)[:, None] * b_weight[None, :]
     mask = m_token[:, None] & m_column[None, :]

@@ -14,7 +14,7 @@ from v05.kernels.shrinkage.triton import scalar
 
 SCALE = tl.constexpr(HEAD**-0.5)
 # A new length compiles nothing.
-LENGTHS = ["stride", "tokens", "size", "prompts", "count", "blocks"]
+LENGTHS = ["stride", "tokens", "size", "prompts", "count"]
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def project(states, weight, o_token, m_token, stride, size, o_e, acc: tl.constex
             PADDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """states weight' of a block of tokens, head by head: the states come from the cache after the first."""
     b_kv = tl.zeros([BLOCK_T, PADDED], acc)
-    for head in tl.static_range(HEADS):
+    for head in range(HEADS):
         b_first = tl.zeros([BLOCK_T, BLOCK_D], acc)
         b_second = tl.zeros([BLOCK_T, BLOCK_D], acc)
         for start in range(0, size, BLOCK_D):
@@ -147,7 +147,6 @@ def attend_kernel(
     out_bias,
     tokens: tl.int64,
     count: tl.int64,
-    blocks: tl.int64,
     eps: tl.float64,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -157,9 +156,8 @@ def attend_kernel(
     """All heads of a block of one prompt's queries, the output projection included."""
     acc: tl.constexpr = features.dtype.element_ty
     WIDTH: tl.constexpr = 2 * HEADS
-    program = tl.program_id(0).to(tl.int64)
-    prompt = program // blocks
-    o_query = program % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    prompt = tl.program_id(0).to(tl.int64)
+    o_query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_query = o_query < count
     o_row = prompt * count + o_query
     o_e = tl.arange(0, PADDED)
@@ -170,7 +168,7 @@ def attend_kernel(
     begin = tl.load(offsets + prompt)
     end = tl.load(offsets + prompt + 1)
     b_out = tl.zeros([BLOCK_Q, PADDED], acc) + load_vector(out_bias, o_e, WIDTH)
-    for head in tl.static_range(HEADS):
+    for head in range(HEADS):
         q0 = product(b_affine, in_weight, in_bias, 2 * head, o_e, WIDTH) * SCALE
         q1 = product(b_affine, in_weight, in_bias, 2 * head + 1, o_e, WIDTH) * SCALE
         own_keys = keys + 2 * head * tokens

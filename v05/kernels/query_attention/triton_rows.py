@@ -67,7 +67,7 @@ def product(b_rows, weight, bias, e, o_e, WIDTH: tl.constexpr):
 def product_backward(b_grad, weight, o_e, WIDTH: tl.constexpr):
     """Gradient by x of weight x."""
     b_x = tl.zeros_like(b_grad)
-    for e in tl.static_range(WIDTH):
+    for e in range(WIDTH):
         b_x += column(b_grad, o_e, e)[:, None] * load_vector(weight + e * WIDTH, o_e, WIDTH)
     return b_x
 
@@ -76,7 +76,7 @@ def product_backward(b_grad, weight, o_e, WIDTH: tl.constexpr):
 def store_sums(sums, b_grad, b_x, o_e, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """sums `[WIDTH, PADDED]`: over the rows, gradient i times x_j, and gradient i alone in the column after those."""
     b_x = tl.where((o_e == WIDTH)[None, :], 1, b_x)
-    for e in tl.static_range(WIDTH):
+    for e in range(WIDTH):
         tl.store(sums + e * PADDED + o_e, tl.sum(column(b_grad, o_e, e)[:, None] * b_x, axis=0))
 
 
@@ -86,7 +86,7 @@ def store_keys(keys, b_kv, in_weight, in_bias, key_norm, key_norm_bias, o_token,
     """keys `[2 WIDTH, T]`: keys, then values, of the tokens whose projected states are given."""
     b_hat, _inverse = normalised(b_kv, o_e, eps, WIDTH)
     b_affine = b_hat * load_vector(key_norm, o_e, WIDTH) + load_vector(key_norm_bias, o_e, WIDTH)
-    for e in tl.static_range(WIDTH):
+    for e in range(WIDTH):
         k = product(b_affine, in_weight, in_bias, WIDTH + e, o_e, WIDTH)
         v = product(b_kv, in_weight, in_bias, 2 * WIDTH + e, o_e, WIDTH)
         tl.store(keys + e * tokens + o_token, k, mask=m_token)
