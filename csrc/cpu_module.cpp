@@ -67,8 +67,8 @@ v05::AttentionInputs<T, v05::cpu::WideOf<T>> attention_inputs(const std::array<A
   in.states = at<T>(tensors[0]), in.offsets = at<int64_t>(tensors[1]), in.queries = at<Wide>(tensors[2]);
   in.stride = sizes[0], in.tokens = sizes[1], in.size = sizes[2], in.prompts = sizes[3], in.count = sizes[4];
   in.heads = int(sizes[5]), in.eps = Wide(eps);
-  in.weights = {at<Wide>(tensors[3]),  at<Wide>(tensors[4]),  at<Wide>(tensors[5]), at<Wide>(tensors[6]),
-                at<Wide>(tensors[7]),  at<Wide>(tensors[8]),  at<Wide>(tensors[9]), at<Wide>(tensors[10]),
+  in.weights = {at<Wide>(tensors[3]),  at<Wide>(tensors[4]), at<Wide>(tensors[5]), at<Wide>(tensors[6]),
+                at<Wide>(tensors[7]),  at<Wide>(tensors[8]), at<Wide>(tensors[9]), at<Wide>(tensors[10]),
                 at<Wide>(tensors[11]), at<Wide>(tensors[12])};
   return in;
 }

@@ -85,8 +85,8 @@ struct AttentionInputs {
   V05_FN int width() const { return kHead * heads; }
 };
 
-// What the backward of query_attention needs: attended [prompts, width, count]; the largest score, and 1 over the sum of
-// powers relative to it (0 for a prompt without tokens), [prompts, heads, count]; the projected states kv [tokens,
+// What the backward of query_attention needs: attended [prompts, width, count]; the largest score, and 1 over the sum
+// of powers relative to it (0 for a prompt without tokens), [prompts, heads, count]; the projected states kv [tokens,
 // width].
 template <class Wide>
 struct AttentionSaved {

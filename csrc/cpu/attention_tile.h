@@ -67,8 +67,7 @@ V05_INLINE void layer_norm_backward(const Tile<Wide>& grad, const Tile<Wide>& ha
   for (int lane = 0; lane < kTileRows; ++lane) mean[lane] *= share, along[lane] *= share;
   for (int e = 0; e < width; ++e)
     for (int lane = 0; lane < kTileRows; ++lane)
-      out->at[e][lane] =
-          (grad.at[e][lane] * scale[e] - mean[lane] - hat.at[e][lane] * along[lane]) * inverse[lane];
+      out->at[e][lane] = (grad.at[e][lane] * scale[e] - mean[lane] - hat.at[e][lane] * along[lane]) * inverse[lane];
 }
 
 // y = weight x + bias, weight [width, width].

@@ -92,8 +92,7 @@ template <class T>
 struct MakeKeys {
   using Wide = WideOf<T>;
 
-  static V05_INLINE void run(AttentionInputs<T, Wide> in, Wide* kv, Wide* keys, int64_t begin, int64_t end,
-                             bool* bad) {
+  static V05_INLINE void run(AttentionInputs<T, Wide> in, Wide* kv, Wide* keys, int64_t begin, int64_t end, bool* bad) {
     Tile<Wide> x;
     Keys<Wide> made;
     const int width = in.width();
@@ -259,9 +258,8 @@ bool query_attention(const AttentionInputs<T, WideOf<T>>& in, const AttentionSav
     vectorised<MakeKeys<T>>(in, saved.kv, keys.get(), begin, end, &bad);
     if (bad) good = false;
   });
-  parallel_for(in.prompts * tiles, rows * width, kScoresPerThread, [&](int64_t begin, int64_t end) {
-    vectorised<MakeQueries<T>>(in, q.get(), begin, end);
-  });
+  parallel_for(in.prompts * tiles, rows * width, kScoresPerThread,
+               [&](int64_t begin, int64_t end) { vectorised<MakeQueries<T>>(in, q.get(), begin, end); });
   parallel_for(tiles * in.heads * in.prompts, in.count * in.heads * in.tokens, kScoresPerThread,
                [&](int64_t begin, int64_t end) {
                  vectorised<AttendAll<T>>(in, saved, static_cast<const Wide*>(q.get()),
@@ -275,9 +273,8 @@ bool query_attention(const AttentionInputs<T, WideOf<T>>& in, const AttentionSav
   return good;
 }
 
-#define V05_INSTANTIATE(T)                                                                                \
-  template bool query_attention<T>(const AttentionInputs<T, WideOf<T>>&, const AttentionSaved<WideOf<T>>&, \
-                                   WideOf<T>*);
+#define V05_INSTANTIATE(T) \
+  template bool query_attention<T>(const AttentionInputs<T, WideOf<T>>&, const AttentionSaved<WideOf<T>>&, WideOf<T>*);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)
 V05_INSTANTIATE(BFloat16)
