@@ -70,8 +70,7 @@ def query_attention_backward(
             tuple(map(segments.address, (of_queries, of_tokens, of_states))),
             stream_of(states),
         )
-    sums = (partial.sum(0, dtype=torch.float64) for partial in (of_queries, of_tokens, of_states))
-    by_queries, by_tokens, by_projection = sums
-    bias = by_tokens[2, :, -1]
-    small = weight_gradients(*by_queries, by_tokens[0], by_tokens[1], bias, by_projection, given.weights)
+    (output, query), (key, value, bias) = (sums.sum(0, dtype=torch.float64) for sums in (of_queries, of_tokens))
+    by_projection = of_states.sum(0, dtype=torch.float64)
+    small = weight_gradients(output, query, key, value, bias[:, -1], by_projection, given.weights)
     return [grad_states, grad_queries, *small]

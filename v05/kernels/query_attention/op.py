@@ -91,7 +91,16 @@ def _backward(ctx: Any, grad_features: Tensor | None, *_: Tensor | None) -> tupl
     if grad_features is None:
         return None, None, None, [None] * len(weights), None, None, None
     by_states, by_queries, *by_weights = _query_attention_backward(
-        states, offsets, queries, weights, saved, grad_features, ctx.heads, ctx.eps, ctx.needs_input_grad[0], ctx.backend
+        states,
+        offsets,
+        queries,
+        weights,
+        saved,
+        grad_features,
+        ctx.heads,
+        ctx.eps,
+        ctx.needs_input_grad[0],
+        ctx.backend,
     )
     return by_states if ctx.needs_input_grad[0] else None, None, by_queries, by_weights, None, None, None
 

@@ -1,4 +1,4 @@
-"""The adapter's attention in Triton: allocates, and launches the kernels of triton_forward.py and triton_backward.py."""
+"""The adapter's attention in Triton: allocates, and launches the kernels of triton_forward and triton_backward."""
 
 from __future__ import annotations
 
@@ -207,6 +207,6 @@ def query_attention_backward(
         grad_queries, rows, of_queries = _by_queries(given, saved, keys, grad_features.contiguous(), eps, narrow)
         grad_kv, of_tokens = _by_tokens(given, saved, keys, rows, eps, narrow)
         grad_states, by_projection = _by_states(given, grad_kv, heads, for_states)
-    of_queries, of_tokens = of_queries[..., : width + 1], of_tokens[..., : width + 1]
-    small = weight_gradients(*of_queries, of_tokens[0], of_tokens[1], of_tokens[2, :, -1], by_projection, w)
+    (output, query), (key, value, bias) = of_queries[..., : width + 1], of_tokens[..., : width + 1]
+    small = weight_gradients(output, query, key, value, bias[:, -1], by_projection, w)
     return [grad_states, grad_queries, *small]

@@ -26,8 +26,22 @@ from v05.kernels.shrinkage.triton import scalar
 
 
 @triton.jit
-def slopes_of_queries(keys, values, q0, q1, g0, g1, delta, largest, begin, end, tokens, acc: tl.constexpr,
-                      BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+def slopes_of_queries(
+    keys,
+    values,
+    q0,
+    q1,
+    g0,
+    g1,
+    delta,
+    largest,
+    begin,
+    end,
+    tokens,
+    acc: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """sum over tokens of p (g v - delta) k, for both numbers of the key."""
     b_first = tl.zeros([BLOCK_Q, BLOCK_T], acc)
     b_second = tl.zeros([BLOCK_Q, BLOCK_T], acc)
@@ -137,8 +151,9 @@ def prompt_of(offsets, prompts, block, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def slopes_of_tokens(rows, largest, all_rows, k0, k1, v0, v1, count, acc: tl.constexpr, BLOCK_T: tl.constexpr,
-                     BLOCK_Q: tl.constexpr):  # fmt: skip
+def slopes_of_tokens(
+    rows, largest, all_rows, k0, k1, v0, v1, count, acc: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr
+):
     """Over a prompt's queries: sums of p (g v - delta) q and of p g, two numbers each."""
     b_k0 = tl.zeros([BLOCK_T, BLOCK_Q], acc)
     b_k1 = tl.zeros([BLOCK_T, BLOCK_Q], acc)
