@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from benchmarks.harness import OURS, Case, Contender, Run, compiled
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends
 from benchmarks.rivals import without_gradient
+from benchmarks.timing import Run
 from v05.kernels import AttentionWeights, query_attention
 
 COUNT, WIDTH, HEADS, SIZE = 168, 6, 3, 1024
@@ -83,10 +84,12 @@ def bound(function: Attention, leaves: Sequence[Tensor], upstream: Tensor, backw
     return run
 
 
-def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
+def case(
+    prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, device: torch.device, seed: int = 0
+) -> Case:
     lengths = lengths_of(prompts, kind)
     tokens, longest = sum(lengths), max(lengths)
-    rng = torch.Generator(device).manual_seed(0)
+    rng = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=rng, device=device) * scale
@@ -100,14 +103,19 @@ def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, devi
     scales = (SIZE**-0.5, *[1.0] * 9)
     weights = [normal(*shape, scale=scale) for shape, scale in zip(shapes, scales, strict=True)]
     leaves = [value.requires_grad_() for value in (normal(prompts, COUNT, WIDTH), *weights)]
-    fast = compiled(sdpa(filled, mask))
+
+    def ours(backend: str | None) -> Attention:
+        return lambda q, *w: query_attention(states, offsets, q, AttentionWeights(*w), heads=HEADS, backend=backend)
+
     functions: dict[str, Attention] = {
-        OURS: lambda q, *w: query_attention(states, offsets, q, AttentionWeights(*w), heads=HEADS),
+        OURS: ours(None),
         "torch eager": multihead(filled, mask),
         "SDPA": sdpa(filled, mask),
-        "torch.compile": fast,
+        "torch.compile": compiled(sdpa(filled, mask)),
     }
     upstream = normal(prompts, COUNT * WIDTH) / prompts
+    contenders = [Contender(name, bound(run, leaves, upstream, backward)) for name, run in functions.items()]
+    contenders += of_backends(lambda name: bound(ours(name), leaves, upstream, backward), device)
     reads = 2 if backward else 1  # the gradient of the projection reads the states again
     return Case(
         op="query_attention",
@@ -116,9 +124,11 @@ def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, devi
         direction="forward + backward" if backward else "forward",
         bytes=reads * tokens * SIZE * states.element_size() + prompts * COUNT * WIDTH * 8,
         flops=tokens * (2 * SIZE * WIDTH * reads + COUNT * HEADS * (30 if backward else 10)),
-        contenders=[Contender(name, bound(run, leaves, upstream, backward)) for name, run in functions.items()],
+        contenders=contenders,
         device=device,
         tolerance=1e-3 if dtype == torch.float32 else 1e-1,
+        elements=states.numel(),
+        another=lambda other: case(prompts, kind, dtype, backward, device, other),
     )
 
 

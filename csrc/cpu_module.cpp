@@ -30,6 +30,12 @@ void shrinkage(Address rewards, Address offsets, Address prior, int64_t n, int64
 }
 
 template <class T>
+void calibrated(const std::array<Address, 5>& in, int64_t n, int64_t groups, const v05::Budget<double>& budget,
+                const std::array<Address, 8>& out) {
+  v05::cpu::calibrated(v05::calibration_at<T>(in.data(), n, groups, budget, out.data()));
+}
+
+template <class T>
 void advantage(Address rewards, Address offsets, Address prior, Address lengths, int64_t n, int64_t groups,
                int baseline, int scale, double low, double high, double eps, Address out) {
   v05::cpu::advantage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), at<T>(lengths), n, groups,
@@ -120,6 +126,14 @@ PYBIND11_MODULE(_cpu, m) {
         (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, n, groups,
                                                       {low, high, cost, k_init, k_max}, floats, integers, more,
                                                       rollout_baseline, advantages);
+      },
+      Guard());
+
+  m.def(
+      "calibrated",
+      [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
+         int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, bool wide) {
+        (wide ? calibrated<double> : calibrated<float>)(in, n, groups, {low, high, cost, k_init, k_max}, out);
       },
       Guard());
 

@@ -115,7 +115,7 @@ void bind_query_attention(py::module_& m) {
 template <class T>
 void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n,
                  int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
-                 const std::array<double, 9>& by, Address gradient, Address totals, Address stream) {
+                 const std::array<double, 9>& by, Address gradient, Address loss, Address metrics, Address stream) {
   v05::PolicyInputs<T> in{};
   in.logprobs = at<T>(inputs[0]), in.old_logprobs = at<T>(inputs[1]), in.advantages = at<T>(inputs[2]);
   in.weights = at<T>(inputs[3]), in.ref_logprobs = at<T>(inputs[4]), in.sampler_logprobs = at<T>(inputs[5]);
@@ -126,7 +126,8 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
   in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
   v05::cuda::PolicyScratch<T> space{at<T>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]),
                                     at<T>(scratch[3]), at<T>(scratch[4]), at<T>(scratch[5])};
-  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(totals), reinterpret_cast<cudaStream_t>(stream));
+  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(loss), at<T>(metrics),
+                         reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -140,6 +141,17 @@ PYBIND11_MODULE(_cuda, m) {
     (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, groups, {low, high, cost, k_init, k_max},
                                                   floats, integers, more, rollout_baseline, advantages, stream);
   });
+
+  m.def("calibrated",
+        [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
+           int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, Address stream, bool wide) {
+          const v05::Budget<double> budget{low, high, cost, k_init, k_max};
+          const auto on = reinterpret_cast<cudaStream_t>(stream);
+          if (wide)
+            v05::cuda::calibrated(v05::calibration_at<double>(in.data(), n, groups, budget, out.data()), on);
+          else
+            v05::cuda::calibrated(v05::calibration_at<float>(in.data(), n, groups, budget, out.data()), on);
+        });
 
   m.def("advantage", [](Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
                         int scale, double low, double high, double eps, Address out, Address stream, bool wide) {
@@ -177,9 +189,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("policy_loss",
         [](const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n, int64_t sequences,
            bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
-           Address gradient, Address totals, Address stream, bool wide) {
+           Address gradient, Address loss, Address metrics, Address stream, bool wide) {
           (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
-                                                            numbers, gradient, totals, stream);
+                                                            numbers, gradient, loss, metrics, stream);
         });
 
   bind_query_attention(m);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "calibration.h"
 #include "formulas.h"
 #include "inputs.h"
 
@@ -16,6 +17,9 @@ namespace v05::cuda {
 template <class T>
 void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream);
+
+template <class T>
+void calibrated(const Calibration<T>& in, cudaStream_t stream);
 
 // moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's.
 template <class T>
@@ -52,9 +56,9 @@ struct PolicyScratch {
 // How many blocks of policy_loss share n tokens.
 int64_t policy_blocks(int64_t n);
 
-// gradient [n] is that of the loss by the log-probabilities; totals [kPolicySums].
+// gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1].
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* totals,
+void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream);
 
 // Scratch of query_attention: keys [heads, tokens, 4].

@@ -20,6 +20,19 @@ def shrinkage(
     stream: int,
     wide: bool,
 ) -> None: ...
+def calibrated(
+    inputs: Sequence[int],
+    n: int,
+    groups: int,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    outputs: Sequence[int],
+    stream: int,
+    wide: bool,
+) -> None: ...
 def advantage(
     rewards: int,
     offsets: int,
@@ -64,7 +77,8 @@ def policy_loss(
     kinds: Sequence[int],
     numbers: Sequence[float],
     gradient: int,
-    totals: int,
+    loss: int,
+    metrics: int,
     stream: int,
     wide: bool,
 ) -> None: ...

@@ -146,7 +146,7 @@ def query_attention(
     Source: the residual query adapter of V0, arXiv 2602.03584.
     """
     check_shapes(states, offsets, queries, weights, heads, eps)
-    chosen = dispatch.choose("query_attention", states.device.type, backend)
+    chosen = dispatch.backend_for("query_attention", states, backend)
     if check_values or (chosen == "reference" and states.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_attention_values(states.detach(), offsets, queries.detach(), weights)
     dtype = segments.working_dtype(states)
