@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -44,32 +45,28 @@ def around(filled: Tensor, queries: Tensor, w: AttentionWeights) -> tuple[Tensor
     return q, layer_norm(kv, (WIDTH,), w.key_norm_weight, w.key_norm_bias), kv
 
 
-def multihead(filled: Tensor, mask: Tensor) -> Attention:
-    """torch.nn.MultiheadAttention, its parameters replaced by ours."""
-    module = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=filled.device)
-
-    def run(queries: Tensor, *weights: Tensor) -> Tensor:
-        w = AttentionWeights(*weights)
-        names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-        own = dict(zip(names, weights[6:], strict=True))
-        options = dict(key_padding_mask=mask, need_weights=False)
-        return torch.func.functional_call(module, own, around(filled, queries, w), options)[0].flatten(1)
-
-    return run
+@cache
+def module_of(device: torch.device) -> torch.nn.MultiheadAttention:
+    """One whose parameters are replaced at each call."""
+    return torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=device)
 
 
-def sdpa(filled: Tensor, mask: Tensor) -> Attention:
+def multihead(filled: Tensor, mask: Tensor, queries: Tensor, *weights: Tensor) -> Tensor:
+    """torch.nn.MultiheadAttention."""
+    names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    own = dict(zip(names, weights[6:], strict=True))
+    inputs, options = around(filled, queries, AttentionWeights(*weights)), {"key_padding_mask": mask}
+    call = torch.func.functional_call(module_of(filled.device), own, inputs, options | {"need_weights": False})
+    return call[0].flatten(1)
+
+
+def sdpa(filled: Tensor, mask: Tensor, queries: Tensor, *weights: Tensor) -> Tensor:
     """The same with scaled_dot_product_attention called by hand."""
-    kept = ~mask[:, None, None]
-
-    def run(queries: Tensor, *weights: Tensor) -> Tensor:
-        w = AttentionWeights(*weights)
-        inputs = zip(around(filled, queries, w), w.in_weight.chunk(3), w.in_bias.chunk(3), strict=True)
-        q, k, v = (linear(x, a, b).unflatten(2, (HEADS, -1)).transpose(1, 2) for x, a, b in inputs)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=kept).transpose(1, 2).flatten(2)
-        return linear(attended, w.out_weight, w.out_bias).flatten(1)
-
-    return run
+    w = AttentionWeights(*weights)
+    inputs = zip(around(filled, queries, w), w.in_weight.chunk(3), w.in_bias.chunk(3), strict=True)
+    q, k, v = (linear(x, a, b).unflatten(2, (HEADS, -1)).transpose(1, 2) for x, a, b in inputs)
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=~mask[:, None, None]).transpose(1, 2).flatten(2)
+    return linear(attended, w.out_weight, w.out_bias).flatten(1)
 
 
 def bound(function: Attention, leaves: Sequence[Tensor], upstream: Tensor, backward: bool) -> Run:
@@ -109,9 +106,9 @@ def case(
 
     functions: dict[str, Attention] = {
         OURS: ours(None),
-        "torch eager": multihead(filled, mask),
-        "SDPA": sdpa(filled, mask),
-        "torch.compile": compiled(sdpa(filled, mask)),
+        "torch eager": partial(multihead, filled, mask),
+        "SDPA": partial(sdpa, filled, mask),
+        "torch.compile": partial(compiled(sdpa), filled, mask),
     }
     upstream = normal(prompts, COUNT * WIDTH) / prompts
     contenders = [Contender(name, bound(run, leaves, upstream, backward)) for name, run in functions.items()]

@@ -8,6 +8,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "attention_binding.h"
 #include "cuda/ops.h"
 
 namespace py = pybind11;
@@ -62,29 +63,15 @@ v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const st
           at<double>(tensors[2]), temperature};
 }
 
-// ---- query_attention: states, offsets, queries and the weights; stride, tokens, size, prompts, count, heads --------
-
-template <class T>
-auto attention_inputs(const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps) {
-  using Wide = typename v05::cuda::WideOf<T>::type;
-  v05::AttentionInputs<T, Wide> in{};
-  in.states = at<T>(tensors[0]), in.offsets = at<int64_t>(tensors[1]), in.queries = at<Wide>(tensors[2]);
-  in.stride = sizes[0], in.tokens = sizes[1], in.size = sizes[2], in.prompts = sizes[3], in.count = sizes[4];
-  in.heads = int(sizes[5]), in.eps = Wide(eps);
-  in.weights = {at<Wide>(tensors[3]),  at<Wide>(tensors[4]), at<Wide>(tensors[5]), at<Wide>(tensors[6]),
-                at<Wide>(tensors[7]),  at<Wide>(tensors[8]), at<Wide>(tensors[9]), at<Wide>(tensors[10]),
-                at<Wide>(tensors[11]), at<Wide>(tensors[12])};
-  return in;
-}
-
+// ---- query_attention -----------------------------------------------------------------------------------------------
 void query_attention(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
                      const std::array<Address, 4>& saved, Address keys, Address features, Address stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using Wide = typename v05::cuda::WideOf<T>::type;
-    v05::cuda::query_attention<T>(attention_inputs<T>(tensors, sizes, eps),
-                                  {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])},
-                                  at<Wide>(keys), at<Wide>(features), reinterpret_cast<cudaStream_t>(stream));
+    v05::cuda::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
+                                  v05::attention_saved<Wide>(saved), at<Wide>(keys), at<Wide>(features),
+                                  reinterpret_cast<cudaStream_t>(stream));
   });
 }
 
@@ -96,8 +83,8 @@ void query_attention_backward(int dtype, const std::array<Address, 13>& tensors,
     using T = decltype(zero);
     using Wide = typename v05::cuda::WideOf<T>::type;
     v05::cuda::query_attention_backward<T>(
-        attention_inputs<T>(tensors, sizes, eps),
-        {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])}, at<Wide>(grad_features),
+        v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
+        at<Wide>(grad_features),
         {at<Wide>(scratch[0]), at<Wide>(scratch[1]), at<Wide>(scratch[2]), at<Wide>(scratch[3]), at<Wide>(scratch[4])},
         at<T>(grad_states), at<Wide>(grad_queries), {at<Wide>(sums[0]), at<Wide>(sums[1]), at<Wide>(sums[2])},
         reinterpret_cast<cudaStream_t>(stream));

@@ -58,7 +58,8 @@ struct PolicyInputs {
   PolicyNumbers<T> numbers;
 };
 
-constexpr int kHead = 2;  // width of a head of query_attention
+constexpr int kHead = 2;                                // width of a head of query_attention
+constexpr double kScoreScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
 constexpr int kMostHeads = 4, kMostWidth = kHead * kMostHeads;
 
 // Of query_attention, width E: projection [E, size], in [3 E, E] and in_bias [3 E] for queries, keys and values, out

@@ -163,8 +163,7 @@ std::unique_ptr<Wide[]> scratch(int64_t size) {
   return std::unique_ptr<Wide[]>(new Wide[static_cast<size_t>(size)]);
 }
 
-constexpr double kScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
-constexpr int64_t kTokensPerSum = 256;             // summed up by themselves, so that rounding does not pile up
+constexpr int64_t kTokensPerSum = 256;  // summed up by themselves, so that rounding does not pile up
 constexpr int64_t kScoresPerThread = 16384;
 
 }  // namespace v05::cpu

@@ -122,7 +122,7 @@ struct MakeQueries {
       made.make(in.queries + (b * in.count + first) * width, live_rows(first, in.count), in.weights, width, in.eps);
       for (int e = 0; e < width; ++e)
         for (int lane = 0; lane < kTileRows; ++lane)
-          q[(b * width + e) * tiles * kTileRows + first + lane] = made.q.at[e][lane] * Wide(kScale);
+          q[(b * width + e) * tiles * kTileRows + first + lane] = made.q.at[e][lane] * Wide(kScoreScale);
     }
   }
 };

@@ -81,8 +81,8 @@ struct MakeQueries {
           for (int lane = 0; lane < kTileRows; ++lane) {
             const Wide inverse = lane < live ? saved.inverse[own + lane] : Wide(0);
             const Wide g0 = by_attended.at[e0][lane] * inverse, g1 = by_attended.at[e1][lane] * inverse;
-            rows[kQ0 * by.padded + lane] = lane < live ? made.q.at[e0][lane] * Wide(kScale) : Wide(0);
-            rows[kQ1 * by.padded + lane] = lane < live ? made.q.at[e1][lane] * Wide(kScale) : Wide(0);
+            rows[kQ0 * by.padded + lane] = lane < live ? made.q.at[e0][lane] * Wide(kScoreScale) : Wide(0);
+            rows[kQ1 * by.padded + lane] = lane < live ? made.q.at[e1][lane] * Wide(kScoreScale) : Wide(0);
             rows[kLargest * by.padded + lane] = lane < live ? saved.largest[own + lane] : Wide(0);
             rows[kG0 * by.padded + lane] = g0;
             rows[kG1 * by.padded + lane] = g1;
@@ -177,7 +177,7 @@ struct FinishQueries {
         for (int e = 0; e < width; ++e) {
           const int64_t row = (b * in.heads + e / kHead) * kQueryRows + kGradQ0 + e % kHead;
           for (int lane = 0; lane < kTileRows; ++lane)
-            grad.at[e][lane] = by.queries[row * by.padded + first + lane] * Wide(kScale);
+            grad.at[e][lane] = by.queries[row * by.padded + first + lane] * Wide(kScoreScale);
         }
         add_outer(grad, made.hat, live, width, by.of_prompts[b].second);
         linear_backward(grad, in.weights.in, width, false, &by_affine);

@@ -104,8 +104,6 @@ struct alignas(16) Query {
   Wide g0, g1, unused0, unused1;  // that gradient; like delta over the sum of powers
 };
 
-constexpr double kScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
-
 template <class T>
 inline unsigned blocks_of(int64_t items, T per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);

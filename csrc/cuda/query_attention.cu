@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kQueries)
   Row<Wide> hat = load_row(queries + (b * count + smaller(i, count - 1)) * width, width);
   normalise(hat, width, eps);
   const Row<Wide> y = affine(hat, w.query_norm, w.query_norm_bias, width);
-  const Wide q0 = product(y, w.in, w.in_bias, head * kHead, width) * Wide(kScale);
-  const Wide q1 = product(y, w.in, w.in_bias, head * kHead + 1, width) * Wide(kScale);
+  const Wide q0 = product(y, w.in, w.in_bias, head * kHead, width) * Wide(kScoreScale);
+  const Wide q1 = product(y, w.in, w.in_bias, head * kHead + 1, width) * Wide(kScoreScale);
   const Key<Wide>* own = keys + head * tokens;
   Wide largest = -std::numeric_limits<Wide>::infinity(), sum = 0, first = 0, second = 0;
   for (int64_t start = begin; start < end; start += kQueries) {

@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kRows, 4)
       g[k] *= inverse;
       delta += g[k] * saved.attended[(b * width + e + k) * count + query];
     }
-    out[at] = {product(y, w.in, w.in_bias, e, width) * Wide(kScale),
-               product(y, w.in, w.in_bias, e + 1, width) * Wide(kScale),
+    out[at] = {product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale),
+               product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale),
                saved.largest[at],
                delta,
                g[0],
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kQueries)
   }
   if (i >= count) return;
   const int64_t row = (b * heads + head) * kHead * count + i;
-  by_queries[row] = first * Wide(kScale);
-  by_queries[row + count] = second * Wide(kScale);
+  by_queries[row] = first * Wide(kScoreScale);
+  by_queries[row + count] = second * Wide(kScoreScale);
 }
 
 // From the gradient by projected queries to that by the queries given, and the sums of their projection.
