@@ -12,7 +12,7 @@ from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
 from v05.kernels.query_attention import triton as query_attention
-from v05.kernels.query_attention import triton_backward, triton_forward
+from v05.kernels.query_attention import triton_backward, triton_forward, triton_states
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
@@ -179,12 +179,12 @@ ATTENTION_TILES = {
         "BLOCK_T": query_attention.TURNED_T,
         "BLOCK_Q": query_attention.TURNED_Q,
     },
-    triton_backward.projection_backward_kernel: {
+    triton_states.projection_backward_kernel: {
         "BLOCK_T": query_attention.BLOCK_ROWS,
         "BLOCK_D": query_attention.BLOCK_COLUMNS,
         "CHUNK": query_attention.CHUNK,
     },
-    triton_backward.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
+    triton_states.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
 }
 
 

@@ -12,13 +12,9 @@ from v05.kernels.device import on_device_of
 from v05.kernels.query_attention.assemble import weight_gradients
 from v05.kernels.query_attention.buffers import Inputs, Saved, make_inputs, make_outputs
 from v05.kernels.query_attention.rules import HEAD
-from v05.kernels.query_attention.triton_backward import (
-    projection_backward_kernel,
-    queries_kernel,
-    states_kernel,
-    tokens_backward_kernel,
-)
+from v05.kernels.query_attention.triton_backward import queries_kernel, tokens_backward_kernel
 from v05.kernels.query_attention.triton_forward import attend_kernel, keys_kernel, tokens_kernel
+from v05.kernels.query_attention.triton_states import projection_backward_kernel, states_kernel
 
 BLOCK_ROWS = 8  # tokens whose states are read together
 BLOCK_COLUMNS = 128
