@@ -72,7 +72,7 @@ sanitize: $(VENV)/.tests
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c ../../pyproject.toml --rootdir . -k "not compile" \
-	  $(addprefix tests/test_,shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py)
+	  $(addprefix tests/test_,shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py query_attention.py)
 
 # Beside TRL and verl, hence in their environment.
 bench: .venv-peers/.installed

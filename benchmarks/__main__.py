@@ -16,6 +16,7 @@ from benchmarks import (
     bench_advantage,
     bench_calibration,
     bench_policy_loss,
+    bench_query_attention,
     bench_shrinkage,
     bench_token_logprob,
     report,
@@ -31,6 +32,7 @@ BENCHES = {
     "advantage": bench_advantage,
     "policy_loss": bench_policy_loss,
     "token_logprob": bench_token_logprob,
+    "query_attention": bench_query_attention,
 }
 
 

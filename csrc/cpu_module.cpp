@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "attention_binding.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -169,6 +170,35 @@ PYBIND11_MODULE(_cpu, m) {
          Address metrics, bool wide) {
         return (wide ? policy_loss<double> : policy_loss<float>)(inputs, n, sequences, advantage_per_token, kinds,
                                                                  numbers, loss, gradient, metrics);
+      },
+      Guard());
+
+  m.def(
+      "query_attention",
+      [](int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+         const std::array<Address, 4>& saved, Address features) {
+        return with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          return v05::cpu::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
+                                              v05::attention_saved<Wide>(saved), at<Wide>(features));
+        });
+      },
+      Guard());
+
+  m.def(
+      "query_attention_backward",
+      [](int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+         const std::array<Address, 4>& saved, Address grad_features, const std::array<Address, 12>& gradients) {
+        with_dtype(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          using Wide = v05::cpu::WideOf<T>;
+          const auto wide = [&](int i) { return at<Wide>(gradients[static_cast<size_t>(i)]); };
+          v05::cpu::query_attention_backward<T>(
+              v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
+              at<Wide>(grad_features), at<T>(gradients[0]), wide(1),
+              {wide(2), wide(3), wide(4), wide(5), wide(6), wide(7), wide(8), wide(9), wide(10), wide(11)});
+        });
       },
       Guard());
 }

@@ -8,6 +8,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "attention_binding.h"
 #include "cuda/ops.h"
 
 namespace py = pybind11;
@@ -60,6 +61,42 @@ v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const st
                                  double temperature) {
   return {at<T>(tensors[0]),      sizes[0],   sizes[1], sizes[2], at<int64_t>(tensors[1]), sizes[3],
           at<double>(tensors[2]), temperature};
+}
+
+// ---- query_attention -----------------------------------------------------------------------------------------------
+void query_attention(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+                     const std::array<Address, 4>& saved, Address keys, Address features, Address stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = typename v05::cuda::WideOf<T>::type;
+    v05::cuda::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
+                                  v05::attention_saved<Wide>(saved), at<Wide>(keys), at<Wide>(features),
+                                  reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void query_attention_backward(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes,
+                              double eps, const std::array<Address, 4>& saved, Address grad_features,
+                              const std::array<Address, 5>& scratch, Address grad_states, Address grad_queries,
+                              const std::array<Address, 3>& sums, Address stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = typename v05::cuda::WideOf<T>::type;
+    v05::cuda::query_attention_backward<T>(
+        v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
+        at<Wide>(grad_features),
+        {at<Wide>(scratch[0]), at<Wide>(scratch[1]), at<Wide>(scratch[2]), at<Wide>(scratch[3]), at<Wide>(scratch[4])},
+        at<T>(grad_states), at<Wide>(grad_queries), {at<Wide>(sums[0]), at<Wide>(sums[1]), at<Wide>(sums[2])},
+        reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void bind_query_attention(py::module_& m) {
+  m.def("attention_query_blocks", &v05::cuda::attention_query_blocks);
+  m.def("attention_token_blocks", &v05::cuda::attention_token_blocks);
+  m.def("attention_chunks", &v05::cuda::attention_chunks);
+  m.def("query_attention", &query_attention);
+  m.def("query_attention_backward", &query_attention_backward);
 }
 
 template <class T>
@@ -143,4 +180,6 @@ PYBIND11_MODULE(_cuda, m) {
           (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
                                                             numbers, gradient, loss, metrics, stream);
         });
+
+  bind_query_attention(m);
 }

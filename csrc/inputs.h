@@ -58,6 +58,42 @@ struct PolicyInputs {
   PolicyNumbers<T> numbers;
 };
 
+constexpr int kHead = 2;                                // width of a head of query_attention
+constexpr double kScoreScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
+constexpr int kMostHeads = 4, kMostWidth = kHead * kMostHeads;
+
+// Of query_attention, width E: projection [E, size], in [3 E, E] and in_bias [3 E] for queries, keys and values, out
+// [E, E], and the others [E].
+template <class Wide>
+struct AttentionWeights {
+  Wide *projection, *projection_bias, *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *in, *in_bias, *out,
+      *out_bias;
+};
+
+// Row t of the states starts at t * stride; prompt b has the tokens offsets[b] to offsets[b + 1] and the queries
+// [count, width] at b * count * width.
+template <class T, class Wide>
+struct AttentionInputs {
+  const T* states;
+  int64_t stride, tokens, size;
+  const int64_t* offsets;
+  int64_t prompts, count;
+  int heads;
+  Wide eps;
+  const Wide* queries;
+  AttentionWeights<const Wide> weights;
+
+  V05_FN int width() const { return kHead * heads; }
+};
+
+// What the backward of query_attention needs: attended [prompts, width, count]; the largest score, and 1 over the sum
+// of powers relative to it (0 for a prompt without tokens), [prompts, heads, count]; the projected states kv [tokens,
+// width].
+template <class Wide>
+struct AttentionSaved {
+  Wide *attended, *largest, *inverse, *kv;
+};
+
 // Ratio and weight of whole sequences, rather than of tokens.
 constexpr bool whole_sequence(Correction correction) { return correction >= Correction::sequence_truncate; }
 constexpr bool masks(Correction correction) {

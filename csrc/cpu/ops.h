@@ -49,6 +49,20 @@ template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);
 
+// ---- query_attention ---------------------------------------------------------------------------------------------
+
+// features [prompts, count * width]. False where offsets are not allowed (and nothing is written) or where something
+// given or projected is NaN or infinite.
+template <class T>
+bool query_attention(const AttentionInputs<T, WideOf<T>>& in, const AttentionSaved<WideOf<T>>& saved,
+                     WideOf<T>* features);
+
+// grad_states [tokens, size], where not null, without gaps; grad_queries [prompts, count, width].
+template <class T>
+void query_attention_backward(const AttentionInputs<T, WideOf<T>>& in, const AttentionSaved<const WideOf<T>>& saved,
+                              const WideOf<T>* grad_features, T* grad_states, WideOf<T>* grad_queries,
+                              const AttentionWeights<WideOf<T>>& grad_weights);
+
 // ---- policy_loss -------------------------------------------------------------------------------------------------
 
 // False where offsets or values are not allowed; gradient [n] is that of the loss by the log-probabilities.

@@ -1,9 +1,19 @@
-"""Kernels over ragged rollout tensors: shrinkage, advantages, policy losses and log-probs."""
+"""Kernels over ragged tensors: shrinkage, advantages, policy losses, log-probs and the adapter's attention."""
 
 from v05.kernels.advantage.op import group_advantage
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import policy_loss
+from v05.kernels.query_attention.op import query_attention
+from v05.kernels.query_attention.rules import AttentionWeights
 from v05.kernels.shrinkage.op import shrinkage
 from v05.kernels.token_logprob.op import token_logprob
 
-__all__ = ["group_advantage", "policy_loss", "select_by_covariance", "shrinkage", "token_logprob"]
+__all__ = [
+    "AttentionWeights",
+    "group_advantage",
+    "policy_loss",
+    "query_attention",
+    "select_by_covariance",
+    "shrinkage",
+    "token_logprob",
+]

@@ -94,3 +94,20 @@ def policy_loss(
     metrics: int,
     wide: bool,
 ) -> bool: ...
+def query_attention(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    features: int,
+) -> bool: ...
+def query_attention_backward(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    grad_features: int,
+    gradients: Sequence[int],
+) -> None: ...

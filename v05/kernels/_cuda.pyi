@@ -82,3 +82,29 @@ def policy_loss(
     stream: int,
     wide: bool,
 ) -> None: ...
+def attention_query_blocks(n: int) -> int: ...
+def attention_token_blocks(n: int) -> int: ...
+def attention_chunks(n: int) -> int: ...
+def query_attention(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    keys: int,
+    features: int,
+    stream: int,
+) -> None: ...
+def query_attention_backward(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    grad_features: int,
+    scratch: Sequence[int],
+    grad_states: int,
+    grad_queries: int,
+    sums: Sequence[int],
+    stream: int,
+) -> None: ...

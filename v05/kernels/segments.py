@@ -18,8 +18,8 @@ def segment_ids(offsets: Tensor, total: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, ids: Tensor, segments: int) -> Tensor:
-    """Sum `[segments]` of values `[total]` in each segment; empty segments give 0."""
-    return values.new_zeros(segments).index_add(0, ids, values)
+    """Sum `[segments, ...]` of values `[total, ...]` in each segment; empty segments give 0."""
+    return values.new_zeros(segments, *values.shape[1:]).index_add(0, ids, values)
 
 
 def working_dtype(values: Tensor) -> torch.dtype:
