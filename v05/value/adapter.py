@@ -41,15 +41,16 @@ class QueryAdapter(nn.Module):
         super().__init__()
         self.backend = backend
         self.static_queries = nn.Parameter(torch.randn(queries, WIDTH))
+        final = nn.Linear(BOTTLENECK, queries * WIDTH)
+        nn.init.zeros_(final.weight)
+        nn.init.zeros_(final.bias)
         self.generator = nn.Sequential(
             nn.Linear(width, BOTTLENECK),
             nn.LayerNorm(BOTTLENECK),
             nn.GELU(),
             nn.Dropout(DROPOUT),
-            nn.Linear(BOTTLENECK, queries * WIDTH),
+            final,
         )
-        nn.init.zeros_(self.generator[4].weight)
-        nn.init.zeros_(self.generator[4].bias)
         self.proj_kv = nn.Linear(width, WIDTH)
         self.mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.ln_q, self.ln_kv = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
@@ -127,7 +128,11 @@ def check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], stran
         if name in given and given[name].shape != wanted[name].shape
     ]
     faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    said = [f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if names[6:] else ''}" for kind, names in faults if names]
+    said = [
+        f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if names[6:] else ''}"
+        for kind, names in faults
+        if names
+    ]
     if said:
         raise InputError(f"{where}: {'; '.join(said)}; allowed: the parameters of V0's adapter, {PREFIX}*")
 
@@ -136,8 +141,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a checkpoint, and what else it holds.
 
     Args:
-        file: safetensors, or a torch file that holds `model_state_dict`; nothing is ever unpickled but tensors and plain
-            values.
+        file: safetensors, or a torch file that holds `model_state_dict`; only tensors and plain values are unpickled.
 
     Raises:
         InputError: the file is not there, or is neither.

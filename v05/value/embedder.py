@@ -148,7 +148,9 @@ class TransformersEmbedder:
             end = start + 1
             while end < len(order) and (end + 1 - start) * len(encoded[order[end]]) <= self.batch_tokens:
                 end += 1
-            for row, states in zip(order[start:end], self._forward([encoded[r] for r in order[start:end]]), strict=True):
+            for row, states in zip(
+                order[start:end], self._forward([encoded[r] for r in order[start:end]]), strict=True
+            ):
                 rows[row] = states
             start = end
         return join(rows, self.width, truncated)

@@ -15,12 +15,65 @@ from v05.value.embedder import Embedder
 
 BUCKETS: Final = 4096  # hash buckets of character n-grams
 GRAMS: Final = (2, 3, 4)
-PHRASES: Final = tuple(
-    "positive integer|prime|triangle|circle|probability|find the maximum|minimum|largest|smallest|how many|polynomial"
-    "|function|for all|remainder|divided by|m+n|m + n|relatively prime|sequence|real number|digit|expected|expressed"
-    "|form|area|angle|board|color|points|game|players|ways|number of|compute|determine|evaluate|sum|average|percent"
-    "|cost|hours|original answer|round|[asy]|prove|denote|let|suppose|complex|log|sin|permutation|set|subset|graph"
-    "|table|given|answer".split("|")
+PHRASES: Final = (
+    "positive integer",
+    "prime",
+    "triangle",
+    "circle",
+    "probability",
+    "find the maximum",
+    "minimum",
+    "largest",
+    "smallest",
+    "how many",
+    "polynomial",
+    "function",
+    "for all",
+    "remainder",
+    "divided by",
+    "m+n",
+    "m + n",
+    "relatively prime",
+    "sequence",
+    "real number",
+    "digit",
+    "expected",
+    "expressed",
+    "form",
+    "area",
+    "angle",
+    "board",
+    "color",
+    "points",
+    "game",
+    "players",
+    "ways",
+    "number of",
+    "compute",
+    "determine",
+    "evaluate",
+    "sum",
+    "average",
+    "percent",
+    "cost",
+    "hours",
+    "original answer",
+    "round",
+    "[asy]",
+    "prove",
+    "denote",
+    "let",
+    "suppose",
+    "complex",
+    "log",
+    "sin",
+    "permutation",
+    "set",
+    "subset",
+    "graph",
+    "table",
+    "given",
+    "answer",
 )
 MARKS: Final = ("$", "\\", ".", "\n", "=", "^", "+", "*", "/", "(", "?")
 COMMANDS: Final = (

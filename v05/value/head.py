@@ -14,20 +14,22 @@ from v05.value.features import Described
 from v05.value.process import Rows, Scaling
 
 LOWEST = 0.01  # no prompt is called impossible or sure
+SEARCH_STEPS = 30
 Features = TypeVar("Features")
+Given = TypeVar("Given", contravariant=True)
 SLOPE_STRENGTH = 50.0  # outcomes that a slope of 1 counts for in the calibration
 SPREAD_STRENGTH = 10.0  # outcomes that a middling spread counts for in a policy's own
 TYPICAL_SPREAD = 0.35  # standard deviation of success probabilities over prompts, where nothing is known
 
 
-class Head(Protocol[Features]):
+class Head(Protocol[Given]):
     """Learns from one policy's context, once per policy version, and predicts any number of prompts from it."""
 
-    def fit(self, features: Features, outcomes: Tensor) -> None:
+    def fit(self, features: Given, outcomes: Tensor) -> None:
         """Take the context: features of N prompts and their success rates [N], from 0 to 1."""
         ...
 
-    def predict(self, features: Features) -> Tensor:
+    def predict(self, features: Given) -> Tensor:
         """Return the probability of success for each prompt, [M] float32."""
         ...
 
@@ -43,7 +45,7 @@ class GaussianProcessHead:
     """The embedded head: no weights, hyper-parameters by leave-one-out, several policies informing each other."""
 
     def __init__(
-        self, background: Sequence[Context[Described]] = (), start: Tensor | None = None, steps: int = 30
+        self, background: Sequence[Context[Described]] = (), start: Tensor | None = None, steps: int = SEARCH_STEPS
     ) -> None:
         """Start without a context.
 

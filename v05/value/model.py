@@ -13,9 +13,8 @@ from v05.value import features
 from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
 from v05.value.embedder import QWEN, CachedEmbedder, Embedder, TransformersEmbedder, sentence_embedder
-from v05.value.head import Context, GaussianProcessHead, check_outcomes
+from v05.value.head import SEARCH_STEPS, Context, GaussianProcessHead, check_outcomes
 from v05.value.tabpfn_head import TabPFNHead
-
 
 MEMORY: Final = 4096  # prompts whose features stay at hand
 
@@ -31,7 +30,7 @@ class Conditioned:
     """V0 with the contexts of one or several policies taken in; predicts any number of prompts from them."""
 
     def __init__(
-        self, model: V0, records: Sequence[Record], reward_range: tuple[float, float], start: Tensor | None = None
+        self, model: V0, records: Sequence[Record], reward_range: tuple[float, float], start: Tensor | None, steps: int
     ) -> None:
         """Fit one head a policy, or one head to all of them; see `V0.condition`."""
         contexts = [model.context(record, reward_range) for record in records]
@@ -39,7 +38,7 @@ class Conditioned:
         self.joint: GaussianProcessHead | None = None
         self.heads: list[Any] = []
         if model.make_head is None:
-            self.joint = GaussianProcessHead(model.background, start)
+            self.joint = GaussianProcessHead(model.background, start, steps)
             self.joint.fit_policies(contexts)
             return
         for context in contexts:
@@ -202,18 +201,20 @@ class V0:
         *,
         reward_range: tuple[float, float] = (-1.0, 1.0),
         start: Tensor | None = None,
+        steps: int = SEARCH_STEPS,
     ) -> Conditioned:
         """Take in the contexts of the policies; done once a policy version, however many prompts are asked for.
 
         Args:
             records: Q contexts.
             reward_range: of all outcomes.
-            start: hyper-parameters to start the search from, such as `Conditioned.joint.parameters` of the last one.
+            start: hyper-parameters of the Gaussian process to search from, such as `Conditioned.joint.parameters`.
+            steps: of that search; 0 keeps `start`.
 
         Raises:
             ValueError: as `predict`.
         """
-        return Conditioned(self, records, reward_range, start)
+        return Conditioned(self, records, reward_range, start, steps)
 
     def describe(self, prompts: Sequence[str]) -> Any:
         """Return the features of each prompt; those of the last `MEMORY` prompts are kept."""

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from v05.value.features import MEASURES, Described
 
-KERNELS: Final = ("wording near", "sentence", "sentence near", "letters", "structure", "structure near", "measures near")
+KERNELS: Final = (
+    "wording near",
+    "sentence",
+    "sentence near",
+    "letters",
+    "structure",
+    "structure near",
+    "measures near",
+)
 WORDING_NEAR: Final = 0.3  # squared length scales of unit vectors
 SENTENCE_NEAR: Final = 0.2
 EXTRA: Final = ("shared", "same prompt", "noise", "policy")  # logit of rho, then logarithms of variances
@@ -59,9 +67,7 @@ class Scaling(NamedTuple):
 
 def kernels(a: Described, b: Described, scaling: Scaling) -> Tensor:
     """Return the covariance of each kernel of `KERNELS` between prompts, [K, A, B] float64."""
-    first, second = (
-        ((x.structure - scaling.centre) / scaling.width).clamp(-4, 4).double() for x in (a, b)
-    )
+    first, second = (((x.structure - scaling.centre) / scaling.width).clamp(-4, 4).double() for x in (a, b))
     columns, measures = first.shape[1], MEASURES
     cosine = a.sentence.double() @ b.sentence.double().T
     wording = a.wording.double() @ b.wording.double().T
