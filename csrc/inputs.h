@@ -59,7 +59,7 @@ struct PolicyInputs {
 };
 
 constexpr int kHead = 2;  // width of a head of query_attention
-constexpr int kMostHeads = 8, kMostWidth = kHead * kMostHeads;
+constexpr int kMostHeads = 4, kMostWidth = kHead * kMostHeads;
 
 // Of query_attention, width E: projection [E, size], in [3 E, E] and in_bias [3 E] for queries, keys and values, out
 // [E, E], and the others [E].

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles ahead of time for every target in every dtype, without spills."""
 
 import pytest
+import torch
 from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage.estimators import Baseline, Scale
@@ -8,6 +9,8 @@ from v05.kernels.advantage.triton import advantage_kernel
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
+from v05.kernels.query_attention import triton as query_attention
+from v05.kernels.query_attention import triton_backward, triton_forward
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
@@ -138,3 +141,42 @@ def test_policy_loss_share_and_finish(target, dtype):
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
     types = dict.fromkeys(("partial", "present", "totals"), f"*{dtype}") | {"programs": "i64", "sequences": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))
+
+
+ATTENTION_LENGTHS = dict.fromkeys(triton_forward.LENGTHS, "i64") | {"offsets": "*i64", "eps": "fp64"}
+ATTENTION_TILES = {
+    triton_forward.tokens_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
+    triton_forward.keys_kernel: {"BLOCK_T": query_attention.BLOCK_KEYS},
+    triton_forward.attend_kernel: {"BLOCK_Q": query_attention.BLOCK_Q, "BLOCK_T": query_attention.BLOCK_T},
+    triton_backward.queries_kernel: {"BLOCK_Q": query_attention.BLOCK_Q, "BLOCK_T": query_attention.BLOCK_T},
+    triton_backward.tokens_backward_kernel: {
+        "BLOCK_T": query_attention.TURNED_T,
+        "BLOCK_Q": query_attention.TURNED_Q,
+    },
+    triton_backward.projection_backward_kernel: {
+        "BLOCK_T": query_attention.BLOCK_ROWS,
+        "BLOCK_D": query_attention.BLOCK_COLUMNS,
+        "CHUNK": query_attention.CHUNK,
+    },
+    triton_backward.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "wide", "heads"),
+    [("fp32", "fp32", 3), ("bf16", "fp32", 3), ("fp16", "fp32", 3), ("fp64", "fp64", 3), ("bf16", "fp32", 4)],
+)
+@pytest.mark.parametrize("kernel", ATTENTION_TILES, ids=lambda kernel: kernel.__name__)
+def test_query_attention(target, dtype, wide, heads, kernel):
+    names = [parameter.name for parameter in kernel.params]
+    of_states = {"states", "grad_states"} & set(names)
+    if dtype in ("bf16", "fp16") and heads == 3 and not of_states:
+        pytest.skip("nothing of that dtype is read or written: as in float32")
+    constants = {"HEADS": heads, "PADDED": query_attention.padded_width(heads)} | ATTENTION_TILES[kernel]
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {name: ATTENTION_LENGTHS.get(name, f"*{wide}") for name in names if name not in constants}
+    types |= dict.fromkeys(of_states, f"*{dtype}")
+    backward = kernel in (triton_backward.queries_kernel, triton_backward.tokens_backward_kernel)
+    warps = query_attention.backward_warps(torch.float64 if wide == "fp64" else torch.float32) if backward else 4
+    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=warps))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from v05.kernels.query_attention.rules import HEAD, AttentionWeights, weight_shapes
+
 # The largest error against float64 that is never blamed on a kernel, relative to max(1, |value|).
 FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -32,6 +34,28 @@ class RaggedTokens(NamedTuple):
     advantages: Tensor
     weights: Tensor
     sequence_offsets: Tensor
+
+
+class RaggedStates(NamedTuple):
+    """states `[T, D]`, offsets `[B+1]` int64, queries `[B, Q, E]`, then the fields of `AttentionWeights`."""
+
+    states: Tensor
+    offsets: Tensor
+    queries: Tensor
+    projection_weight: Tensor
+    projection_bias: Tensor
+    query_norm_weight: Tensor
+    query_norm_bias: Tensor
+    key_norm_weight: Tensor
+    key_norm_bias: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+    @property
+    def weights(self) -> AttentionWeights:
+        return AttentionWeights(*self[3:])
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
@@ -82,6 +106,38 @@ def ragged_tokens(
     advantages = normal(sequences)
     floats = [value.to(dtype) for value in (logprobs, old, ref, sampler, advantages, weights)]
     return RaggedTokens._make([*floats, offsets_of(lengths)])
+
+
+def ragged_states(
+    lengths: Tensor | list[int],
+    *,
+    count: int = 168,
+    heads: int = 3,
+    size: int = 64,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> RaggedStates:
+    """Random token states of prompts with those lengths, queries and weights; `scale` is that of the scores."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    width, wide = HEAD * heads, torch.float64 if dtype == torch.float64 else torch.float32
+    given = AttentionWeights(*(normal(*shape) for shape in weight_shapes(width, size)))
+    weights = given._replace(
+        projection_weight=given.projection_weight / size**0.5,
+        query_norm_weight=(1 + 0.3 * given.query_norm_weight) * scale,
+        key_norm_weight=1 + 0.3 * given.key_norm_weight,
+        in_weight=given.in_weight / width**0.5,
+        out_weight=given.out_weight / width**0.5,
+    )
+    states, queries = normal(int(lengths.sum()), size), normal(len(lengths), count, width)
+    return RaggedStates(
+        states.to(dtype), offsets_of(lengths), *(value.to(wide) for value in (queries, *weights))
+    )
 
 
 @contextmanager

@@ -36,7 +36,8 @@ V05_INLINE void layer_norm(const Tile<Wide>& x, const Wide* scale, const Wide* s
   Wide mean[kTileRows] = {}, square[kTileRows] = {};
   const Wide share = Wide(1) / Wide(width);
   for (int e = 0; e < width; ++e)
-    for (int lane = 0; lane < kTileRows; ++lane) mean[lane] += x.at[e][lane] * share;
+    for (int lane = 0; lane < kTileRows; ++lane) mean[lane] += x.at[e][lane];
+  for (int lane = 0; lane < kTileRows; ++lane) mean[lane] *= share;
   for (int e = 0; e < width; ++e)
     for (int lane = 0; lane < kTileRows; ++lane) {
       Wide d = x.at[e][lane] - mean[lane];
@@ -59,10 +60,11 @@ V05_INLINE void layer_norm_backward(const Tile<Wide>& grad, const Tile<Wide>& ha
   const Wide share = Wide(1) / Wide(width);
   for (int e = 0; e < width; ++e)
     for (int lane = 0; lane < kTileRows; ++lane) {
-      Wide g = grad.at[e][lane] * scale[e] * share;
+      Wide g = grad.at[e][lane] * scale[e];
       mean[lane] += g;
       along[lane] += g * hat.at[e][lane];
     }
+  for (int lane = 0; lane < kTileRows; ++lane) mean[lane] *= share, along[lane] *= share;
   for (int e = 0; e < width; ++e)
     for (int lane = 0; lane < kTileRows; ++lane)
       out->at[e][lane] =

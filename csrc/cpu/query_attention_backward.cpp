@@ -82,8 +82,8 @@ struct MakeQueries {
           for (int lane = 0; lane < kTileRows; ++lane) {
             const Wide inverse = lane < live ? saved.inverse[own + lane] : Wide(0);
             const Wide g0 = by_attended.at[e0][lane] * inverse, g1 = by_attended.at[e1][lane] * inverse;
-            rows[kQ0 * by.padded + lane] = made.q.at[e0][lane] * Wide(kScale);
-            rows[kQ1 * by.padded + lane] = made.q.at[e1][lane] * Wide(kScale);
+            rows[kQ0 * by.padded + lane] = lane < live ? made.q.at[e0][lane] * Wide(kScale) : Wide(0);
+            rows[kQ1 * by.padded + lane] = lane < live ? made.q.at[e1][lane] * Wide(kScale) : Wide(0);
             rows[kLargest * by.padded + lane] = lane < live ? saved.largest[own + lane] : Wide(0);
             rows[kG0 * by.padded + lane] = g0;
             rows[kG1 * by.padded + lane] = g1;
@@ -95,38 +95,44 @@ struct MakeQueries {
   }
 };
 
-// kTokens tokens against all queries of their prompt and head: ds = p (g v - delta), dq += ds k, dk = sum ds q,
-// dv = sum p g.
+// Two tokens against all queries of their prompt and head: ds = p (g v - delta), dq += ds k, dk = sum ds q,
+// dv = sum p g. The second counts only where `both`.
 template <class Wide>
-V05_INLINE void attend_backward(const Wide* keys, Wide* rows, int64_t padded, Wide* grad_q, Wide* grad_keys) {
-  Wide sum[kTokens][2 * kHead][kTileRows] = {};
+V05_INLINE void attend_backward(const Wide* keys, bool both, const Wide* rows, int64_t padded, Wide* grad_q,
+                                Wide* grad_keys) {
+  Wide sum[kTokens * 2 * kHead][kTileRows] = {};
+  const Wide k0 = keys[0], k1 = keys[1], v0 = keys[2], v1 = keys[3];
+  const Wide next_k0 = keys[4], next_k1 = keys[5], next_v0 = keys[6], next_v1 = keys[7];
   for (int64_t first = 0; first < padded; first += kTileRows) {
-    const Wide *q0 = rows + kQ0 * padded + first, *q1 = rows + kQ1 * padded + first;
-    const Wide *g0 = rows + kG0 * padded + first, *g1 = rows + kG1 * padded + first;
-    const Wide *largest = rows + kLargest * padded + first, *delta = rows + kDelta * padded + first;
-    Wide *__restrict dq0 = grad_q + first, *__restrict dq1 = grad_q + padded + first;
+    const Wide *q0s = rows + kQ0 * padded + first, *q1s = rows + kQ1 * padded + first;
+    const Wide *g0s = rows + kG0 * padded + first, *g1s = rows + kG1 * padded + first;
+    const Wide *most = rows + kLargest * padded + first, *deltas = rows + kDelta * padded + first;
+    Wide along0[kTileRows], along1[kTileRows];
     for (int lane = 0; lane < kTileRows; ++lane) {
-      Wide along0 = 0, along1 = 0;
-      for (int t = 0; t < kTokens; ++t) {
-        const Wide k0 = keys[4 * t], k1 = keys[4 * t + 1], v0 = keys[4 * t + 2], v1 = keys[4 * t + 3];
-        Wide power = exp_negative(q0[lane] * k0 + q1[lane] * k1 - largest[lane]);
-        Wide slope = power * (g0[lane] * v0 + g1[lane] * v1 - delta[lane]);
-        along0 += slope * k0;
-        along1 += slope * k1;
-        sum[t][0][lane] += slope * q0[lane];
-        sum[t][1][lane] += slope * q1[lane];
-        sum[t][2][lane] += power * g0[lane];
-        sum[t][3][lane] += power * g1[lane];
-      }
-      dq0[lane] += along0;
-      dq1[lane] += along1;
+      const Wide q0 = q0s[lane], q1 = q1s[lane], g0 = g0s[lane], g1 = g1s[lane];
+      const Wide largest = most[lane], delta = deltas[lane];
+      const Wide power = exp_negative(q0 * k0 + q1 * k1 - largest);
+      const Wide next_power = zero_unless(both, exp_negative(q0 * next_k0 + q1 * next_k1 - largest));
+      const Wide slope = power * (g0 * v0 + g1 * v1 - delta);
+      const Wide next_slope = next_power * (g0 * next_v0 + g1 * next_v1 - delta);
+      along0[lane] = slope * k0 + next_slope * next_k0;
+      along1[lane] = slope * k1 + next_slope * next_k1;
+      sum[0][lane] += slope * q0;
+      sum[1][lane] += slope * q1;
+      sum[2][lane] += power * g0;
+      sum[3][lane] += power * g1;
+      sum[4][lane] += next_slope * q0;
+      sum[5][lane] += next_slope * q1;
+      sum[6][lane] += next_power * g0;
+      sum[7][lane] += next_power * g1;
     }
+    for (int lane = 0; lane < kTileRows; ++lane) grad_q[first + lane] += along0[lane];
+    for (int lane = 0; lane < kTileRows; ++lane) grad_q[padded + first + lane] += along1[lane];
   }
-  for (int t = 0; t < kTokens; ++t)
-    for (int j = 0; j < 2 * kHead; ++j) grad_keys[4 * t + j] = sum_of_tile(sum[t][j]);
+  for (int j = 0; j < kTokens * 2 * kHead; ++j) grad_keys[j] = sum_of_tile(sum[j]);
 }
 
-// Items are (head, prompt), the prompt running fastest. An odd last token is joined by one of zeros.
+// Items are (head, prompt), the prompt running fastest. An odd last token is joined by itself, which does not count.
 template <class T>
 struct AttendBackward {
   using Wide = WideOf<T>;
@@ -141,11 +147,12 @@ struct AttendBackward {
         const int64_t stop = std::min(last, chunk + kTokensPerSum);
         for (int64_t j = 0; j < kHead * by.padded; ++j) grad_q[j] = 0;
         for (int64_t t = chunk; t < stop; t += kTokens) {
-          Wide pair[kPair] = {}, grad_pair[kPair];
-          const int64_t numbers = std::min<int64_t>(kTokens, stop - t) * 2 * kHead, at = (place + t) * 2 * kHead;
-          for (int64_t j = 0; j < numbers; ++j) pair[j] = by.keys[at + j];
-          attend_backward(pair, rows, by.padded, grad_q, grad_pair);
-          for (int64_t j = 0; j < numbers; ++j) by.grad_keys[at + j] = grad_pair[j];
+          Wide pair[kPair], grad_pair[kPair];
+          const bool both = t + 1 < stop;
+          const int64_t at = (place + t) * 2 * kHead;
+          for (int64_t j = 0; j < kPair; ++j) pair[j] = by.keys[at + (both ? j : j % (2 * kHead))];
+          attend_backward(pair, both, rows, by.padded, grad_q, grad_pair);
+          for (int64_t j = 0; j < (both ? kPair : 2 * kHead); ++j) by.grad_keys[at + j] = grad_pair[j];
         }
         for (int64_t j = 0; j < kHead * by.padded; ++j) rows[kGradQ0 * by.padded + j] += grad_q[j];
       }

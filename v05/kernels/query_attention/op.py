@@ -121,7 +121,7 @@ def query_attention(
         offsets: `[B+1]` int64, ascending from 0 to T; a prompt may be empty.
         queries: `[B, Q, E]` floating, E = 2 heads: the raw queries of each prompt; their layer norm is applied here.
         weights: of the adapter; queries and weights are cast to the working dtype, that of the features.
-        heads: 1 to 8, each of width 2.
+        heads: 1 to 4, each of width 2.
         eps: added to the variance by both layer norms.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
