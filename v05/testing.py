@@ -135,9 +135,7 @@ def ragged_states(
         out_weight=given.out_weight / width**0.5,
     )
     states, queries = normal(int(lengths.sum()), size), normal(len(lengths), count, width)
-    return RaggedStates(
-        states.to(dtype), offsets_of(lengths), *(value.to(wide) for value in (queries, *weights))
-    )
+    return RaggedStates(states.to(dtype), offsets_of(lengths), *(value.to(wide) for value in (queries, *weights)))
 
 
 @contextmanager

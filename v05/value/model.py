@@ -14,6 +14,7 @@ from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
 from v05.value.embedder import QWEN, CachedEmbedder, Embedder, TransformersEmbedder, sentence_embedder
 from v05.value.head import SEARCH_STEPS, Context, GaussianProcessHead, check_outcomes
+from v05.value.regression_head import RegressionHead
 from v05.value.tabpfn_head import TabPFNHead
 
 MEMORY: Final = 4096  # prompts whose features stay at hand
@@ -111,7 +112,7 @@ class V0:
     def from_pretrained(
         cls,
         checkpoint: Path,
-        head: Path,
+        head: Path | None = None,
         *,
         backbone: str | Path | Embedder = QWEN,
         device: str = "cpu",
@@ -124,7 +125,8 @@ class V0:
 
         Args:
             checkpoint: of the adapter, such as `v_0_for_grpo_training.pt`, or what `v05 fit-adapter` wrote.
-            head: TabPFN checkpoint, such as `tabpfn-v2.5-classifier-v2.5_default.ckpt`.
+            head: TabPFN checkpoint, such as `tabpfn-v2.5-classifier-v2.5_default.ckpt`; None for kernel regression on
+                the adapter's features, which needs no weights.
             backbone: folder or name of the language model, or an embedder.
             device: where backbone and adapter run.
             cache: SQLite file that keeps token states; None for none.
@@ -139,10 +141,11 @@ class V0:
         adapter = QueryAdapter.from_state(state, str(checkpoint), backend).to(device)
         found = TransformersEmbedder.from_pretrained(backbone, device) if isinstance(backbone, str | Path) else backbone
         embedder = CachedEmbedder(found, EmbeddingCache(cache, cache_limit)) if cache else found
-        TabPFNHead.check(head)
+        if head is not None:
+            TabPFNHead.check(head)
         return cls(
             lambda prompts: adapt(adapter, embedder, prompts, torch.device(device)),
-            lambda: TabPFNHead(head, estimators, device=device),
+            RegressionHead if head is None else lambda: TabPFNHead(head, estimators, device=device),
         )
 
     def predict(
