@@ -19,6 +19,7 @@ from v05.rollout.hf import TransformersEngine
 from v05.tasks import make_task
 from v05.trainer import Trainer
 from v05.value.context import PolicyContext
+from v05.value.embedder import sentence_folder
 from v05.value.history import HistoryPrior
 from v05.value.model import V0
 from v05.value.past import WithPast
@@ -121,6 +122,15 @@ def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior 
     return WithPast(V0Prior(V0.embedded(), PolicyContext(reward_range)), reward_range)
 
 
+def check_prior(config: TrainConfig) -> None:
+    """Raise InputError where the prior needs a package that is not installed."""
+    if config.prior == "v0" and parse_algorithm(config.algorithm).prior == "configured":
+        try:
+            sentence_folder()
+        except InputError as error:
+            raise InputError(f"{error}, or choose --prior history") from None
+
+
 def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     """Make the folder of a run, or check that the run in it is the one to resume.
 
@@ -131,6 +141,7 @@ def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     parse_algorithm(config.algorithm)
     make_task(config.task)
     check_size(config.policy)
+    check_prior(config)
     file = folder / "config.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,7 @@ def _root() -> None:
 
 @app.command()
 def prior(
-    records: Annotated[
-        Path, typer.Option(help="JSON Lines of scored prompts, see the README.")
-    ],
+    records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts, see the README.")],
     prompts: Annotated[Path | None, typer.Option(help="JSON object from {dataset}_{id} to prompt.")] = None,
     reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
     folds: Annotated[int, typer.Option(help="Folds over prompts.")] = 5,
@@ -125,35 +123,39 @@ def show(report: dict[str, Any], scores: Scores, console: Console) -> None:
     data = scores.data
     title = f"{len(data.rate):,} records, {len(data.prompts):,} prompts, {data.fold.max() + 1} folds over prompts"
     table = Table(title=title, title_justify="left")
-    table.add_column("model")
-    for column in ("AUC", "95 %", "squared error", "95 %", "gap", "r mean", "r difficulty"):
+    table.add_column("model", no_wrap=True)
+    for column in ("AUC, 95 %", "squared error, 95 %"):
         table.add_column(column, justify="right")
     for name, entry in report["models"].items():
         table.add_row(
             name,
-            f"{entry['auc']:.3f}",
-            interval(entry.get("auc_interval")),
-            f"{entry['squared_error']:.3f}",
-            interval(entry.get("squared_error_interval")),
-            f"{entry['calibration_gap']:.3f}",
-            f"{entry['residual_correlation_with_context_mean']:.2f}",
-            f"{entry['residual_correlation_with_difficulty']:.2f}",
+            f"{entry['auc']:.3f}{interval(entry.get('auc_interval'))}",
+            f"{entry['squared_error']:.3f}{interval(entry.get('squared_error_interval'))}",
         )
-    table.caption = "gap: mean distance from the diagonal of the reliability curve; r: correlation of residuals"
     console.print(table)
-    by_policy = Table(title="AUC / squared error by policy", title_justify="left")
-    by_policy.add_column("policy")
-    for name in report["models"]:
-        by_policy.add_column(name, justify="right")
-    for number, policy in enumerate(report["policies"]):
-        cells = [(m["auc_by_policy"][number], m["squared_error_by_policy"][number]) for m in report["models"].values()]
-        by_policy.add_row(policy or "-", *(f"{first:.3f} / {second:.3f}" for first, second in cells))
-    console.print(by_policy)
+    table = Table(title="Calibration", title_justify="left")
+    for column in ("model", "gap", "r, context mean", "r, difficulty"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, entry in report["models"].items():
+        correlations = [entry[f"residual_correlation_with_{with_}"] for with_ in ("context_mean", "difficulty")]
+        table.add_row(name, f"{entry['calibration_gap']:.3f}", *(f"{value:.2f}" for value in correlations))
+    table.caption = "gap: mean distance of the reliability curve from the diagonal; r: correlation of residuals"
+    console.print(table)
+    for label, key in (("AUC", "auc_by_policy"), ("Squared error", "squared_error_by_policy")):
+        table = Table(title=f"{label} by policy", title_justify="left")
+        table.add_column("model", no_wrap=True)
+        for number in range(len(report["policies"])):
+            table.add_column(str(number + 1), justify="right")
+        for name, entry in report["models"].items():
+            table.add_row(name, *(f"{value:.3f}" for value in entry[key]))
+        console.print(table)
+    for number, policy in enumerate(report["policies"], 1):
+        console.print(f"{number}: {policy or 'the only policy'}", highlight=False)
 
 
 def interval(edges: Sequence[float] | None) -> str:
-    """Return an interval for a table."""
-    return "" if edges is None else f"{edges[0]:.3f} to {edges[1]:.3f}"
+    """Return an interval to stand behind its number."""
+    return "" if edges is None else f" ({edges[0]:.3f} to {edges[1]:.3f})"
 
 
 def draw(scores: Scores, plot: Path, console: Console) -> None:

@@ -22,7 +22,9 @@ class Setting(NamedTuple):
     noise: float
 
 
-SETTINGS: Final = tuple(Setting(linear, noise) for linear in (0.1, 0.5, 0.9) for noise in (0.5, 1.0, 2.0, 4.0, 8.0, 32.0))
+SETTINGS: Final = tuple(
+    Setting(linear, noise) for linear in (0.1, 0.5, 0.9) for noise in (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
+)
 TRAINED_WITH: Final = Setting(0.5, 2.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,35 @@ def classifier() -> Any:
     from tabpfn import TabPFNClassifier
 
     return TabPFNClassifier
+
+
+def differentiable_head(checkpoint: Path, device: str = "cpu") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return TabPFN as a function of features, differentiable in them, for training an adapter through it.
+
+    Args:
+        checkpoint: as for the class.
+        device: where it runs.
+
+    Returns:
+        From features [N, F] and success rates [N] of a context with both classes, and features [M, F], to log-odds [M].
+
+    Raises:
+        InputError: the package or the file is missing.
+    """
+    TabPFNHead.check(checkpoint)
+
+    def log_odds(context: Tensor, outcomes: Tensor, features: Tensor) -> Tensor:
+        model = classifier()(
+            n_estimators=1,
+            model_path=str(checkpoint),
+            device=device,
+            random_state=0,
+            ignore_pretraining_limits=True,
+            differentiable_input=True,
+            inference_precision=torch.float32,
+        )
+        model.fit_with_differentiable_input(context.float(), (outcomes >= 0.5).long())
+        logits: Tensor = model.forward(features.float(), use_inference_mode=True, return_logits=True)
+        return logits[:, 1] - logits[:, 0]
+
+    return log_odds
