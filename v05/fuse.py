@@ -18,7 +18,7 @@ import torch
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.shrinkage.rules import make_budget
-from v05.records import Block, read_blocks, whole_file
+from v05.records import bad_path, read_blocks, set_aside, whole_file
 
 PLOT_POINTS = 20_000
 
@@ -136,12 +136,6 @@ class Decisions:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def bad_path(source: str, output: Path | None) -> Path:
-    """Where malformed lines go: beside the output, else beside the source, else in the current folder."""
-    beside = output or Path("stdin.jsonl" if source == "-" else source)
-    return beside.with_name(beside.stem + ".bad.jsonl")
-
-
 def fuse_file(
     source: str,
     output: Path | None,
@@ -178,16 +172,10 @@ def fuse_file(
                 summary.add(decisions)
             if block.bad:
                 bad = bad or stack.enter_context(whole_file(bad_path(source, output)))
-                _set_aside(block, bad)
+                set_aside(block, bad)
                 summary.bad_lines += len(block.bad)
             on_bytes(block.bytes_read)
         if output is None:
             out.seek(0)
             shutil.copyfileobj(out, sys.stdout)
     return summary
-
-
-def _set_aside(block: Block, bad: IO[str]) -> None:
-    for error, text in block.bad:
-        line = {"line": error.line, "reason": error.reason, "text": text.decode("utf-8", "replace").rstrip("\n")}
-        bad.write(json.dumps(line, ensure_ascii=False) + "\n")

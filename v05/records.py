@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ class Block:
     bytes_read: int = 0
 
 
-def _number(value: Any, where: str, low: float, high: float) -> float:
+def check_number(value: Any, where: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {json.dumps(value)[:40]}; allowed: a number from {low:g} to {high:g}")
     if not low <= value <= high:
@@ -35,12 +35,8 @@ def _number(value: Any, where: str, low: float, high: float) -> float:
     return float(value)
 
 
-def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
-    """Parses and checks one line.
-
-    Args:
-        text: the line, UTF-8.
-        low, high: the reward range, which rewards and prior must lie in.
+def parse_object(text: bytes, keys: str) -> dict[str, Any]:
+    """Parses one line as a JSON object; `keys` says in the error what it should hold.
 
     Raises:
         ValueError: what is wrong, and what is allowed.
@@ -54,17 +50,41 @@ def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("not JSON that can be read: nested too deeply") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{json.dumps(record)[:40]} is not an object; allowed: prompt, rewards, prior and more keys")
-    for key in ("prompt", "rewards", "prior"):
-        if key not in record:
-            raise ValueError(f"key {key!r} is missing")
+        raise ValueError(f"{json.dumps(record)[:40]} is not an object; allowed: {keys} and more keys")
+    return record
+
+
+def check_prompt(record: dict[str, Any]) -> None:
+    """Raises ValueError where a record has no prompt, or one that is not a string."""
     if not isinstance(record["prompt"], str):
         raise ValueError(f"prompt is {json.dumps(record['prompt'])[:40]}; allowed: a string")
+
+
+def check_keys(record: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Raises ValueError naming the first key that a record lacks."""
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"key {key!r} is missing")
+
+
+def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
+    """Parses and checks one line of rollouts.
+
+    Args:
+        text: the line, UTF-8.
+        low, high: the reward range, which rewards and prior must lie in.
+
+    Raises:
+        ValueError: what is wrong, and what is allowed.
+    """
+    record = parse_object(text, "prompt, rewards, prior")
+    check_keys(record, ("prompt", "rewards", "prior"))
+    check_prompt(record)
     if not isinstance(record["rewards"], list):
         raise ValueError(f"rewards is {json.dumps(record['rewards'])[:40]}; allowed: a list of numbers")
     for i, reward in enumerate(record["rewards"]):
-        _number(reward, f"rewards[{i}]", low, high)
-    _number(record["prior"], "prior", low, high)
+        check_number(reward, f"rewards[{i}]", low, high)
+    check_number(record["prior"], "prior", low, high)
     return record
 
 
@@ -81,7 +101,14 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         yield handle
 
 
-def read_blocks(path: str, low: float, high: float, skip_bad: bool = False, size: int = 8192) -> Iterator[Block]:
+def read_blocks(
+    path: str,
+    low: float,
+    high: float,
+    skip_bad: bool = False,
+    size: int = 8192,
+    parse: Callable[[bytes, float, float], dict[str, Any]] = parse_record,
+) -> Iterator[Block]:
     """Reads records in blocks of at most `size` lines, so that memory does not grow with the file.
 
     Raises:
@@ -93,7 +120,7 @@ def read_blocks(path: str, low: float, high: float, skip_bad: bool = False, size
         for number, text in enumerate(handle, 1):
             block.bytes_read += len(text)
             try:
-                block.records.append(parse_record(text, low, high))
+                block.records.append(parse(text, low, high))
             except ValueError as error:
                 bad = BadLine(path, number, str(error))
                 if not skip_bad:
@@ -103,6 +130,19 @@ def read_blocks(path: str, low: float, high: float, skip_bad: bool = False, size
                 yield block
                 block = Block(bytes_read=block.bytes_read)
     yield block
+
+
+def bad_path(source: str, output: Path | None) -> Path:
+    """Where malformed lines go: beside the output, else beside the source, else in the current folder."""
+    beside = output or Path("stdin.jsonl" if source == "-" else source)
+    return beside.with_name(beside.stem + ".bad.jsonl")
+
+
+def set_aside(block: Block, bad: IO[str]) -> None:
+    """Writes the malformed lines of a block, each with its number and the reason."""
+    for error, text in block.bad:
+        line = {"line": error.line, "reason": error.reason, "text": text.decode("utf-8", "replace").rstrip("\n")}
+        bad.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 @contextmanager

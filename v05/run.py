@@ -18,8 +18,13 @@ from v05.policy import check_size
 from v05.rollout.hf import TransformersEngine
 from v05.tasks import make_task
 from v05.trainer import Trainer
+from v05.value.context import PolicyContext
+from v05.value.embedder import sentence_folder
 from v05.value.history import HistoryPrior
-from v05.value.prior import Prior, RunningMean
+from v05.value.model import V0
+from v05.value.past import WithPast
+from v05.value.prior import Middle, Prior, RunningMean
+from v05.value.v0_prior import V0Prior
 from v05.warm_start import warm_start
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
@@ -106,10 +111,24 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
 def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
     """Return a new prior of the kind that the algorithm and the settings ask for."""
     kind = parse_algorithm(config.algorithm).prior
-    kind_or_configured = config.prior if kind == "configured" else kind
-    if kind_or_configured == "none":
+    if kind == "none":
         return None
-    return HistoryPrior(reward_range) if kind_or_configured == "history" else RunningMean(reward_range)
+    if kind == "running_mean" or config.prior == "constant":
+        return RunningMean(reward_range)
+    if config.prior == "none":
+        return Middle(reward_range)
+    if config.prior == "history":
+        return WithPast(HistoryPrior(reward_range), reward_range)
+    return WithPast(V0Prior(V0.embedded(), PolicyContext(reward_range)), reward_range)
+
+
+def check_prior(config: TrainConfig) -> None:
+    """Raise InputError where the prior needs a package that is not installed."""
+    if config.prior == "v0" and parse_algorithm(config.algorithm).prior == "configured":
+        try:
+            sentence_folder()
+        except InputError as error:
+            raise InputError(f"{error}, or choose --prior history") from None
 
 
 def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
@@ -122,6 +141,7 @@ def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     parse_algorithm(config.algorithm)
     make_task(config.task)
     check_size(config.policy)
+    check_prior(config)
     file = folder / "config.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,11 @@ import sys
 import typer
 
 from v05 import __version__
+from v05.cli import study
 from v05.cli.doctor import doctor
+from v05.cli.fit_adapter import fit_adapter
 from v05.cli.fuse import fuse
+from v05.cli.predict import predict
 from v05.cli.train import train
 from v05.errors import InputError
 
@@ -33,7 +36,10 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 app.command()(train)
 app.command()(fuse)
+app.command()(predict)
+app.command("fit-adapter")(fit_adapter)
 app.command()(doctor)
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:

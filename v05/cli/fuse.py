@@ -11,8 +11,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from v05.errors import InputError
-from v05.fuse import FuseConfig, Summary, bad_path, fuse_file
+from v05.fuse import FuseConfig, Summary, fuse_file
 from v05.kernels.advantage.estimators import SCALES
+from v05.records import bad_path
 
 
 def summary_table(summary: Summary, config: FuseConfig) -> Table:

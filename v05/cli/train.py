@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from v05.config import TrainConfig, make_config
+from v05.config import PRIORS, TrainConfig, make_config
 from v05.errors import InputError
 
 
@@ -49,7 +49,7 @@ def train(
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
     rollouts: Annotated[int | None, typer.Option(help="Rollouts to spend.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
-    prior: Annotated[str | None, typer.Option(help="history or running_mean.")] = None,
+    prior: Annotated[str | None, typer.Option(help=f"{', '.join(PRIORS)}.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
     heldout_seed: Annotated[int | None, typer.Option(help="Chooses the held-out prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,

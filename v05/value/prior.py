@@ -70,3 +70,25 @@ class RunningMean:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that `state_dict` returned."""
         self.total = state["total"].clone()
+
+
+class Middle:
+    """No knowledge at all: the middle of the reward range for every prompt, whatever is observed."""
+
+    def __init__(self, reward_range: tuple[float, float]) -> None:
+        """Take the reward range."""
+        self.value = sum(reward_range) / 2
+
+    def predict(self, prompts: Sequence[str]) -> Tensor:
+        """Return the middle once per prompt, [G] float32."""
+        return torch.full((len(prompts),), self.value)
+
+    def observe(self, prompts: Sequence[str], means: Tensor, counts: Tensor) -> None:
+        """Learn nothing."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take no state."""

@@ -1,0 +1,127 @@
+"""`v05 fit-adapter`: trains V0's query adapter on scored records, with progress, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from v05.cli.models import GIB, cache_file
+from v05.errors import InputError
+from v05.prior_study import outcomes_of
+from v05.scored import Scored, by_policy, read_scored
+
+MEASURES = (
+    ("auc", "AUC within a policy"),
+    ("gauc", "AUC over policies of one step"),
+    ("pair_accuracy", "pairs in strict order"),
+    ("squared_error", "squared error of the success rate"),
+    ("residual_correlation_with_context_mean", "residuals with the context's mean, r"),
+    ("residual_correlation_with_difficulty", "residuals with the prompt's difficulty, r"),
+)
+
+
+def fit_adapter(
+    records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts of several policies.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON object from {dataset}_{id} to prompt.")] = None,
+    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 400,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 2e-4,
+    context: Annotated[int, typer.Option(help="Outcomes in a context.")] = 128,
+    pairs: Annotated[int, typer.Option(help="Of solved and failed prompts in a step.")] = 16,
+    queries: Annotated[int, typer.Option(help="Of the adapter.")] = 168,
+    seed: Annotated[int, typer.Option(help="Of weights, episodes, dropout and the prompts held out.")] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
+    folds: Annotated[int, typer.Option(help="One of so many folds of prompts is held out.")] = 5,
+    backbone: Annotated[str | None, typer.Option(help="Folder or name; the packaged model by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where the backbone runs.")] = "cpu",
+    head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; kernel regression without.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="File of token states; in the user's cache by default.")] = None,
+    cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
+    limit: Annotated[int | None, typer.Option(help="Read only so many records, for a first look.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+) -> None:
+    """Train V0's adapter; `v05 predict --checkpoint FOLDER/adapter.safetensors` then uses it."""
+    from v05.checkpoint import StopRequest
+    from v05.fit_adapter import FitConfig, Records
+    from v05.fit_adapter import fit_adapter as fit
+    from v05.value.adapter_training import embedded_head
+    from v05.value.tabpfn_head import differentiable_head
+
+    config = FitConfig(steps, learning_rate, context, pairs, queries, seed, eval_every)
+    low, high = reward_range
+    if not low < high:
+        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    found = read_scored(records, prompts, low, high)[:limit]
+    data = outcomes_of(found, reward_range, folds, seed)
+    function = embedded_head() if head is None else differentiable_head(head)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
+    with StopRequest() as stop, Progress(*columns, *late, console=Console(stderr=True)) as progress:
+        embedder = make_embedder(backbone, device, cache, cache_gib)
+        states = embed_all(embedder, data.prompts, stop, progress)
+        aged = [rows[0].step for rows in by_policy(found).values()]
+        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{fingerprint(found)}"
+        task = progress.add_task("train", total=steps, note="")
+        report = fit(
+            config,
+            Records(data, states, aged, source),
+            function,
+            output,
+            stop,
+            lambda done, note: progress.update(task, completed=done, note=note),
+            resume=resume,
+        )
+    show(report, console)
+    if report["step"] < steps:
+        console.print(f"Stopped after {report['step']} of {steps} steps; go on with --resume", highlight=False)
+        raise typer.Exit(130)
+    console.print(f"adapter: {output / 'adapter.safetensors'}", soft_wrap=True, highlight=False)
+
+
+def make_embedder(backbone: str | None, device: str, cache: Path | None, cache_gib: float) -> Any:
+    """Return the embedder of token states, with its cache."""
+    from v05.value.cache import EmbeddingCache
+    from v05.value.embedder import CachedEmbedder, TransformersEmbedder, sentence_folder
+
+    source = sentence_folder() if backbone is None else backbone
+    store = EmbeddingCache(cache_file(cache), int(cache_gib * GIB))
+    return CachedEmbedder(TransformersEmbedder.from_pretrained(source, device), store)
+
+
+def embed_all(embedder: Any, prompts: list[str], stop: Any, progress: Progress) -> list[Any]:
+    """Return the token states of every prompt, showing how far it is."""
+    task = progress.add_task("embed prompts", total=len(prompts), note="")
+    rows: list[Any] = []
+    for start in range(0, len(prompts), 64):
+        batch = embedder.embed(prompts[start : start + 64])
+        rows += batch.states.float().split(batch.offsets.diff().tolist())
+        progress.update(task, completed=len(rows))
+        if stop.requested:
+            raise InputError("stopped while prompts were embedded; what is done is cached, so run the command again")
+    return rows
+
+
+def fingerprint(records: list[Scored]) -> str:
+    """Return 16 hexadecimal digits that depend on every record."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode())
+    return digest.hexdigest()[:16]
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the metrics on prompts held out."""
+    table = Table(title="Prompts held out", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for key, label in MEASURES:
+        table.add_row(label, "-" if report[key] is None else f"{report[key]:.4f}")
+    console.print(table)

@@ -1,0 +1,156 @@
+"""A policy's context and prompts to probabilities of success, line for line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from v05.errors import InputError
+from v05.records import bad_path, read_blocks, set_aside, whole_file
+from v05.scored import parse_prompt, parse_scored
+from v05.value.measure import Reliability, auc, reliability
+from v05.value.model import V0, Record
+
+BLOCK = 256  # prompts predicted at once
+
+
+@dataclass
+class Prediction:
+    """What a file of prompts came to.
+
+    Attributes:
+        context: prompts in the context.
+        prompts: predicted.
+        bad_lines: set aside, of both files.
+        total: sum of the probabilities.
+        probability, rate: of the prompts that carry a score: prediction and success rate, from 0 to 1.
+        span: largest minus smallest reward.
+    """
+
+    context: int = 0
+    prompts: int = 0
+    bad_lines: int = 0
+    total: float = 0.0
+    probability: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+    span: float = 2.0
+
+    @property
+    def auc(self) -> float:
+        """The chance that a success is predicted above a failure; nan where scores are missing or all alike."""
+        return auc(np.array(self.probability), np.array(self.rate) >= 0.5)
+
+    @property
+    def squared_error(self) -> float:
+        """Mean squared error on the reward scale."""
+        return float(np.mean((np.array(self.probability) - np.array(self.rate)) ** 2)) * self.span**2
+
+    @property
+    def reliability(self) -> Reliability:
+        """Predictions beside outcomes, in bins."""
+        return reliability(np.array(self.probability), np.array(self.rate))
+
+
+def read_context(path: Path, low: float, high: float, skip_bad: bool, bad: Path) -> tuple[Record, int]:
+    """Return a context file as a record, and how many malformed lines were set aside in `bad`.
+
+    Raises:
+        BadLine: a malformed line, unless `skip_bad`.
+        InputError: the file cannot be opened, or holds no line.
+    """
+    prompts, scores, wrong = [], [], 0
+    with ExitStack() as stack:
+        aside: IO[str] | None = None
+        for block in read_blocks(str(path), low, high, skip_bad=skip_bad, parse=parse_scored):
+            prompts += [record["prompt"] for record in block.records]
+            scores += [float(record["score"]) for record in block.records]
+            if block.bad:
+                aside = aside or stack.enter_context(whole_file(bad))
+                set_aside(block, aside)
+                wrong += len(block.bad)
+    if not prompts:
+        raise InputError(f"{path} has no outcome; allowed: lines of prompt and score")
+    return Record(prompts, torch.tensor(scores, dtype=torch.float64)), wrong
+
+
+def predict_file(
+    model: V0,
+    context: Path,
+    prompts: str,
+    output: Path | None,
+    reward_range: tuple[float, float] = (-1.0, 1.0),
+    skip_bad: bool = False,
+    on_bytes: Callable[[int], None] = lambda read: None,
+) -> Prediction:
+    """Adds `probability` to every line of a file of prompts.
+
+    Args:
+        model: V0.
+        context: JSON Lines of `{"prompt", "score"}`: what the policy did.
+        prompts: JSON Lines of `{"prompt"}`, or `-` for standard input; other keys pass through, `score` is compared.
+        output: where the lines go; None writes to standard output once all is well.
+        reward_range: of the scores.
+        skip_bad: set malformed lines aside instead of stopping.
+        on_bytes: told after each block how many bytes of the prompts have been read.
+
+    Returns:
+        The summary.
+
+    Raises:
+        BadLine: a malformed line, unless `skip_bad`; then nothing is written at all.
+        InputError: a file that cannot be opened, or an empty context.
+    """
+    low, high = reward_range
+    if not low < high:
+        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    beside = bad_path(str(context), output.with_name(f"{output.stem}.context") if output else None)
+    record, wrong = read_context(context, low, high, skip_bad, beside)
+    conditioned = model.condition([record], reward_range=reward_range)
+    summary = Prediction(context=len(record.prompts), bad_lines=wrong, span=high - low)
+    with ExitStack() as stack:
+        if output is None:
+            out: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+        else:
+            out = stack.enter_context(whole_file(output))
+        bad: IO[str] | None = None
+        for block in read_blocks(prompts, low, high, skip_bad=skip_bad, size=BLOCK, parse=parse_prompt):
+            if block.records:
+                probability = conditioned.predict([line["prompt"] for line in block.records]).tolist()
+                write_lines(block.records, probability, summary, reward_range, out)
+            if block.bad:
+                bad = bad or stack.enter_context(whole_file(bad_path(prompts, output)))
+                set_aside(block, bad)
+                summary.bad_lines += len(block.bad)
+            on_bytes(block.bytes_read)
+        if output is None:
+            out.seek(0)
+            shutil.copyfileobj(out, sys.stdout)
+    return summary
+
+
+def write_lines(
+    records: Sequence[dict[str, Any]],
+    probability: Sequence[float],
+    summary: Prediction,
+    reward_range: tuple[float, float],
+    out: IO[str],
+) -> None:
+    """Writes each line with its probability, and adds it to the summary."""
+    low, high = reward_range
+    for line, value in zip(records, probability, strict=True):
+        out.write(json.dumps({**line, "probability": value}, ensure_ascii=False) + "\n")
+        summary.prompts += 1
+        summary.total += value
+        if line.get("score") is not None:
+            summary.probability.append(value)
+            summary.rate.append((float(line["score"]) - low) / (high - low))
