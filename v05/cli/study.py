@@ -1,4 +1,4 @@
-"""`v05 study prior`: a prior judged on prompts it never saw, beside what it has to beat."""
+"""`v05 study`: `prior`, a prior judged on prompts it never saw, beside what it has to beat."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from v05.cli import study_baselines
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
 from v05.prior_study import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
@@ -26,6 +27,10 @@ app = typer.Typer(help="Studies: what was measured, reproducible on your records
 @app.callback()
 def _root() -> None:
     pass
+
+
+app.command()(study_baselines.records)
+app.command()(study_baselines.gradient)
 
 
 @app.command()

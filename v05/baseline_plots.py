@@ -1,0 +1,74 @@
+"""The pictures of the studies of baselines: error by prior, and variance of the gradient by what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from v05.gradient_study import GradientQuality
+from v05.records_study import Cell
+
+COLOURS = ("#8d99ae", "#4a6fa5", "#0b6e4f", "#c97b63", "#b5a642", "#7d5a94", "#5f9ea0", "#999999")
+
+
+def plot_baseline_errors(cells: Sequence[Cell], path: Path) -> None:
+    """Draws a panel for each group size: mean squared error by prior, a mark for each estimator.
+
+    Args:
+        cells: of one study.
+        path: the image file.
+    """
+    from matplotlib.figure import Figure
+
+    sizes, priors = sorted({cell.rollouts for cell in cells}), list(dict.fromkeys(cell.prior for cell in cells))
+    names = list(dict.fromkeys(cell.estimator for cell in cells))
+    figure = Figure(figsize=(3.9 * len(sizes) + 1, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axis, k in zip(panels, sizes, strict=True):
+        for number, name in enumerate(names):
+            row = {cell.prior: cell for cell in cells if (cell.rollouts, cell.estimator) == (k, name)}
+            places = [priors.index(prior) + 0.12 * (number - (len(names) - 1) / 2) for prior in row]
+            axis.errorbar(
+                places,
+                [cell.error for cell in row.values()],
+                yerr=[cell.half_width for cell in row.values()],
+                fmt="o",
+                ms=5,
+                color=COLOURS[number % len(COLOURS)],
+                label=name,
+            )
+        axis.set_xticks(range(len(priors)), priors, rotation=40, ha="right", fontsize=8)
+        axis.set_title(f"{k} rollouts", size=11)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean squared error of the baseline")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+
+
+def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
+    """Draws a panel for each prior: variance of the gradient, times rollouts, by algorithm.
+
+    Args:
+        rows: of one study.
+        path: the image file.
+    """
+    from matplotlib.figure import Figure
+
+    priors = list(dict.fromkeys(row.prior for row in rows))
+    most = max(sum(row.prior == prior for row in rows) for prior in priors)
+    figure = Figure(figsize=(5.2 * len(priors), 1.2 + 0.3 * most), layout="constrained")
+    for axis, prior in zip(figure.subplots(1, len(priors), squeeze=False)[0], priors, strict=True):
+        shown = sorted((row for row in rows if row.prior == prior), key=lambda row: -row.variance * row.rollouts)
+        labels = [f"{r.estimator}:{r.k_init}" + (f" to {r.k_max}" if r.k_max > r.k_init else "") for r in shown]
+        axis.barh(
+            labels,
+            [row.variance * row.rollouts for row in shown],
+            xerr=[row.variance_half_width * row.rollouts for row in shown],
+            color=["#0b6e4f" if row.estimator.startswith("v05") else "#8d99ae" for row in shown],
+        )
+        axis.set_title(f"prior: {prior}", size=11)
+        axis.set_xlabel("variance of the gradient x rollouts per prompt")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)

@@ -1,0 +1,186 @@
+"""`v05 study records` and `v05 study gradient`: how good baselines are, in themselves and for the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from v05.baseline_plots import plot_baseline_errors, plot_gradients
+from v05.checkpoint import StopRequest, read_tensors, write_tensors
+from v05.config import TrainConfig
+from v05.errors import InputError
+from v05.gradient_study import GradientQuality, Pool, drawn_as, make_pool, quality
+from v05.records import check_keys, check_number, parse_object, read_blocks
+from v05.records_study import DEFAULT, PRIORS, Cell, RecordsStudy, cells
+from v05.run import make_trainer
+from v05.study_folder import StudyFolder
+
+GRADIENT = "rloo:4,dr_grpo:4,grpo:4,v05:4,v05_loo:4,v05_calibrated:4,v05_calibrated_loo:4,james_stein:4,opo:4,gpg:4"
+GROWING = "v05,v05_loo,v05_calibrated,v05_calibrated_loo,v05_calibrated_loo:2,v05_calibrated_loo:1"
+
+
+@contextmanager
+def progressing() -> Iterator[Progress]:
+    """A progress bar on standard error, with rate and time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        yield progress
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated option."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """The whole numbers in a comma-separated option."""
+    try:
+        return tuple(int(part) for part in listed(text))
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; allowed: whole numbers with commas between") from None
+
+
+def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
+    """The `score` of every line of a JSON Lines file, moved to [-1, 1]."""
+    low, high = reward_range
+    if not low < high:
+        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+
+    def parse(text: bytes, low: float, high: float) -> dict[str, Any]:
+        record = parse_object(text, "score")
+        check_keys(record, ("score",))
+        check_number(record["score"], "score", low, high)
+        return record
+
+    found = [r["score"] for block in read_blocks(str(file), low, high, parse=parse) for r in block.records]
+    if not found:
+        raise InputError(f"{file} has no record; allowed: one a line")
+    return [2 * (score - low) / (high - low) - 1 for score in found]
+
+
+def records(
+    context: Annotated[Path, typer.Option(help="JSON Lines with a mean reward, `score`, a line.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    estimators: Annotated[str, typer.Option(help="Of `group_advantage`, with commas between.")] = ",".join(DEFAULT),
+    rollouts: Annotated[str, typer.Option(help="Group sizes, with commas between.")] = "2,4,8",
+    repeats: Annotated[int, typer.Option(help="Batches drawn for each prior and group size.")] = 200,
+    batch: Annotated[int, typer.Option(help="Prompts in a batch.")] = 256,
+    recorded: Annotated[int, typer.Option(help="Rollouts behind each score.")] = 10,
+    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+) -> None:
+    """Compare baselines with the truth on rewards redrawn from recorded success rates, under seven kinds of prior."""
+    sizes = numbers(rollouts, "--rollouts")
+    study = RecordsStudy(listed(estimators), sizes, repeats, batch, recorded, seed)
+    scores = read_scores(context, reward_range)
+    settings = {**dataclasses.asdict(study), "scores": len(scores), "sum": sum(scores)}
+    folder = StudyFolder(output, settings, ("prior", "rollouts", "estimator"))
+    with progressing() as progress:
+        task = progress.add_task("priors", total=len(PRIORS) * len(sizes))
+        for prior in PRIORS:
+            for k in sizes:
+                if not all(folder.has(prior=prior, rollouts=k, estimator=name) for name in study.estimators):
+                    for cell in cells(scores, study, prior, k):
+                        folder.add(cell._asdict())
+                progress.advance(task)
+    found = [Cell(**row) for row in folder.results.values()]
+    show_cells(found, study)
+    plot_baseline_errors(found, output / "baselines.png")
+    Console().print(f"results: {output}", soft_wrap=True)
+
+
+def show_cells(found: list[Cell], study: RecordsStudy) -> None:
+    """Print a line for each prior and group size; the smallest error is bold."""
+    title = f"mean squared error of the baseline, {study.repeats} batches of {study.batch} prompts, ±95 %"
+    table = Table(title=title, title_justify="left")
+    for column in ("prior", "k", *study.estimators):
+        table.add_column(column, justify="left" if column == "prior" else "right", no_wrap=column == "prior")
+    by_key = {cell[:3]: cell for cell in found}
+    for prior in PRIORS:
+        for k in study.rollouts:
+            row = [by_key[prior, k, name] for name in study.estimators]
+            best = min(cell.error for cell in row)
+            texts = [f"{cell.error:.3f} ±{cell.half_width:.3f}" for cell in row]
+            marked = (f"[bold]{t}[/bold]" if c.error == best else t for t, c in zip(texts, row, strict=True))
+            table.add_row(prior, str(k), *marked)
+    Console().print(table)
+
+
+def gradient(
+    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    algorithms: Annotated[str, typer.Option(help="As `v05 train` takes them.")] = f"{GRADIENT},{GROWING}",
+    priors: Annotated[str, typer.Option(help=f"Of {', '.join(PRIORS)}.")] = "sd 0.1,sd 0.5,constant",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of the task.")] = 32,
+    pool: Annotated[int, typer.Option(help="Rollouts of each that stand for the policy.")] = 4096,
+    repeats: Annotated[int, typer.Option(help="Groups drawn of every prompt.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the groups.")] = 0,
+) -> None:
+    """Compare gradients from a few rollouts with the gradient of a large pool of them, at the policy's warm start."""
+    asked = [drawn_as(name, prior, repeats, seed) for prior in listed(priors) for name in listed(algorithms)]
+    if prompts < 1 or pool < 2:
+        raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
+    settings = dict(prompts=prompts, pool=pool, repeats=repeats, seed=seed)
+    folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max"))
+    with progressing() as progress:
+        sampled = read_pool(output, prompts, pool, progress)
+        task = progress.add_task("estimators", total=len(asked))
+        for drawn in asked:
+            key = dict(estimator=drawn.estimator, prior=drawn.prior, k_init=drawn.k_init, k_max=drawn.k_max)
+            if not folder.has(**key):
+                folder.add(quality(sampled, drawn)._asdict())
+            progress.advance(task)
+    found = [GradientQuality(**row) for row in folder.results.values()]
+    show_gradients(found)
+    plot_gradients(found, output / "gradients.png")
+    Console().print(f"results: {output}", soft_wrap=True)
+
+
+def read_pool(output: Path, prompts: int, size: int, progress: Progress) -> Pool:
+    """The pool in a folder, made where it is not there yet."""
+    file = output / "pool.safetensors"
+    if file.exists():
+        return Pool(**read_tensors(file))
+    warm = progress.add_task("warm start", total=None)
+    trainer = make_trainer(
+        TrainConfig(algorithm="rloo:4"),
+        output / "warm_start",
+        StopRequest(),
+        lambda what, done, total, note: progress.update(warm, description=what, completed=done, total=total),
+    )
+    progress.remove_task(warm)
+    task = progress.add_task("pool", total=prompts)
+    texts = trainer.task.prompts(0, 0, prompts, "heldout")
+    made = make_pool(
+        trainer.policy, trainer.task, trainer.engine, texts, size, lambda done: progress.update(task, completed=done)
+    )
+    write_tensors(file, made._asdict())
+    return made
+
+
+def show_gradients(found: list[GradientQuality]) -> None:
+    """Print a table for each prior."""
+    for prior in dict.fromkeys(row.prior for row in found):
+        table = Table(title=f"gradients relative to the truth, prior: {prior}, ± 95 %", title_justify="left")
+        table.add_column("estimator")
+        for column in ("k", "rollouts", "factor", "bias^2", "variance", "variance x rollouts"):
+            table.add_column(column, justify="right")
+        for row in (row for row in found if row.prior == prior):
+            k = str(row.k_init) if row.k_init == row.k_max else f"{row.k_init} to {row.k_max}"
+            table.add_row(
+                row.estimator,
+                k,
+                f"{row.rollouts:.2f}",
+                f"{row.factor:.3f}",
+                f"{row.bias:.4f} ±{row.bias_half_width:.4f}",
+                f"{row.variance:.3f} ±{row.variance_half_width:.3f}",
+                f"{row.variance * row.rollouts:.2f}",
+            )
+        Console().print(table)

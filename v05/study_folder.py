@@ -1,0 +1,60 @@
+"""The folder of a study: its settings, and each finished result as a line, so that a stopped study goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from v05.checkpoint import write_text
+from v05.errors import InputError
+
+
+class StudyFolder:
+    """Results by key, in `results.jsonl`, of a study with the settings in `settings.json`."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+        """Open a folder, new or of a study with the same settings.
+
+        Args:
+            path: made where missing.
+            settings: everything that a result depends on beside its key, as JSON can hold it.
+            keys: fields that name a result.
+
+        Raises:
+            InputError: the folder has a study with other settings.
+        """
+        self.path, self.keys = path, tuple(keys)
+        path.mkdir(parents=True, exist_ok=True)
+        file = path / "settings.json"
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise InputError(f"{path} has a study with other settings; allowed: the same ones, or another folder")
+        if not file.exists():
+            write_text(file, text)
+        self.results: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._file = path / "results.jsonl"
+        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that was being written when the study was stopped
+            self.results[self._key(row)] = row
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in self.keys)
+
+    def has(self, **key: Any) -> bool:
+        """Return whether a result is there."""
+        return self._key(key) in self.results
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a result; it is on the disk when this returns."""
+        whole = not self._file.exists() or self._file.read_bytes()[-1:] in (b"", b"\n")
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(("" if whole else "\n") + json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.results[self._key(row)] = dict(row)
