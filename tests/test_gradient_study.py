@@ -76,7 +76,11 @@ def test_groups_grow_where_the_prior_is_wrong(pool):
 
 
 def test_names_and_numbers_are_checked():
-    assert drawn_as("v05_calibrated_loo:2", "constant", 100) == Drawn("v05_calibrated_loo", "constant", 2, 16, 100)
+    assert drawn_as("v05_calibrated_loo:2-16", "constant", 100) == Drawn("v05_calibrated_loo", "constant", 2, 16, 100)
+    assert drawn_as("rloo:3", "constant", 100) == Drawn("rloo", "constant", 3, 3, 100)
+    assert drawn_as("grpo", "constant", 100) == Drawn("grpo", "constant", 4, 4, 100)
+    with pytest.raises(InputError, match="estimator is 'v05:a'; allowed: name, name:k or name:k-k_max"):
+        drawn_as("v05:a", "constant", 100)
     for settings, message in (
         (("bayes", "constant"), "estimator is 'bayes'; allowed: v05, "),
         (("v05", "good"), "prior is 'good'; allowed: sd 0.1, "),

@@ -14,7 +14,6 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from v05.algorithms import parse_algorithm
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage, token_logprob
 from v05.kernels.advantage.estimators import ESTIMATORS
@@ -217,7 +216,14 @@ def _summary(
     return GradientQuality(*where, rollouts, factor, bias, bias_spread, variance, variance_spread)
 
 
-def drawn_as(algorithm: str, prior: str, repeats: int, seed: int = 0) -> Drawn:
-    """How an algorithm of the trainer, `name[:k]`, draws its groups."""
-    found = parse_algorithm(algorithm)
-    return Drawn(found.estimator, prior, found.k_init, found.k_max, repeats, seed)
+def drawn_as(text: str, prior: str, repeats: int, seed: int = 0) -> Drawn:
+    """How groups are drawn that `estimator[:k[-k_max]]` describes: 4 rollouts each, k, or k growing to k_max.
+
+    Raises:
+        InputError: a name or a number that is not allowed.
+    """
+    estimator, _, size = text.partition(":")
+    first, _, last = (size or "4").partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise InputError(f"estimator is {text!r}; allowed: name, name:k or name:k-k_max, such as v05:4-16")
+    return Drawn(estimator, prior, int(first), int(last or first), repeats, seed)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from v05.algorithms import equal_groups, parse_algorithm
 from v05.batch import Groups, PackedTokens
 from v05.config import TrainConfig
+from v05.counters import Counters
 from v05.kernels import policy_loss, shrinkage, token_logprob
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.policy import Policy
@@ -23,31 +24,6 @@ from v05.value.prior import Prior
 
 GRADIENT_NORM = 1.0  # gradients are scaled down to this norm
 WARM_UP = 10  # updates of linearly rising learning rate, while Adam's averages fill
-
-
-@dataclass
-class Counters:
-    """How far a run is; everything adds up over updates.
-
-    Attributes:
-        update: updates done.
-        rollouts: rollouts spent, dropped ones included.
-        position: prompts taken from the task's stream.
-        groups: groups learnt from.
-        kept: rollouts learnt from.
-        conflicts: groups whose first rollouts contradicted their prior.
-        dropped: rollouts dropped because their group's rewards were all equal.
-        expected_extra: decayed mean of the rollouts that a prompt wants beyond its first ones.
-    """
-
-    update: int = 0
-    rollouts: int = 0
-    position: int = 0
-    groups: int = 0
-    kept: int = 0
-    conflicts: int = 0
-    dropped: int = 0
-    expected_extra: float = 2.0
 
 
 class Trainer:

@@ -18,13 +18,14 @@ from v05.checkpoint import StopRequest, read_tensors, write_tensors
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.gradient_study import GradientQuality, Pool, drawn_as, make_pool, quality
+from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.records import check_keys, check_number, parse_object, read_blocks
 from v05.records_study import DEFAULT, PRIORS, Cell, RecordsStudy, cells
 from v05.run import make_trainer
 from v05.study_folder import StudyFolder
 
-GRADIENT = "rloo:4,dr_grpo:4,grpo:4,v05:4,v05_loo:4,v05_calibrated:4,v05_calibrated_loo:4,james_stein:4,opo:4,gpg:4"
-GROWING = "v05,v05_loo,v05_calibrated,v05_calibrated_loo,v05_calibrated_loo:2,v05_calibrated_loo:1"
+FIXED = ",".join(ESTIMATORS)
+GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
 
 
 @contextmanager
@@ -116,7 +117,9 @@ def show_cells(found: list[Cell], study: RecordsStudy) -> None:
 
 def gradient(
     output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
-    algorithms: Annotated[str, typer.Option(help="As `v05 train` takes them.")] = f"{GRADIENT},{GROWING}",
+    estimators: Annotated[
+        str, typer.Option(help="Of `group_advantage`: name, name:k or name:k-k_max (growing); k is 4 by default.")
+    ] = f"{FIXED},{GROWING}",
     priors: Annotated[str, typer.Option(help=f"Of {', '.join(PRIORS)}.")] = "sd 0.1,sd 0.5,constant",
     prompts: Annotated[int, typer.Option(help="Held-out prompts of the task.")] = 32,
     pool: Annotated[int, typer.Option(help="Rollouts of each that stand for the policy.")] = 4096,
@@ -124,7 +127,7 @@ def gradient(
     seed: Annotated[int, typer.Option(help="Of the groups.")] = 0,
 ) -> None:
     """Compare gradients from a few rollouts with the gradient of a large pool of them, at the policy's warm start."""
-    asked = [drawn_as(name, prior, repeats, seed) for prior in listed(priors) for name in listed(algorithms)]
+    asked = [drawn_as(name, prior, repeats, seed) for prior in listed(priors) for name in listed(estimators)]
     if prompts < 1 or pool < 2:
         raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
     settings = dict(prompts=prompts, pool=pool, repeats=repeats, seed=seed)

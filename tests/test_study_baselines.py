@@ -1,0 +1,115 @@
+"""`v05 study records` and `v05 study gradient`: tables, pictures, and studies that go on where they were stopped."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from v05.checkpoint import write_tensors
+from v05.cli import app
+from v05.errors import InputError
+from v05.gradient_study import centred_gram
+from v05.records_study import PRIORS, RecordsStudy, cells
+from v05.study_folder import StudyFolder
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["study", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def context(tmp_path):
+    file = tmp_path / "context.jsonl"
+    file.write_text("".join(json.dumps({"score": score, "id": 7}) + "\n" for score in (-1.0, -0.6, 0.2, 1.0)))
+    return file
+
+
+def records(context, folder, *more):
+    sizes = ("--repeats", 3, "--batch", 16, "--rollouts", "1,4", "--estimators", "dr_grpo,v05_calibrated")
+    return run("records", "--context", context, "--output", folder, *sizes, *more)
+
+
+def test_records_writes_every_cell_and_a_picture(context, tmp_path):
+    output = records(context, tmp_path / "out")
+    found = lines(tmp_path / "out")
+    assert len(found) == len(PRIORS) * 2 * 2
+    assert {row["prior"] for row in found} == set(PRIORS)
+    assert all(row["error"] > 0 and row["half_width"] > 0 for row in found)
+    assert (tmp_path / "out" / "baselines.png").stat().st_size > 1000
+    assert "v05_calibrated" in output
+    assert "30 % hallucinated" in output
+
+
+def test_a_stopped_study_goes_on_to_the_same_numbers(context, tmp_path):
+    records(context, tmp_path / "whole")
+    records(context, tmp_path / "stopped")
+    file = tmp_path / "stopped" / "results.jsonl"
+    kept = file.read_text().splitlines(keepends=True)[:5]
+    file.write_text("".join(kept) + '{"prior": "sd')  # stopped in the middle of a line
+    records(context, tmp_path / "stopped")
+    by_key = [{(r["prior"], r["rollouts"], r["estimator"]): r for r in lines_that_parse(f)} for f in tmp_path.iterdir()]
+    whole, again = (rows for rows in by_key if rows)
+    assert whole == again
+    with pytest.raises(InputError, match="has a study with other settings"):
+        records(context, tmp_path / "whole", "--seed", 1)
+
+
+def lines_that_parse(folder):
+    file = folder / "results.jsonl" if folder.is_dir() else None
+    rows = file.read_text().splitlines() if file else []
+    return [json.loads(row) for row in rows if row.endswith("}")]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ('{"score": 2}\n', (), r"context.jsonl:1: score is 2; allowed: -1 to 1"),
+        ('{"mean": 0}\n', (), r"key 'score' is missing"),
+        ("", (), r"has no record; allowed: one a line"),
+        ('{"score": 1}\n', ("--estimators", "grpo"), r"estimator is 'grpo'; allowed, since it has a baseline: v05, "),
+        ('{"score": 1}\n', ("--rollouts", "two"), r"--rollouts is 'two'; allowed: whole numbers"),
+        ('{"score": 1}\n', ("--rollouts", "0"), r"rollouts is \(0,\); allowed: numbers of 1 or above"),
+        ('{"score": 1}\n', ("--reward-range", "1", "1"), r"--reward-range is 1 1"),
+    ],
+)
+def test_what_cannot_be_studied_is_named(tmp_path, text, options, message):
+    file = tmp_path / "context.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        run("records", "--context", file, "--output", tmp_path / "out", *options)
+
+
+def test_the_true_value_has_no_error_and_the_rest_is_expected():
+    """From scores of 1 and -1 alone, four rollouts nearly always agree with the truth."""
+    study = RecordsStudy(("dr_grpo", "v05"), (4,), repeats=30, batch=64, recorded=1000)
+    for cell in cells([1.0, -1.0], study, "sd 0.1", 4):
+        assert cell.error < 0.01
+    half = {cell.estimator: cell.error for cell in cells([0.0], study, "constant", 4)}
+    assert half["dr_grpo"] == pytest.approx(0.25, rel=0.15)  # the variance of a mean of four fair signs
+    assert half["v05"] < half["dr_grpo"]
+
+
+def test_gradient_reads_its_pool_and_goes_on(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    answer = torch.randint(4, (3, 50), generator=rng)
+    grams = torch.stack([centred_gram(torch.randn(4, 9, generator=rng), row) for row in answer])
+    rewards = (torch.rand(3, 50, generator=rng) < 0.5).double() * 2 - 1
+    options = ("--prompts", 3, "--pool", 50, "--repeats", 20, "--priors", "constant", "--output", tmp_path)
+    StudyFolder(tmp_path, dict(prompts=3, pool=50, repeats=20, seed=0), ("estimator", "prior", "k_init", "k_max"))
+    write_tensors(tmp_path / "pool.safetensors", {"rewards": rewards, "answer": answer, "gram": grams})
+    run("gradient", *options, "--estimators", "rloo")
+    output = run("gradient", *options, "--estimators", "rloo,v05:2-8")
+    assert [(row["estimator"], row["k_init"], row["k_max"]) for row in lines(tmp_path)] == [
+        ("rloo", 4, 4),
+        ("v05", 2, 8),
+    ]
+    assert "2 to 8" in output
+    assert (tmp_path / "gradients.png").stat().st_size > 1000
