@@ -19,6 +19,7 @@ from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
 
 TINY = TrainConfig(
     policy="tiny",
+    prior="history",
     rollouts=192,
     rollouts_per_update=32,
     eval_every=64,

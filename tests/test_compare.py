@@ -20,6 +20,7 @@ from v05.run import binomial_interval, read_metrics
 
 TINY = TrainConfig(
     policy="tiny",
+    prior="history",
     rollouts=96,
     rollouts_per_update=32,
     eval_every=32,

@@ -53,7 +53,9 @@ class FirstDigit:
 
 
 def make_trainer(**settings: object) -> Trainer:
-    defaults = TrainConfig(policy="tiny", rollouts=192, rollouts_per_update=64, heldout_prompts=8, heldout_samples=2)
+    defaults = TrainConfig(
+        policy="tiny", prior="history", rollouts=192, rollouts_per_update=64, heldout_prompts=8, heldout_samples=2
+    )
     config = dataclasses.replace(defaults, **settings)  # type: ignore[arg-type]
     task = FirstDigit()
     policy = make_policy(task.alphabet, config.policy, 0)

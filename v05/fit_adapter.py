@@ -131,10 +131,9 @@ def fit_adapter(
             losses, note = [], describe(metrics[-1])
             write_metrics(folder, metrics)
             save(trainer, metrics, losses, folder)
-        elif stop.requested:
-            save(trainer, metrics, losses, folder)
         on_step(trainer.done, note)
         if stop.requested and trainer.done < config.steps:
+            save(trainer, metrics, losses, folder)
             return {**metrics[-1], "step": trainer.done}
     save_adapter(adapter, folder / "adapter.safetensors")
     return metrics[-1]

@@ -113,7 +113,7 @@ def predict_file(
     low, high = reward_range
     if not low < high:
         raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
-    beside = bad_path(str(context), output.with_name(f"{output.stem}.context") if output else None)
+    beside = bad_path(str(context), output.with_name(f"{output.stem}.context.jsonl") if output else None)
     record, wrong = read_context(context, low, high, skip_bad, beside)
     conditioned = model.condition([record], reward_range=reward_range)
     summary = Prediction(context=len(record.prompts), bad_lines=wrong, span=high - low)

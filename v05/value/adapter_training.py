@@ -131,7 +131,7 @@ class AdapterTrainer:
         return float(loss.detach())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     adapter: QueryAdapter,
     head: DifferentiableHead,

@@ -56,7 +56,8 @@ class PolicyContext:
                 self.outcomes.pop(prompt, None)
                 self.outcomes[prompt] = (mean, count, self.time)
         old = [prompt for prompt, (_, _, time) in self.outcomes.items() if self.time - time > self.window]
-        for prompt in [*old, *list(self.outcomes)[len(old) : len(self.outcomes) - self.memory]]:
+        excess = max(len(old), len(self.outcomes) - self.memory)  # entries are in the order of their time
+        for prompt in list(self.outcomes)[:excess]:
             del self.outcomes[prompt]
 
     def draw(self) -> tuple[list[str], Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v05.value.cache import content_key
 from v05.value.embedder import Embedder
 
 BUCKETS: Final = 4096  # hash buckets of character n-grams
@@ -88,12 +89,14 @@ class Described(NamedTuple):
     """Prompts as the embedded V0 compares them.
 
     Attributes:
+        identity: 63 bits of a hash of the text, [N] int64: equal prompts, and only they, have equal ones.
         wording: unit vectors of an early layer of a sentence embedder, [N, D] float32.
         sentence: its unit vectors, [N, D] float32.
         letters: hashed character n-grams, logarithmic counts scaled to length 1, [N, `BUCKETS`] float32.
         structure: `MEASURES` measured numbers, then which of `PHRASES` occur, [N, S] float32.
     """
 
+    identity: Tensor
     wording: Tensor
     sentence: Tensor
     letters: Tensor
@@ -112,14 +115,17 @@ def describe(prompts: Sequence[str], embedder: Embedder) -> Described:
         embedder: gives one state a prompt, wording and sentence side by side, as `sentence_embedder` does.
 
     Returns:
-        Four blocks of N rows on the CPU.
+        Five blocks of N rows on the CPU.
     """
     wording, sentence = embedder.embed(prompts).last.float().cpu().chunk(2, dim=-1)
     rows = [letters(prompt) for prompt in prompts]
     counts = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, BUCKETS)
     width = MEASURES + len(PHRASES)
     structures = torch.tensor([structure(prompt) for prompt in prompts], dtype=torch.float32).reshape(-1, width)
-    return Described(wording, sentence, torch.nn.functional.normalize(counts, dim=-1), structures)
+    identity = torch.tensor(
+        [int.from_bytes(content_key(prompt)[:8], "big") >> 1 for prompt in prompts], dtype=torch.int64
+    )
+    return Described(identity, wording, sentence, torch.nn.functional.normalize(counts, dim=-1), structures)
 
 
 def join(parts: Sequence[Described]) -> Described:

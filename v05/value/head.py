@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -121,8 +120,8 @@ def number_prompts(contexts: Sequence[Context[Described]]) -> Rows:
     """Return the rows of several policies, equal prompts sharing one number."""
     blocks = [torch.cat(parts) for parts in zip(*(context.features for context in contexts), strict=True)]
     everything = Described(*blocks)
-    first_seen: dict[bytes, int] = {}
-    prompt = [first_seen.setdefault(key, len(first_seen)) for key in keys(everything)]
+    first_seen: dict[int, int] = {}
+    prompt = [first_seen.setdefault(key, len(first_seen)) for key in everything.identity.tolist()]
     numbers = torch.tensor(prompt, dtype=torch.int64)
     firsts = torch.zeros(len(first_seen), dtype=torch.int64)
     firsts[numbers.flip(0)] = torch.arange(len(prompt)).flip(0)
@@ -132,19 +131,8 @@ def number_prompts(contexts: Sequence[Context[Described]]) -> Rows:
 
 def match(features: Described, known: Described) -> Tensor:
     """Return the row of `known` that describes the same prompt, -1 where there is none, [M] int64."""
-    rows = {key: row for row, key in enumerate(keys(known))}
-    return torch.tensor([rows.get(key, -1) for key in keys(features)], dtype=torch.int64)
-
-
-def keys(described: Described) -> list[bytes]:
-    """Return what tells prompts apart: letters and structure, which no batch and no device can change."""
-    pairs = zip(described.letters.numpy(), described.structure.numpy(), strict=True)
-    return [hash_of(letters.tobytes() + structure.tobytes()) for letters, structure in pairs]
-
-
-def hash_of(content: bytes) -> bytes:
-    """Return 16 bytes that stand for `content`."""
-    return hashlib.blake2b(content, digest_size=16).digest()
+    rows = {key: row for row, key in enumerate(known.identity.tolist())}
+    return torch.tensor([rows.get(key, -1) for key in features.identity.tolist()], dtype=torch.int64)
 
 
 def moments(values: Tensor, policy: Tensor, policies: int) -> tuple[Tensor, Tensor]:

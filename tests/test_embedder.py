@@ -1,0 +1,108 @@
+"""Token states: each prompt as the model sees it alone, in order, cut where too long, cached by content."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_embedder
+
+from v05.errors import InputError
+from v05.value.cache import EmbeddingCache
+from v05.value.embedder import CachedEmbedder, MeanEmbedder, TransformersEmbedder, fingerprint, sentence_embedder
+
+PROMPTS = ["47+8=", "1", "", "what is 2+3?", "9=" * 30, "1"]
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> TransformersEmbedder:
+    return tiny_embedder(tmp_path_factory.mktemp("qwen3"))
+
+
+def test_states_equal_the_model_on_each_prompt_alone(embedder: TransformersEmbedder) -> None:
+    found = embedder.embed(PROMPTS)
+    assert found.offsets.tolist() == [0, 5, 6, 7, 19, 79, 80]
+    for row, prompt in enumerate(PROMPTS):
+        ids = embedder.tokenizer(prompt)["input_ids"] or [0]
+        with torch.no_grad():
+            expected = embedder.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(found.states[found.offsets[row] : found.offsets[row + 1]], expected)
+        torch.testing.assert_close(found.last[row], expected[-1])
+        torch.testing.assert_close(found.mean[row], expected.mean(0))
+    assert found.truncated == 0
+    assert len(embedder.embed([]).states) == 0
+
+
+def test_batches_give_the_same_and_one_at_a_time_the_same_bits(embedder: TransformersEmbedder) -> None:
+    model, tokenizer = embedder.model, embedder.tokenizer
+    batched = TransformersEmbedder(model, tokenizer, "m", batch_tokens=200).embed(PROMPTS)
+    alone = embedder.embed(PROMPTS)
+    torch.testing.assert_close(batched.states, alone.states, atol=1e-5, rtol=1e-5)
+    backwards = embedder.embed(PROMPTS[::-1])
+    assert torch.equal(backwards.last.flip(0), alone.last)
+
+
+def test_long_prompts_are_cut_and_counted(tmp_path: Path) -> None:
+    short = tiny_embedder(tmp_path, max_tokens=10)
+    found = short.embed(PROMPTS)
+    assert found.truncated == 2
+    assert found.offsets.diff().max() == 10
+    cached = CachedEmbedder(short, EmbeddingCache(tmp_path / "cache.sqlite"))
+    assert [cached.embed(PROMPTS).truncated for _ in range(2)] == [2, 2]
+    assert cached.embed(PROMPTS[:3]).truncated == 0
+
+
+def test_layers_stand_side_by_side(embedder: TransformersEmbedder) -> None:
+    both = TransformersEmbedder(embedder.model, embedder.tokenizer, "m", layers=(0, 2))
+    found, width = both.embed(PROMPTS), embedder.width
+    assert both.width == 2 * width == found.states.shape[1]
+    torch.testing.assert_close(found.states[:, width:], embedder.embed(PROMPTS).states)
+    ids = torch.tensor(embedder.tokenizer(PROMPTS[0])["input_ids"])
+    torch.testing.assert_close(found.states[:5, :width], embedder.model.embed_tokens(ids))
+    pooled = MeanEmbedder(both, parts=2).embed(PROMPTS)
+    assert pooled.offsets.tolist() == list(range(7))
+    torch.testing.assert_close(pooled.last.unflatten(1, (2, -1)).norm(dim=-1), torch.ones(6, 2))
+
+
+def test_the_cache_is_asked_first_and_gives_the_same_bits(embedder: TransformersEmbedder, tmp_path: Path) -> None:
+    class Counting:
+        name, width, asked = embedder.name, embedder.width, 0
+
+        def embed(self, prompts):
+            self.asked += len(prompts)
+            return embedder.embed(prompts)
+
+    inner = Counting()
+    cached = CachedEmbedder(inner, EmbeddingCache(tmp_path / "cache.sqlite"), chunk=2)
+    first = cached.embed(PROMPTS)
+    assert inner.asked == 5  # distinct prompts
+    second = cached.embed([*PROMPTS, "new"])
+    assert inner.asked == 6
+    assert torch.equal(first.states, embedder.embed(PROMPTS).states)
+    assert torch.equal(second.states[: len(first.states)], first.states)
+    assert len(cached.embed([]).states) == 0
+
+
+def test_other_weights_have_another_name(embedder: TransformersEmbedder) -> None:
+    before = fingerprint(embedder.model)
+    weight = next(embedder.model.parameters())
+    with torch.no_grad():
+        weight += 1
+        after = fingerprint(embedder.model)
+        weight -= 1
+    assert before != after
+
+
+def test_the_packaged_sentence_model_knows_what_is_alike() -> None:
+    found = sentence_embedder()
+    texts = ["What is the area of a circle?", "Find the area of the disc.", "How many primes are below 100?"]
+    wording, sentence = found.embed(texts).last.chunk(2, dim=-1)
+    assert sentence.shape == (3, 384)
+    assert sentence[0] @ sentence[1] > sentence[0] @ sentence[2] + 0.2
+    assert not torch.allclose(wording, sentence)
+
+
+def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"backbone .*absent"):
+        TransformersEmbedder.from_pretrained(tmp_path / "absent")
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        tiny_embedder(tmp_path, max_tokens=0)

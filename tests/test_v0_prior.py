@@ -1,0 +1,146 @@
+"""The policy's context, a prompt's own past, and V0 as a prior whose state is all there is."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import TINY, StopAfter, assert_same_run, silent
+from tiny_models import LettersEmbedder
+
+from v05.checkpoint import StopRequest
+from v05.config import PRIORS
+from v05.run import Interrupted, make_prior, train_run
+from v05.value.context import PolicyContext, pack_text, unpack_text
+from v05.value.model import V0
+from v05.value.past import WithPast
+from v05.value.prior import Middle, RunningMean
+from v05.value.v0_prior import V0Prior
+
+EASY = [f"{a}+{b}=" for a in range(1, 9) for b in range(1, 9)]
+HARD = [f"{a}{b}+{b}{a}+{a}{a}=" for a in range(1, 9) for b in range(1, 9)]
+
+
+def ones(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.int64)
+
+
+def test_a_context_is_stratified_and_newest_first() -> None:
+    context = PolicyContext((0.0, 1.0), size=20, window=10_000, memory=100)
+    means = torch.tensor([1.0] * 8 + [0.0] * 56)
+    context.observe(EASY, means, ones(64))
+    prompts, outcomes = context.draw()
+    assert len(prompts) == 20
+    assert outcomes.sum() == 2  # 8 of 64 are solved, so 2.5 of 20: 2 or 3, and no fewer
+    assert [prompt for prompt, value in zip(prompts, outcomes, strict=True) if value == 1] == EASY[6:8]
+    assert prompts[-1] == EASY[-1]
+    assert prompts == sorted(prompts, key=EASY.index)
+
+
+def test_outcomes_are_replaced_forgotten_and_bounded() -> None:
+    context = PolicyContext((0.0, 1.0), size=10, window=100, memory=12)
+    context.observe(["a", "b", "c"], torch.tensor([0.0, 1.0, torch.nan]), torch.tensor([50, 1, 0]))
+    context.observe(["a"], torch.tensor([1.0]), ones(1))
+    prompts, outcomes = context.draw()
+    assert prompts == ["b", "a"]
+    assert outcomes.tolist() == [1.0, 1.0]
+    context.observe(["d"], torch.tensor([0.5]), torch.tensor([100]))
+    assert context.draw()[0] == ["a", "d"]  # b is 101 rollouts old
+    context.observe(EASY, torch.ones(64), ones(64))
+    assert len(context.outcomes) == 12
+
+
+def test_texts_survive_a_checkpoint() -> None:
+    texts = ["", "47+8=", "naïve ∑", "\ud800", ""]
+    assert unpack_text(*pack_text(texts)) == texts
+    assert unpack_text(*pack_text([])) == []
+
+
+def test_the_past_is_corrected_for_drift_and_trusted_as_it_proves() -> None:
+    truth = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    prior = WithPast(RunningMean((0.0, 2.0), half_life=32), (0.0, 2.0))
+    assert prior.trust == 0
+    for shift in (0.0, 0.0, 0.5, 0.5, 0.9):
+        prior.observe(EASY, truth + shift, 8 * ones(64))
+    assert prior.trust > 0.8
+    prior.observe(EASY[:32], truth[:32] + 1.0, 8 * ones(32))
+    known = prior.predict(EASY)
+    assert (known - truth - 0.95).abs().mean() < 0.1
+    assert torch.equal(prior.predict(HARD), prior.prior.predict(HARD))
+
+
+def test_a_past_that_says_nothing_is_not_trusted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prior = WithPast(RunningMean((0.0, 1.0)), (0.0, 1.0))
+    for _ in range(12):
+        prior.observe(EASY, torch.bernoulli(torch.full((64,), 0.5), generator=generator), ones(64))
+    assert prior.trust < 0.1
+    assert len(prior.met) == 64
+
+
+def test_v0_learns_what_the_policy_can_do() -> None:
+    prior = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0)))
+    assert prior.predict(EASY[:2]).tolist() == [0.5, 0.5]
+    prior.observe(EASY[:2], torch.tensor([1.0, 0.5]), ones(2))
+    assert prior.predict(HARD[:2]).tolist() == [0.75, 0.75]
+    for start in range(0, 48, 16):
+        prompts = EASY[start : start + 16] + HARD[start : start + 16]
+        prior.observe(prompts, torch.tensor([0.9] * 16 + [0.1] * 16), 4 * ones(32))
+    assert prior.predict(EASY[48:]).min() > 0.7
+    assert prior.predict(HARD[48:]).max() < 0.3
+
+
+def make(kind: str) -> WithPast:
+    inner = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((-1.0, 1.0)), refresh=40)
+    return WithPast(inner if kind == "v0" else RunningMean((-1.0, 1.0)), (-1.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["v0", "mean"])
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_state_is_all_there_is(kind: str, before: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [(EASY[n : n + 20] + HARD[:5], torch.rand(25, generator=generator)) for n in (0, 10, 20, 30)]
+    whole, stopped, resumed = make(kind), make(kind), make(kind)
+    for prompts, means in batches[:before]:
+        for prior in (whole, stopped):
+            prior.predict(prompts)
+            prior.observe(prompts, means, ones(25))
+    resumed.load_state_dict({name: value.clone() for name, value in stopped.state_dict().items()})
+    for prompts, means in batches[before:]:
+        assert torch.equal(whole.predict(prompts), resumed.predict(prompts))
+        for prior in (whole, resumed):
+            prior.observe(prompts, means, ones(25))
+    assert torch.equal(whole.predict(EASY + HARD), resumed.predict(EASY + HARD))
+
+
+def test_a_run_with_v0_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    settings, threads = dataclasses.replace(TINY, prior="v0"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, stopped, stop = tmp_path / "whole", tmp_path / "stopped", StopRequest()
+        train_run(settings, whole, tmp_path / "warm", StopRequest(), silent)
+        with pytest.raises(Interrupted):
+            train_run(settings, stopped, tmp_path / "warm", stop, StopAfter(stop, 96))
+        train_run(settings, stopped, tmp_path / "warm", StopRequest(), silent, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_run(whole, stopped)
+
+
+def test_each_kind_of_prior_is_made() -> None:
+    kinds = {name: make_prior(dataclasses.replace(TINY, prior=name), (0.0, 1.0)) for name in PRIORS if name != "v0"}
+    assert isinstance(kinds["history"], WithPast)
+    assert isinstance(kinds["constant"], RunningMean)
+    assert isinstance(kinds["none"], Middle)
+    kinds["none"].observe(EASY, torch.ones(64), ones(64))
+    assert kinds["none"].predict(EASY[:2]).tolist() == [0.5, 0.5]
+    assert make_prior(dataclasses.replace(TINY, algorithm="grpo", prior="v0"), (0.0, 1.0)) is None
+
+
+def test_settings_that_are_not_allowed() -> None:
+    with pytest.raises(ValueError, match="size, window and memory are 0"):
+        PolicyContext((0.0, 1.0), size=0)
+    with pytest.raises(ValueError, match="memory is 0"):
+        WithPast(RunningMean((0.0, 1.0)), (0.0, 1.0), memory=0)
+    with pytest.raises(ValueError, match="refresh is 0"):
+        V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0)), refresh=0)
