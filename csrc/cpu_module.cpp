@@ -58,6 +58,14 @@ auto with_dtype(int code, const Run& run) {
   }
 }
 
+// Address, and how many elements apart its rows and columns are.
+using Operand = std::array<int64_t, 3>;
+
+template <class T>
+v05::cpu::Matrix<const T> operand(const Operand& given) {
+  return {at<const T>(Address(given[0])), given[1], given[2], 0, 0};
+}
+
 template <class T>
 bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
                  const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
@@ -144,6 +152,22 @@ PYBIND11_MODULE(_cpu, m) {
               logprob_rows<T>(logits, stride, count, vocabulary, targets, ignore_index, temperatures, temperature),
               {nullptr, at<Wide>(entropy), at<Wide>(max), at<Wide>(log_sum)}, at<Wide>(grad_logprob),
               at<Wide>(grad_entropy), at<T>(grad_logits));
+        });
+      },
+      Guard());
+
+  m.def(
+      "matrix_product",
+      [](int dtype, bool wide_left, const Operand& left, const Operand& right, int64_t rows, int64_t columns,
+         int64_t depth, Address out, int64_t stride, bool adds) {
+        with_dtype(dtype, [&](auto zero) {
+          using R = decltype(zero);
+          using Wide = v05::cpu::WideOf<R>;
+          v05::cpu::Matrix<Wide> to{at<Wide>(out), stride, 1, rows, columns};
+          if (wide_left)
+            v05::cpu::matrix_product<Wide, R>(operand<Wide>(left), operand<R>(right), depth, to, adds);
+          else
+            v05::cpu::matrix_product<R, R>(operand<R>(left), operand<R>(right), depth, to, adds);
         });
       },
       Guard());

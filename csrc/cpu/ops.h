@@ -38,10 +38,26 @@ constexpr double kLowestTemperature = 1e-6, kHighestTemperature = 1e6;
 template <class T>
 int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>>& out);
 
-// grad_logits [count, vocabulary] without gaps; a null gradient is 0.
+// grad_logits [count, vocabulary] without gaps, or the logits themselves; a null gradient is 0. A target that is not in
+// the vocabulary but not ignored either belongs to columns that are elsewhere.
 template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);
+
+// ---- linear_logprob ----------------------------------------------------------------------------------------------
+
+// Elements `row_stride` and `column_stride` apart; of an operand only the strides are read.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, column_stride, rows, columns;
+};
+
+// out [rows, columns] (column stride 1) = left [rows, depth] times right [columns, depth] transposed, or added to out.
+// Sums are in WideOf<R>; where right is bfloat16 and the processor multiplies it, so is left, rounded to nearest even.
+template <class L, class R>
+void matrix_product(const Matrix<const L>& left, const Matrix<const R>& right, int64_t depth,
+                    const Matrix<WideOf<R>>& out, bool adds);
 
 // ---- policy_loss -------------------------------------------------------------------------------------------------
 

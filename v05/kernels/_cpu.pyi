@@ -70,6 +70,18 @@ def token_logprob_backward(
     grad_entropy: int,
     grad_logits: int,
 ) -> None: ...
+def matrix_product(
+    dtype: int,
+    wide_left: bool,
+    left: tuple[int, int, int],
+    right: tuple[int, int, int],
+    rows: int,
+    columns: int,
+    depth: int,
+    out: int,
+    stride: int,
+    adds: bool,
+) -> None: ...
 def policy_loss(
     inputs: tuple[int, int, int, int, int, int, int, int],
     n: int,

@@ -12,7 +12,7 @@ import torch
 from v05.kernels.device import interpreting
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("shrinkage", "advantage", "policy_loss", "token_logprob")
+OPS = ("shrinkage", "advantage", "policy_loss", "token_logprob", "linear_logprob")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 

@@ -1,0 +1,29 @@
+"""Log-prob and entropy in plain differentiable torch, with all logits: the oracle of every kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import segments
+from v05.kernels.token_logprob import reference as token_logprob
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """log p of each target and the entropy under softmax((hidden @ weight.T + bias) / temperature).
+
+    The hidden state of an ignored row is replaced before the product, so that it reaches no gradient.
+    """
+    wide = segments.working_dtype(hidden)
+    kept = targets != ignore_index
+    logits = torch.where(kept[:, None], hidden, 0).to(wide) @ weight.to(wide).t()
+    logits = logits if bias is None else logits + bias.to(wide)
+    return token_logprob.token_logprob(logits, targets, temperatures, temperature, ignore_index)
