@@ -2,9 +2,18 @@
 
 from v05.kernels.advantage.op import group_advantage
 from v05.kernels.linear_logprob.op import linear_logprob
+from v05.kernels.linear_logprob.policy_op import linear_policy_loss
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import policy_loss
 from v05.kernels.shrinkage.op import shrinkage
 from v05.kernels.token_logprob.op import token_logprob
 
-__all__ = ["group_advantage", "linear_logprob", "policy_loss", "select_by_covariance", "shrinkage", "token_logprob"]
+__all__ = [
+    "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+    "select_by_covariance",
+    "shrinkage",
+    "token_logprob",
+]

@@ -73,8 +73,8 @@ def token_logprob_backward(
 def matrix_product(
     dtype: int,
     wide_left: bool,
-    left: tuple[int, int, int],
-    right: tuple[int, int, int],
+    left: Sequence[int],
+    right: Sequence[int],
     rows: int,
     columns: int,
     depth: int,

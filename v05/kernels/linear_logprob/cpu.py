@@ -34,7 +34,8 @@ class Cpu:
             left.dtype == out.dtype,
             (left.data_ptr(), *left.stride()),
             (right.data_ptr(), *right.stride()),
-            *out.shape,
+            out.shape[0],
+            out.shape[1],
             left.shape[1],
             out.data_ptr(),
             out.stride(0),
@@ -50,7 +51,7 @@ class Cpu:
         if bad >= 0:
             return None
         target = logits.gather(1, targets[:, None]).squeeze(1)
-        return Partial(*statistics, entropy, torch.where(given.targets >= 0, target, 0))
+        return Partial(statistics[0], statistics[1], entropy, torch.where(given.targets >= 0, target, 0))
 
     def gradient(
         self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
@@ -73,3 +74,8 @@ class Cpu:
 forward = partial(passes.forward, Cpu())
 backward = partial(passes.backward, Cpu())
 forward_backward = partial(passes.forward_backward, Cpu())
+
+
+def two_passes(given: Inputs) -> bool:
+    """Whether a loss by token needs log-probs before gradients here; never."""
+    return False

@@ -32,6 +32,11 @@ class Inputs(NamedTuple):
         """V, the size of the vocabulary, or of this slice of it."""
         return self.weight.shape[0]
 
+    def detached(self) -> Inputs:
+        """The same without autograd."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
     def localised(self, ignore_index: int, start: Tensor | None = None) -> Inputs:
         """The same with targets counted from the start of this slice, `SKIPPED` where ignored."""
         own = self.targets if start is None else self.targets - start

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from v05.kernels import dispatch
 from v05.kernels.linear_logprob import parallel, reference
-from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
 from v05.kernels.linear_logprob.softmax import Softmax
@@ -172,15 +172,15 @@ def linear_logprob(
             forward does not compute its row, nor backward on a CPU.
         chunk: how many logits may exist at a time (at least one slice of one row); None for 2^25 on a CPU, 2^27
             elsewhere. The numbers do not depend on it, but for the order in which gradients are summed up.
-        group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is the
-            sum over ranks, and hidden and targets are the same on all. Two all-reduces of `[T]` forward (two per chunk),
-            one of hidden's gradient backward. Not within torch.compile.
+        group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is
+            the sum over ranks, and hidden and targets are the same on all. Two small all-reduces per chunk forward, one
+            of hidden's gradient backward. Not within torch.compile.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
 
     Returns:
-        `TokenLogprob` of two `[T]` float32, or float64 for float64 hidden, in nats; products are summed up in float32 or
-        wider. On a CPU and in Triton (but for float64) a row has the same bits whatever else is in the batch.
+        `TokenLogprob` of two `[T]` float32, or float64 for float64 hidden, in nats; sums are float32 or wider. On a CPU
+        and in Triton (but for float64) a row has the same bits whatever else is in the batch.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that are not allowed; the message says where.
@@ -199,7 +199,7 @@ def linear_logprob(
         return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, group, check_values, chosen))
     if check_values or (chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_given(given, ignore_index)
-        check_logits(*(None if x is None else x.detach() for x in given[:3]), targets != ignore_index)  # type: ignore[arg-type]
+        check_logits(given.detached(), targets != ignore_index)
     if chosen == "reference":
         return TokenLogprob(*reference.linear_logprob(*given, ignore_index))
     logprob, entropy, _ = _linear_logprob(*given, ignore_index, chunk, chosen)

@@ -17,7 +17,7 @@ from v05.kernels.linear_logprob.softmax import Softmax
 
 def bounds(given: Inputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The first token of this rank's slice and the size of the whole vocabulary, on the device, not waited for."""
-    own = torch.tensor([given.columns], device=given.hidden.device)
+    own = torch.full((1,), given.columns, device=given.hidden.device)
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, own, group)
     every = torch.cat(sizes)
@@ -32,7 +32,7 @@ def localised(
     if check_values or given.hidden.device.type == "cpu":
         check_targets(given.targets, given.temperatures, int(total), kept, but)
     if check_values:
-        check_logits(given.hidden, given.weight, given.bias, kept)
+        check_logits(given, kept)
     return given.localised(ignore_index, start)
 
 
@@ -60,9 +60,10 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, entropy, largest, log_sum = ctx.saved_tensors
+        hidden, weight, bias, targets, temperatures, entropy, largest, log_sum = ctx.saved_tensors
         temperature, chunk, group, run = ctx.rest
-        given, softmax = Inputs(*tensors, temperature), Softmax(entropy, entropy, largest, log_sum)
+        given = Inputs(hidden, weight, bias, targets, temperatures, temperature)
+        softmax = Softmax(entropy, entropy, largest, log_sum)
         upstream = [None if values is None else values.contiguous() for values in (by_logprob, by_entropy)]
         made = run.backward(given, softmax, *upstream, Needs(*ctx.needs_input_grad[4:]), chunk)
         return (None, None, None, None, *reduced(made, given, group))
@@ -78,7 +79,6 @@ def linear_logprob(
     """
     if backend == "reference":
         raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
-    plain = Inputs(*(x.detach() if isinstance(x, Tensor) else x for x in given))
     but = f", or ignore_index {ignore_index}"
-    local = localised(plain, plain.targets != ignore_index, ignore_index, but, group, check_values)
-    return _LinearLogprob.apply(local, chunk, group, backend, *given[:3])  # type: ignore[no-any-return, no-untyped-call]
+    local = localised(given.detached(), given.targets != ignore_index, ignore_index, but, group, check_values)
+    return _LinearLogprob.apply(local, chunk, group, backend, *given[:3])

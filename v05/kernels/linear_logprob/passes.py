@@ -14,7 +14,7 @@ from torch import Tensor
 
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.rules import check_logits
-from v05.kernels.linear_logprob.softmax import INFINITY, Partial, Softmax, join
+from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, join
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
 BACKWARD_COLUMNS = (1024, 16384)  # at least and at most at a time
@@ -72,8 +72,8 @@ def _logits(engine: Engine, given: Inputs, out: Tensor) -> None:
 def _statistics(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs) -> Partial:
     partial = engine.statistics(logits, given)
     if partial is None:
-        check_logits(whole.hidden, whole.weight, whole.bias, whole.targets != SKIPPED)
-        raise ValueError("a logit of hidden and weight is NaN or inf; allowed: finite or -inf, in a row that counts")
+        check_logits(whole, whole.targets != SKIPPED)
+        raise ValueError("a logit of hidden and weight is NaN or inf; allowed: finite or -inf")
     return partial
 
 
@@ -81,9 +81,9 @@ def spread(softmax: Softmax, rows: Tensor | None, total: int) -> Softmax:
     """Puts the rows that count where they were; the others are 0, their largest logit -inf."""
     if rows is None:
         return softmax
-    fill = Softmax(0, 0, -INFINITY, 0)  # type: ignore[arg-type]
+    fields = softmax._asdict().items()
     return Softmax(
-        *(values.new_full((total,), value).index_copy_(0, rows, values) for values, value in zip(softmax, fill, strict=True))
+        **{name: values.new_full((total,), SKIPPED_ROW[name]).index_copy_(0, rows, values) for name, values in fields}
     )
 
 
@@ -115,7 +115,7 @@ def _at(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return values if values is None or rows is None else values[rows]
 
 
-def _returned(hidden: Tensor | None, rows: Tensor | None, total: int) -> Tensor | None:
+def returned(hidden: Tensor | None, rows: Tensor | None, total: int) -> Tensor | None:
     """The gradient of hidden with a row of 0 for each that was left out."""
     if hidden is None or rows is None:
         return hidden
@@ -164,7 +164,7 @@ def backward(
                 bias[left:right] += gradient.sum(0, dtype=given.wide)
         if weight is not None:
             weight[left:right] = own[: right - left]
-    return Gradients(_returned(hidden, rows, len(given.targets)), weight, bias)
+    return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
 
 
 def forward_backward(

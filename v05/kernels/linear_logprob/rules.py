@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.token_logprob.rules import DTYPES, bad_rows, check_rows, row_error
 
 DEFAULT_CHUNK = {"cpu": 2**25}  # logits that exist at a time; elsewhere:
 DEFAULT_DEVICE_CHUNK = 2**27
-ROWS_CHECKED = 64  # at a time, where bad logits are looked for
+ROWS_CHECKED, COLUMNS_CHECKED = 64, 4096  # at a time, where bad logits are looked for
 
 
 def chunk_of(chunk: int | None, device_type: str) -> int:
@@ -38,7 +39,9 @@ def check_shapes(
     if weight.shape[0] == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; allowed: at least one row")
     if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight has shape {list(weight.shape)}; allowed: [V, {hidden.shape[1]}], for that is hidden's")
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}; allowed: [V, {hidden.shape[1]}], for that is hidden's"
+        )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight is {weight.dtype}; allowed: {hidden.dtype}, as hidden is")
     if bias is not None:
@@ -55,22 +58,18 @@ def check_targets(targets: Tensor, temperatures: Tensor | None, columns: int, ke
         raise row_error(int(where[0]), targets, temperatures, columns, but)
 
 
-def check_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> None:
+def check_logits(given: Inputs, kept: Tensor) -> None:
     """Raises at the first row that counts and has a logit that is NaN or inf; waits for the device."""
-    wide = segments.working_dtype(hidden)
-    rows = kept.nonzero().squeeze(1)
-    for some in rows.split(ROWS_CHECKED):
-        left = hidden[some].to(wide)
-        bad = torch.zeros(len(some), weight.shape[0], dtype=torch.bool, device=hidden.device)
-        for first in range(0, weight.shape[0], 4096):
-            part = slice(first, first + 4096)
-            logits = left @ weight[part].to(wide).t()
-            logits = logits if bias is None else logits + bias[part].to(wide)
-            bad[:, part] = ~(logits < float("inf"))
-        where = bad.nonzero()
+    hidden, weight, bias, wide = given.hidden, given.weight, given.bias, given.wide
+
+    def logits(rows: Tensor, columns: slice) -> Tensor:
+        products = hidden[rows].to(wide) @ weight[columns].to(wide).t()
+        return products if bias is None else products + bias[columns].to(wide)
+
+    for rows in kept.nonzero().squeeze(1).split(ROWS_CHECKED):
+        parts = [slice(first, first + COLUMNS_CHECKED) for first in range(0, given.columns, COLUMNS_CHECKED)]
+        where = torch.cat([~(logits(rows, columns) < float("inf")) for columns in parts], 1).nonzero()
         if where.numel():
-            row, column = int(some[where[0, 0]]), int(where[0, 1])
-            value = float(hidden[row].to(wide) @ weight[column].to(wide) + (0 if bias is None else bias[column].to(wide)))
-            raise ValueError(
-                f"hidden[{row}] has the logit {value:g} by weight[{column}]; allowed: finite or -inf, in a row that counts"
-            )
+            row, column = int(rows[where[0, 0]]), int(where[0, 1])
+            value = float(logits(rows[where[0, 0]][None], slice(column, column + 1)))
+            raise ValueError(f"hidden[{row}] has the logit {value:g} by weight[{column}]; allowed: finite or -inf")

@@ -12,6 +12,7 @@ from torch import Tensor
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 
 INFINITY = float("inf")
+SKIPPED_ROW = {"logprob": 0.0, "entropy": 0.0, "largest": -INFINITY, "log_sum": 0.0}
 
 
 class Partial(NamedTuple):
@@ -57,9 +58,9 @@ def _finish(given: Inputs, largest: Tensor, sums: Tensor) -> Softmax:
     empty = largest == -INFINITY  # every logit is -inf
     log_sum = torch.where(empty, 0, total.log())
     entropy = torch.where(empty, 0, (weighted / total + log_sum).clamp(min=0))
-    fields = (torch.where(kept, gap - log_sum, 0), torch.where(kept, entropy, 0))
-    fields += (torch.where(kept, largest, -INFINITY), torch.where(kept, log_sum, 0))
-    return Softmax(*(field.to(given.wide) for field in fields))
+    fields = {"logprob": gap - log_sum, "entropy": entropy, "largest": largest, "log_sum": log_sum}
+    filled = {name: torch.where(kept, field, SKIPPED_ROW[name]) for name, field in fields.items()}
+    return Softmax(**{name: field.to(given.wide) for name, field in filled.items()})
 
 
 def join(given: Inputs, slices: Sequence[Partial], group: dist.ProcessGroup | None = None) -> Softmax:
