@@ -67,6 +67,13 @@ v05::cpu::Matrix<const T> operand(const Operand& given) {
 }
 
 template <class T>
+void join_slices(const std::array<Address, 3>& fields, int64_t slices, int64_t rows, Address temperatures,
+                 double temperature, Address joined) {
+  v05::cpu::join_slices<T>({at<const T>(fields[0]), at<const T>(fields[1]), at<const T>(fields[2])}, slices, rows,
+                           at<const double>(temperatures), temperature, at<T>(joined));
+}
+
+template <class T>
 bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
                  const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
                  Address metrics) {
@@ -169,6 +176,14 @@ PYBIND11_MODULE(_cpu, m) {
           else
             v05::cpu::matrix_product<R, R>(operand<R>(left), operand<R>(right), depth, to, adds);
         });
+      },
+      Guard());
+
+  m.def(
+      "join_slices",
+      [](const std::array<Address, 3>& fields, int64_t slices, int64_t rows, Address temperatures, double temperature,
+         Address joined, bool wide) {
+        (wide ? join_slices<double> : join_slices<float>)(fields, slices, rows, temperatures, temperature, joined);
       },
       Guard());
 

@@ -110,6 +110,30 @@ void matrix_product(const Matrix<const L>& left, const Matrix<const R>& right, i
   }
 }
 
+// The entropy of slices together is sum_b w_b (H_b - log w_b), in which no term is negative.
+template <class Wide>
+void join_slices(const std::array<const Wide*, 3>& fields, int64_t slices, int64_t rows, const double* temperatures,
+                 double temperature, Wide* joined) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (int64_t r = 0; r < rows; ++r) {
+    double inverse = 1 / (temperatures ? temperatures[r] : temperature), largest = -kInfinity, total = 0, weighted = 0;
+    for (int64_t s = 0; s < slices; ++s) largest = std::max(largest, double(fields[0][s * rows + r]));
+    for (int64_t s = 0; s < slices && largest > -kInfinity; ++s) {
+      double share = (fields[0][s * rows + r] - largest) * inverse + fields[1][s * rows + r], size = std::exp(share);
+      total += size;
+      weighted += size > 0 ? size * (fields[2][s * rows + r] - share) : 0;
+    }
+    double log_sum = total > 0 ? std::log(total) : 0;
+    joined[r] = Wide(largest);
+    joined[rows + r] = Wide(log_sum);
+    joined[2 * rows + r] = total > 0 ? Wide(std::max(0.0, weighted / total + log_sum)) : Wide(0);
+  }
+}
+
+template void join_slices<float>(const std::array<const float*, 3>&, int64_t, int64_t, const double*, double, float*);
+template void join_slices<double>(const std::array<const double*, 3>&, int64_t, int64_t, const double*, double,
+                                  double*);
+
 #define V05_INSTANTIATE(L, R)                                                                       \
   template void matrix_product<L, R>(const Matrix<const L>&, const Matrix<const R>&, int64_t depth, \
                                      const Matrix<WideOf<R>>&, bool);

@@ -1,6 +1,7 @@
 // What cpu_module.cpp binds: plain pointers and sizes, no Python and no torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -58,6 +59,12 @@ struct Matrix {
 template <class L, class R>
 void matrix_product(const Matrix<const L>& left, const Matrix<const R>& right, int64_t depth,
                     const Matrix<WideOf<R>>& out, bool adds);
+
+// Puts slices of a vocabulary together: each field [slices, rows] of largest logits, logs of sums and entropies gives a
+// row of joined [3, rows]; a temperature per row, or (null) one for all.
+template <class Wide>
+void join_slices(const std::array<const Wide*, 3>& fields, int64_t slices, int64_t rows, const double* temperatures,
+                 double temperature, Wide* joined);
 
 // ---- policy_loss -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@
 
 namespace v05::cpu {
 
-constexpr int64_t kDepth = 256;    // elements of the shared dimension at a time
+constexpr int64_t kDepth = 256;      // elements of the shared dimension at a time
 constexpr int64_t kTransposed = 16;  // rows packed together
 
 typedef float FloatVector __attribute__((vector_size(64)));
@@ -144,7 +144,7 @@ struct PairTile {
   static constexpr int64_t kRows = 12, kColumns = 32;
 
   __attribute__((target("avx512f,avx512bw,avx512bf16"), noinline)) static void run(const Pair* a, const Pair* b,
-                                                                                  int64_t units, float* out) {
+                                                                                   int64_t units, float* out) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();

@@ -82,6 +82,15 @@ def matrix_product(
     stride: int,
     adds: bool,
 ) -> None: ...
+def join_slices(
+    fields: Sequence[int],
+    slices: int,
+    rows: int,
+    temperatures: int,
+    temperature: float,
+    joined: int,
+    wide: bool,
+) -> None: ...
 def policy_loss(
     inputs: tuple[int, int, int, int, int, int, int, int],
     n: int,

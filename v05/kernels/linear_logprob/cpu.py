@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from v05.kernels import _cpu
+from v05.kernels import _cpu, segments
 from v05.kernels.linear_logprob import passes
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.softmax import Partial, Softmax
@@ -52,6 +52,24 @@ class Cpu:
             return None
         target = logits.gather(1, targets[:, None]).squeeze(1)
         return Partial(statistics[0], statistics[1], entropy, torch.where(given.targets >= 0, target, 0))
+
+    def join(self, slices: list[Partial], given: Inputs) -> Partial:
+        """Puts slices of the same rows together, in their order."""
+        if len(slices) == 1:
+            return slices[0]
+        fields = [torch.stack(field) for field in zip(*slices, strict=True)]
+        count, rows = fields[0].shape
+        joined = fields[0].new_empty(3, rows)
+        _cpu.join_slices(
+            [field.data_ptr() for field in fields[:3]],
+            count,
+            rows,
+            segments.address(given.temperatures),
+            given.temperature,
+            joined.data_ptr(),
+            joined.dtype == torch.float64,
+        )
+        return Partial(joined[0], joined[1], joined[2], fields[3].sum(0))
 
     def gradient(
         self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None

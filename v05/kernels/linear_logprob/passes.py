@@ -14,7 +14,7 @@ from torch import Tensor
 
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.rules import check_logits
-from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, join
+from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, finish
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
 BACKWARD_COLUMNS = (1024, 16384)  # at least and at most at a time
@@ -31,6 +31,9 @@ class Engine(Protocol):
 
     def statistics(self, logits: Tensor, given: Inputs) -> Partial | None:
         """Of one slice of logits; None where a value is not allowed."""
+
+    def join(self, slices: list[Partial], given: Inputs) -> Partial:
+        """Puts slices of the same rows together, in their order."""
 
     def gradient(
         self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
@@ -107,7 +110,7 @@ def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup 
             logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
             _logits(engine, piece, logits)
             partials.append(_statistics(engine, logits, piece, given))
-        parts.append(join(part, partials, group))
+        parts.append(finish(part, engine.join(partials, part), group))
     return spread(concatenate(some, parts), rows, len(given.targets))
 
 
@@ -130,10 +133,12 @@ def backward(
     by_entropy: Tensor | None,
     needs: Needs,
     chunk: int,
+    scale: Tensor | float = 1.0,
 ) -> Gradients:
     """Gradients from those of log-prob and entropy: slices of the vocabulary are made once more, each for all rows.
 
-    So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole.
+    So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole. Upstream gradients
+    come multiplied by `scale`, which is taken out again before a result is rounded.
     """
     some, rows = given.without_skipped()
     kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
@@ -163,7 +168,8 @@ def backward(
             if bias is not None:
                 bias[left:right] += gradient.sum(0, dtype=given.wide)
         if weight is not None:
-            weight[left:right] = own[: right - left]
+            weight[left:right] = own[: right - left] / scale
+    hidden, bias = (None if values is None else values.div_(scale) for values in (hidden, bias))
     return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
 
 
@@ -199,7 +205,7 @@ def forward_backward(
             piece = part.slice_of(left, right)
             _logits(engine, piece, logits[:, left:right])
             partials.append(_statistics(engine, logits[:, left:right], piece, some))
-        parts.append(join(part, partials, group))
+        parts.append(finish(part, engine.join(partials, part), group))
         if not any(needs):
             continue
         gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last))

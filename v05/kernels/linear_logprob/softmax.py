@@ -1,8 +1,7 @@
-"""What slices of a vocabulary know of a softmax, and how slices and ranks are put together, in float64."""
+"""What a slice of the vocabulary knows of a softmax, and how ranks put theirs together, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,42 +38,36 @@ class Softmax(NamedTuple):
         return torch.stack([self.largest, self.log_sum])
 
 
-def _shares(parts: Partial, base: Tensor, inverse: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Each slice's sum relative to the base, and that times (its entropy - log of the share)."""
-    share = (parts.largest.double() - base) * inverse + parts.log_sum.double()
-    size = share.exp()
-    weighted = torch.where(size > 0, size * (parts.entropy.double() - torch.where(size > 0, share, 0)), 0)
-    return size, weighted
-
-
-def _finish(given: Inputs, largest: Tensor, sums: Tensor) -> Softmax:
-    """The softmax from sums `[4, T]`: of shares, of weighted entropies, of (target - base) / temperature where found.
-
-    The entropy of a mixture without overlap is sum_b w_b (H_b - log w_b), in which every term is at least 0.
-    """
-    total, weighted, gap, found = sums
-    gap = torch.where(found > 0, gap, float("nan"))  # a target that is in no slice
+def _finish(given: Inputs, gap: Tensor, entropy: Tensor, largest: Tensor, log_sum: Tensor) -> Softmax:
+    """The softmax from (target - base) / temperature, and the rest; what a skipped row is takes no part in it."""
     kept = given.targets != SKIPPED
-    empty = largest == -INFINITY  # every logit is -inf
-    log_sum = torch.where(empty, 0, total.log())
-    entropy = torch.where(empty, 0, (weighted / total + log_sum).clamp(min=0))
     fields = {"logprob": gap - log_sum, "entropy": entropy, "largest": largest, "log_sum": log_sum}
     filled = {name: torch.where(kept, field, SKIPPED_ROW[name]) for name, field in fields.items()}
     return Softmax(**{name: field.to(given.wide) for name, field in filled.items()})
 
 
-def join(given: Inputs, slices: Sequence[Partial], group: dist.ProcessGroup | None = None) -> Softmax:
-    """Puts slices together, in their order, then the ranks of a group: one all-reduce of maxima and one of sums."""
-    parts = Partial(*(torch.stack(field) for field in zip(*slices, strict=True)))
-    largest = parts.largest.amax(0).double()
+def finish(given: Inputs, part: Partial, group: dist.ProcessGroup | None = None) -> Softmax:
+    """The softmax of the whole vocabulary from what this process, or each rank of a group, knows of its slice.
+
+    A group takes one all-reduce of maxima and one of sums: of shares, of entropies, of the target's gap, and of how
+    many ranks have the target. The entropy of slices together is sum_b w_b (H_b - log w_b): no term is negative.
+    """
+    inverse, found = given.inverse_temperature(), given.targets >= 0
+    own = part.largest.double()
+    largest = own.clone()
     if group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     base = torch.where(largest > -INFINITY, largest, 0)
-    inverse = given.inverse_temperature()
-    size, weighted = _shares(parts, base, inverse)
-    found = given.targets >= 0
-    gap = torch.where(found, (parts.target.sum(0).double() - base) * inverse, 0)
-    sums = torch.stack([size.sum(0), weighted.sum(0), gap, found.to(gap.dtype)])
-    if group is not None:
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    return _finish(given, largest, sums)
+    gap = (part.target.double() - base) * inverse
+    if group is None:
+        gap = torch.where(found, gap, float("nan"))
+        return _finish(given, gap, part.entropy, largest, part.log_sum)
+    share = (own - base) * inverse + part.log_sum.double()
+    size = share.exp()
+    weighted = torch.where(size > 0, size * (part.entropy.double() - torch.where(size > 0, share, 0)), 0)
+    sums = torch.stack([size, weighted, torch.where(found, gap, 0), found.to(gap.dtype)])
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    empty = largest == -INFINITY  # every logit is -inf
+    log_sum = torch.where(empty, 0, sums[0].log())
+    entropy = torch.where(empty, 0, (sums[1] / sums[0] + log_sum).clamp(min=0))
+    return _finish(given, torch.where(sums[3] > 0, sums[2], float("nan")), entropy, largest, log_sum)
