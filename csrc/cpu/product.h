@@ -14,6 +14,7 @@
 namespace v05::cpu {
 
 constexpr int64_t kDepth = 256;      // elements of the shared dimension at a time
+constexpr int64_t kRun = 64;         // of what is packed, summed up in registers
 constexpr int64_t kTransposed = 16;  // rows packed together
 
 typedef float FloatVector __attribute__((vector_size(64)));

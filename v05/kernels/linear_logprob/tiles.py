@@ -22,8 +22,8 @@ class Tile(NamedTuple):
 
 
 # By architecture, bytes of an operand, and whether rows of both begin at multiples of 16 elements, without which loads
-# are narrow and wait. Every entry is compiled ahead of time in the tests: no spills, and the shared memory fits. A larger
-# tile reads less from the cache per product; what limits it are the registers for the sums beside the products.
+# are narrow and wait. Every entry is compiled ahead of time in the tests: no spills, and the shared memory fits. A
+# larger tile reads less from the cache per product; its limit are the registers for the sums beside the products.
 TILES = {
     ("sm_80", 2, True): Tile(128, 128, 64, 8, 3, 1),
     ("sm_90", 2, True): Tile(256, 128, 64, 8, 4, 2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 import triton
@@ -17,8 +19,20 @@ from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 from v05.kernels.token_logprob.rules import rows_of
 
+ROWS_ADDED = 8192  # of a product that is added in a step of its own
 JOINED_ROWS = 128  # of one program
 LARGEST_FLOAT16 = 2.0**8  # of an upstream gradient scaled for float16: its sums have room above, its details below
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of operands of this dtype to a float32 matrix; earlier ones refuse."""
+    out, operand = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (torch.float32, dtype))
+    try:
+        torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 class Gpu:
@@ -30,12 +44,18 @@ class Gpu:
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor, adds: bool) -> None:
         """out `[m, n]` = left `[m, k]` times right `[n, k]` transposed, or is increased by it; sums are out's dtype."""
-        if left.dtype == out.dtype:
-            torch.addmm(out, left, right.t(), beta=int(adds), out=out)
-        elif out.is_cuda:
-            torch.addmm(out, left, right.t(), beta=int(adds), out_dtype=out.dtype, out=out)
+        right = right.t()
+        if not out.is_cuda:  # Triton's interpreter
+            torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=int(adds), out=out)
+        elif left.dtype == out.dtype:
+            torch.addmm(out, left, right, beta=int(adds), out=out)
+        elif not adds:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        elif _adds_in_place(out.device, left.dtype):
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         else:
-            torch.addmm(out, left.to(out.dtype), right.t().to(out.dtype), beta=int(adds), out=out)
+            for rows, sums in zip(left.split(ROWS_ADDED), out.split(ROWS_ADDED), strict=True):
+                sums += torch.mm(rows, right, out_dtype=out.dtype)
 
     def statistics(self, logits: Tensor, given: Inputs) -> Partial:
         """Of one slice of logits."""
