@@ -317,5 +317,5 @@ def test_malformed_or_right(lengths, surrogate, level, chunk, corrupt, value, se
         assert "allowed" in outcomes[0]
         assert outcomes[0] == outcomes[1]
     else:
-        assert all(value.isfinite().all() for value in outcomes[1])
+        assert corrupt == "weight" or all(value.isfinite().all() for value in outcomes[1])  # 0 of an infinite weight
         assert all(error_against(*pair) < 1e-4 for pair in zip(outcomes[1], outcomes[0], strict=True))

@@ -173,8 +173,8 @@ def linear_logprob(
         chunk: how many logits may exist at a time (at least one slice of one row); None for 2^25 on a CPU, 2^27
             elsewhere. The numbers do not depend on it, but for the order in which gradients are summed up.
         group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is
-            the sum over ranks, and hidden and targets are the same on all. Two small all-reduces per chunk forward, one
-            of hidden's gradient backward. Not within torch.compile.
+            the sum over ranks, and hidden and targets are the same on all. Two small all-reduces forward, one of
+            hidden's gradient backward. Not within torch.compile.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
 

@@ -24,6 +24,13 @@ def bounds(given: Inputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     return every[: dist.get_rank(group)].sum(), every.sum()
 
 
+def agreed_chunk(columns: int, chunk: int, like: Tensor, group: dist.ProcessGroup) -> int:
+    """As many logits of this rank's slice as make the rows that the widest slice allows; waits for the device."""
+    widest = torch.full((1,), columns, device=like.device)
+    dist.all_reduce(widest, dist.ReduceOp.MAX, group)
+    return max(1, chunk // int(widest)) * columns
+
+
 def localised(
     given: Inputs, kept: Tensor, ignore_index: int, but: str, group: dist.ProcessGroup, check_values: bool
 ) -> Inputs:

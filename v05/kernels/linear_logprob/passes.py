@@ -90,12 +90,6 @@ def spread(softmax: Softmax, rows: Tensor | None, total: int) -> Softmax:
     )
 
 
-def concatenate(given: Inputs, parts: list[Softmax]) -> Softmax:
-    """The softmax of all rows, from that of pieces."""
-    empty = given.hidden.new_empty(0, dtype=given.wide)
-    return Softmax(*(torch.cat(field) for field in zip(Softmax(empty, empty, empty, empty), *parts, strict=True)))
-
-
 def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup | None = None) -> Softmax:
     """Log-prob, entropy and statistics `[T]`; one slice of logits exists at a time."""
     some, rows = given.without_skipped()
@@ -110,8 +104,10 @@ def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup 
             logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
             _logits(engine, piece, logits)
             partials.append(_statistics(engine, logits, piece, given))
-        parts.append(finish(part, engine.join(partials, part), group))
-    return spread(concatenate(some, parts), rows, len(given.targets))
+        parts.append(engine.join(partials, part))
+    empty = some.hidden.new_empty(0, dtype=some.wide)
+    whole = Partial(*(torch.cat(field) for field in zip(Partial(*[empty] * 4), *parts, strict=True)))
+    return spread(finish(some, whole, group), rows, len(given.targets))
 
 
 def _at(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -189,7 +185,7 @@ def forward_backward(
         derivative: of a loss by log-prob and entropy, from the softmax of rows first to last.
         needs: which gradients are wanted; the weight's is summed up in the wide dtype, over all rows.
         chunk: logits that may exist at a time; at least one row's do.
-        group: ranks with the other slices of the vocabulary.
+        group: ranks with the other slices of the vocabulary, and as many rows at a time.
     """
     total, (columns, features) = len(some.targets), some.weight.shape
     height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
@@ -216,4 +212,6 @@ def forward_backward(
         if bias is not None:
             bias += gradient.sum(0, dtype=some.wide)
     own = None if weight is None else weight.to(some.weight.dtype)
-    return concatenate(some, parts), Gradients(hidden, own, bias)
+    empty = some.hidden.new_empty(0, dtype=some.wide)
+    softmax = Softmax(*(torch.cat(field) for field in zip(Softmax(*[empty] * 4), *parts, strict=True)))
+    return softmax, Gradients(hidden, own, bias)

@@ -188,6 +188,7 @@ def _run(
             check_tokens(tokens, work.kinds)
         masked = _masked(given, tokens.weights).detached()
         local = parallel.localised(masked, kept, MASKED, "", group, check_values)
+        work = work._replace(chunk=parallel.agreed_chunk(given.columns, work.chunk, given.hidden, group))
         return _Parallel.apply(local, tokens, work, group, *given[:3])
     if check_values:
         _check(given, tokens, work.kinds, given.columns)
@@ -240,7 +241,7 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of
-            logits, and at least one.
+            logits, and at least one, and with a group the device is waited for.
         old_logprobs, advantages, weights, sequence_offsets: as for `policy_loss`. A token of weight 0 is masked: its
             hidden state, target and temperature count for nothing, and on a CPU its logits are not computed.
         entropy_coef: of the entropy bonus.
