@@ -129,12 +129,12 @@ def backward(
     by_entropy: Tensor | None,
     needs: Needs,
     chunk: int,
-    scale: Tensor | float = 1.0,
+    scale: Tensor | None = None,
 ) -> Gradients:
     """Gradients from those of log-prob and entropy: slices of the vocabulary are made once more, each for all rows.
 
     So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole. Upstream gradients
-    come multiplied by `scale`, which is taken out again before a result is rounded.
+    come multiplied by `scale`, if given, which is taken out again before a result is rounded.
     """
     some, rows = given.without_skipped()
     kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
@@ -164,8 +164,9 @@ def backward(
             if bias is not None:
                 bias[left:right] += gradient.sum(0, dtype=given.wide)
         if weight is not None:
-            weight[left:right] = own[: right - left] / scale
-    hidden, bias = (None if values is None else values.div_(scale) for values in (hidden, bias))
+            weight[left:right] = own[: right - left] if scale is None else own[: right - left] / scale
+    if scale is not None:
+        hidden, bias = (None if values is None else values / scale for values in (hidden, bias))
     return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
 
 
