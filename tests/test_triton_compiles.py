@@ -5,7 +5,7 @@ from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
-from v05.kernels.linear_logprob import tiles, triton_kernels
+from v05.kernels.linear_logprob import tiles, triton_gradient, triton_kernels
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
@@ -164,6 +164,26 @@ def test_linear_logprob(key, more):
         known = pointers + STRIDES if aligned else pointers[2:]
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
         assert_it_fits(target, compile_for(target, kernel, types, given, known, **launch))
+
+
+@pytest.mark.parametrize("key", tiles.TILES, ids=str)
+@pytest.mark.parametrize("more", [False, True])
+def test_linear_logprob_backward(key, more):
+    target, size, aligned = key
+    tile = tiles.tile_of(target, size, aligned, has_bias=more)
+    constants = {"PER_ROW": more, "HAS_BIAS": more, "HAS_LOGPROB": True, "HAS_ENTROPY": True, "INTERPRETED": False}
+    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.features}
+    constants |= {"PIECES": tile.gradient_pieces} | ({} if more else {"temperatures": None, "bias": None})
+    saved = ("largest", "log_sum", "entropy", "grad_logprob", "grad_entropy")
+    names = ("targets", "rows", "columns", *STRIDES, "temperature")
+    types = {name: LINEAR[name] for name in names} | dict.fromkeys(saved, "*fp32") | {"skipped": "i64"}
+    for dtype in ("bf16", "fp16") if size == 2 else ("fp32",):
+        own = types | dict.fromkeys(("hidden", "weight", "out"), f"*{dtype}")
+        own |= {"temperatures": "*fp64", "bias": f"*{dtype}"} if more else {}
+        known = ("targets", "out") + (("hidden", "weight", *STRIDES) if aligned else ())
+        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+        kernel = triton_gradient.gradient_kernel
+        assert_it_fits(target, compile_for(target, kernel, own, constants, known, **launch))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -133,7 +133,7 @@ def test_no_rows_and_none_that_counts(backend):
     assert not any(value.any() for value in run_linear_logprob(backend, ignored).values())
 
 
-@pytest.mark.skipif("cpu" in BACKENDS, reason="refused on the CPU")
+@needs_gpu
 def test_bad_values_come_out_as_nan_or_are_named_where_asked_for():
     """Unless asked to check values, nothing waits for the device: then NaN must come out, not a number."""
     hidden, weight, targets = layer_of(8, 32, 5000)

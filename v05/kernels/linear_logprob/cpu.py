@@ -88,6 +88,17 @@ class Cpu:
             logits,
         )
 
+    def buffer_dtype(self, given: Inputs) -> torch.dtype:
+        """That of logits."""
+        return given.wide
+
+    def gradient_again(
+        self, buffer: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits of one slice, which have the bits that they had before."""
+        passes.make_logits(self, given, buffer)
+        return self.gradient(buffer, given, softmax, by_logprob, by_entropy)
+
 
 forward = partial(passes.forward, Cpu())
 backward = partial(passes.backward, Cpu())

@@ -40,6 +40,14 @@ class Engine(Protocol):
     ) -> Tensor:
         """Gradient of the logits, in their place or in the dtype that products take."""
 
+    def buffer_dtype(self, given: Inputs) -> torch.dtype:
+        """What `gradient_again` works in."""
+
+    def gradient_again(
+        self, buffer: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits of one slice, which are made for it, in the buffer."""
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted."""
@@ -66,7 +74,8 @@ def steps(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + size, total)
 
 
-def _logits(engine: Engine, given: Inputs, out: Tensor) -> None:
+def make_logits(engine: Engine, given: Inputs, out: Tensor) -> None:
+    """Logits of one slice, into out."""
     if given.bias is not None:
         out.copy_(given.bias.expand_as(out))
     engine.multiply(given.hidden, given.weight, out, given.bias is not None)
@@ -102,7 +111,7 @@ def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup 
         for left, right in steps(given.columns, width):
             piece = part.slice_of(left, right)
             logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
-            _logits(engine, piece, logits)
+            make_logits(engine, piece, logits)
             partials.append(_statistics(engine, logits, piece, given))
         parts.append(engine.join(partials, part))
     empty = some.hidden.new_empty(0, dtype=some.wide)
@@ -144,7 +153,7 @@ def backward(
     height = max(1, min(total, chunk // least))
     width = min(columns, most, max(least, chunk // height // least * least))
     wide = {"dtype": given.wide, "device": given.hidden.device}
-    buffer = torch.empty(height * width, **wide)  # type: ignore[call-overload]
+    buffer = given.hidden.new_empty(height * width, dtype=engine.buffer_dtype(given))
     hidden = torch.zeros(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
     weight = torch.zeros_like(given.weight, memory_format=torch.contiguous_format) if needs.weight else None
     bias = torch.zeros(columns, **wide) if needs.bias else None  # type: ignore[call-overload]
@@ -154,9 +163,8 @@ def backward(
         for first, last in steps(total, height):
             at = slice(first, last)
             part, logits = piece.at(at), buffer[: (last - first) * (right - left)].view(last - first, right - left)
-            _logits(engine, part, logits)
             upstream = [None if values is None else values[at] for values in (by_logprob, by_entropy)]
-            gradient = engine.gradient(logits, part, Softmax(*(values[at] for values in kept)), *upstream)
+            gradient = engine.gradient_again(logits, part, Softmax(*(values[at] for values in kept)), *upstream)
             if hidden is not None:
                 engine.multiply(gradient, part.weight.t(), hidden[at], left > 0)
             if weight is not None:
@@ -200,7 +208,7 @@ def forward_backward(
         part, logits, partials = some.at(slice(first, last)), buffer[: last - first], []
         for left, right in steps(columns, width):
             piece = part.slice_of(left, right)
-            _logits(engine, piece, logits[:, left:right])
+            make_logits(engine, piece, logits[:, left:right])
             partials.append(_statistics(engine, logits[:, left:right], piece, some))
         parts.append(finish(part, engine.join(partials, part), group))
         if not any(needs):

@@ -1,4 +1,8 @@
-"""linear_logprob on a GPU: forward in Triton, without logits in memory; gradients by torch's products over slices."""
+"""linear_logprob on a GPU: logits are made in Triton, forward and backward, and are never stored; the two products of
+their gradient are torch's, slice by slice.
+
+A loss whose gradients are made in the forward pass stores the logits of some rows, which torch multiplies too.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
 from v05.kernels.linear_logprob.softmax import Partial, Softmax, finish
 from v05.kernels.linear_logprob.tiles import INTERPRETED, SPLIT, Tile, architecture_of, tile_of
+from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
 from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 from v05.kernels.token_logprob.rules import rows_of
@@ -80,6 +85,34 @@ class Gpu:
         rows = (logits, given.targets, given.temperatures, given.temperature, SKIPPED)
         return token_logprob.token_logprob_backward(*rows, *saved, out)
 
+    def buffer_dtype(self, given: Inputs) -> torch.dtype:
+        """That of the operands, for only the gradient is stored."""
+        return given.weight.dtype
+
+    def gradient_again(
+        self, buffer: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits of one slice, in one launch; in float64, of logits that are stored."""
+        if given.wide == torch.float64:
+            passes.make_logits(self, given, buffer)
+            return self.gradient(buffer, given, softmax, by_logprob, by_entropy)
+        hidden, weight = rows_of(given.hidden), rows_of(given.weight)
+        tile, (rows, columns) = _tile(hidden, weight, given.bias is not None), buffer.shape
+        saved = (softmax.largest, softmax.log_sum, softmax.entropy, by_logprob, by_entropy)
+        bias = None if given.bias is None else given.bias.contiguous()
+        with on_device_of(hidden):
+            gradient_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+                *(hidden, weight, bias, given.targets, given.temperatures, *saved, buffer),
+                *(rows, columns, given.hidden.shape[1], hidden.stride(0), weight.stride(0)),
+                given.temperature,
+                SKIPPED,
+                HAS_LOGPROB=by_logprob is not None,
+                HAS_ENTROPY=by_entropy is not None,
+                PIECES=tile.gradient_pieces,
+                **_launch(tile, given),
+            )
+        return buffer
+
 
 def two_passes(given: Inputs) -> bool:
     """Whether a loss by token needs log-probs before gradients here: float16 needs the largest gradient beforehand."""
@@ -94,6 +127,20 @@ def _tile(hidden: Tensor, weight: Tensor, has_bias: bool) -> Tile:
     return tile_of(architecture_of(hidden.device), weight.element_size(), aligned, has_bias)
 
 
+def _launch(tile: Tile, given: Inputs) -> dict[str, int]:
+    """What both kernels that make logits are compiled with."""
+    return {
+        "PER_ROW": given.temperatures is not None,
+        "HAS_BIAS": given.bias is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.features,
+        "INTERPRETED": interpreting(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 def _partial(given: Inputs) -> Partial:
     """Of this rank's vocabulary: two launches, no synchronisation, and only rows that count are computed."""
     hidden, weight, device = rows_of(given.hidden), rows_of(given.weight), given.hidden.device
@@ -105,25 +152,17 @@ def _partial(given: Inputs) -> Partial:
     joined = torch.empty(3, rows, dtype=torch.float32, device=device)
     chosen = torch.zeros(rows, dtype=torch.float32, device=device)
     bias = None if given.bias is None else given.bias.contiguous()
-    temperature = (given.temperatures, given.temperature, given.temperatures is not None)
     with on_device_of(hidden):
         slice_kernel[(splits * triton.cdiv(rows, tile.rows),)](
-            *(hidden, weight, bias, given.targets, temperature[0], order, kept.sum(), partial, chosen),
-            *(rows, columns, features, hidden.stride(0), weight.stride(0), temperature[1]),
-            PER_ROW=temperature[2],
-            HAS_BIAS=bias is not None,
+            *(hidden, weight, bias, given.targets, given.temperatures, order, kept.sum(), partial, chosen),
+            *(rows, columns, features, hidden.stride(0), weight.stride(0), given.temperature),
             SPLIT=SPLIT,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
-            BLOCK_K=tile.features,
             PIECES=tile.pieces,
-            INTERPRETED=interpreting(),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_launch(tile, given),
         )
         join_kernel[(triton.cdiv(rows, JOINED_ROWS),)](
-            *(given.targets, temperature[0], partial, joined, rows, splits, temperature[1], SKIPPED),
-            PER_ROW=temperature[2],
+            *(given.targets, given.temperatures, partial, joined, rows, splits, given.temperature, SKIPPED),
+            PER_ROW=given.temperatures is not None,
             BLOCK_M=JOINED_ROWS,
         )
     return Partial(joined[0], joined[1], joined[2], chosen)
