@@ -50,7 +50,7 @@ test: $(VENV)/.tests
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "transformers<5.11" cachetools uvicorn fastapi
+	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "liger-kernel==0.8.5" "transformers<5.11" cachetools uvicorn fastapi
 	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@touch $@
 
