@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_advantage, bench_policy_loss, bench_shrinkage, bench_token_logprob, report
+from benchmarks import (
+    bench_advantage,
+    bench_linear_logprob,
+    bench_policy_loss,
+    bench_shrinkage,
+    bench_token_logprob,
+    report,
+)
 from benchmarks.harness import Row, measure
 
 FOLDER = Path(__file__).parent
@@ -21,6 +28,7 @@ BENCHES = {
     "advantage": bench_advantage,
     "policy_loss": bench_policy_loss,
     "token_logprob": bench_token_logprob,
+    "linear_logprob": bench_linear_logprob,
 }
 
 

@@ -8,14 +8,18 @@ namespace v05::cpu {
 
 namespace {
 
-constexpr int64_t kBlockRows = 96, kBlockColumns = 512;  // of packed strips that stay in the L2 cache
-constexpr int64_t kWorkPerThread = 1 << 20;              // multiplications
+constexpr int64_t kBlockRows = 96;           // of packed strips that stay in the L2 cache, beside 512 KiB of columns
+constexpr int64_t kWorkPerThread = 1 << 20;  // multiplications
+
+template <class Unit>
+constexpr int64_t block_columns = (int64_t(1) << 19) * kPerUnit<Unit> / (kDepth * int64_t(sizeof(Unit)));
 
 // out [rows, columns] = or += left [rows, depth] times right [columns, depth], for columns begin to end.
 template <class L, class R, class Tile, bool kShuffles>
 struct Product {
   using Wide = typename Tile::Wide;
   using Unit = typename Tile::Unit;
+  static constexpr int64_t kBlockColumns = block_columns<Unit>;
 
   static V05_INLINE void run(Matrix<const L> left, Matrix<const R> right, int64_t depth, Matrix<Wide> out, bool adds,
                              Unit* scratch) {
@@ -69,7 +73,7 @@ using Scratch = std::vector<typename Tile::Unit>;
 
 template <class Tile>
 Scratch<Tile> make_scratch() {
-  return Scratch<Tile>(kDepth * (kBlockColumns + Tile::kColumns + kBlockRows + Tile::kRows));
+  return Scratch<Tile>(kDepth * (block_columns<typename Tile::Unit> + Tile::kColumns + kBlockRows + Tile::kRows));
 }
 
 template <class L, class R, class Wide>

@@ -17,11 +17,13 @@ from v05.kernels.linear_logprob.rules import check_logits
 from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, finish
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
-BACKWARD_COLUMNS = (1024, 16384)  # at least and at most at a time
+BACKWARD_COLUMNS = 1024  # at least at a time
 
 
 class Engine(Protocol):
-    """What a pass needs of a device."""
+    """What a pass needs of a device; `widest` is how many columns backward takes at most at a time."""
+
+    widest: int
 
     def slice_width(self, columns: int) -> int:
         """How many columns of logits are made in one product, forward."""
@@ -149,7 +151,7 @@ def backward(
     kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
     by_logprob, by_entropy = _at(by_logprob, rows), _at(by_entropy, rows)
     total, (columns, features) = len(some.targets), given.weight.shape
-    least, most = BACKWARD_COLUMNS
+    least, most = BACKWARD_COLUMNS, engine.widest
     height = max(1, min(total, chunk // least))
     width = min(columns, most, max(least, chunk // height // least * least))
     wide = {"dtype": given.wide, "device": given.hidden.device}

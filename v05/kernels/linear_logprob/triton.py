@@ -43,6 +43,8 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
 class Gpu:
     """The engine of a GPU: torch's products with float32 sums, and token_logprob's kernels."""
 
+    widest = 16384
+
     def slice_width(self, columns: int) -> int:
         """Columns of logits in one product: all."""
         return columns
