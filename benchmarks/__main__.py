@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     bench_advantage,
     bench_calibration,
+    bench_linear_logprob,
     bench_policy_loss,
     bench_query_attention,
     bench_shrinkage,
@@ -32,6 +33,7 @@ BENCHES = {
     "advantage": bench_advantage,
     "policy_loss": bench_policy_loss,
     "token_logprob": bench_token_logprob,
+    "linear_logprob": bench_linear_logprob,
     "query_attention": bench_query_attention,
 }
 

@@ -65,6 +65,21 @@ auto with_dtype(int code, const Run& run) {
   }
 }
 
+// Address, and how many elements apart its rows and columns are.
+using Operand = std::array<int64_t, 3>;
+
+template <class T>
+v05::cpu::Matrix<const T> operand(const Operand& given) {
+  return {at<const T>(Address(given[0])), given[1], given[2], 0, 0};
+}
+
+template <class T>
+void join_slices(const std::array<Address, 3>& fields, int64_t slices, int64_t rows, Address temperatures,
+                 double temperature, Address joined) {
+  v05::cpu::join_slices<T>({at<const T>(fields[0]), at<const T>(fields[1]), at<const T>(fields[2])}, slices, rows,
+                           at<const double>(temperatures), temperature, at<T>(joined));
+}
+
 template <class T>
 bool policy_loss(const std::array<Address, 8>& inputs, int64_t n, int64_t sequences, bool advantage_per_token,
                  const std::array<int, 4>& kinds, const std::array<double, 9>& numbers, Address loss, Address gradient,
@@ -160,6 +175,30 @@ PYBIND11_MODULE(_cpu, m) {
               {nullptr, at<Wide>(entropy), at<Wide>(max), at<Wide>(log_sum)}, at<Wide>(grad_logprob),
               at<Wide>(grad_entropy), at<T>(grad_logits));
         });
+      },
+      Guard());
+
+  m.def(
+      "matrix_product",
+      [](int dtype, bool wide_left, const Operand& left, const Operand& right, int64_t rows, int64_t columns,
+         int64_t depth, Address out, int64_t stride, bool adds) {
+        with_dtype(dtype, [&](auto zero) {
+          using R = decltype(zero);
+          using Wide = v05::cpu::WideOf<R>;
+          v05::cpu::Matrix<Wide> to{at<Wide>(out), stride, 1, rows, columns};
+          if (wide_left)
+            v05::cpu::matrix_product<Wide, R>(operand<Wide>(left), operand<R>(right), depth, to, adds);
+          else
+            v05::cpu::matrix_product<R, R>(operand<R>(left), operand<R>(right), depth, to, adds);
+        });
+      },
+      Guard());
+
+  m.def(
+      "join_slices",
+      [](const std::array<Address, 3>& fields, int64_t slices, int64_t rows, Address temperatures, double temperature,
+         Address joined, bool wide) {
+        (wide ? join_slices<double> : join_slices<float>)(fields, slices, rows, temperatures, temperature, joined);
       },
       Guard());
 

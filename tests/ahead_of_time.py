@@ -35,7 +35,14 @@ def signature_of(kernel, types: dict[str, str], constants: dict[str, object]) ->
     return {name: "constexpr" if name in constants else types[name] for name in names}
 
 
-def compile_for(target: str, kernel, types: dict[str, str], constants: dict[str, object], **options) -> Resources:
+def compile_for(
+    target: str,
+    kernel,
+    types: dict[str, str],
+    constants: dict[str, object],
+    aligned: tuple[str, ...] = (),
+    **options,
+) -> Resources:
     """Compiles one kernel for one target.
 
     Args:
@@ -43,9 +50,12 @@ def compile_for(target: str, kernel, types: dict[str, str], constants: dict[str,
         kernel: a `triton.jit` function, not interpreted.
         types: Triton's type of each argument that is not a constant, such as `*fp32` or `i64`.
         constants: values of the constexpr arguments.
+        aligned: arguments that are multiples of 16, as a launch finds out for those that it may specialise on.
         options: such as `num_warps`.
     """
-    source = ASTSource(kernel, signature_of(kernel, types, constants), constexprs=constants)
+    signature = signature_of(kernel, types, constants)
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options or None)
     if target == "gfx942":
         text = compiled.asm["amdgcn"]

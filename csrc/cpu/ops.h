@@ -1,6 +1,7 @@
 // What cpu_module.cpp binds: plain pointers and sizes, no Python and no torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -48,6 +49,27 @@ int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>
 template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);
+
+// ---- linear_logprob ----------------------------------------------------------------------------------------------
+
+// Elements `row_stride` and `column_stride` apart; of an operand only the strides are read.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, column_stride, rows, columns;
+};
+
+// out [rows, columns] (column stride 1) = left [rows, depth] times right [columns, depth] transposed, or added to out.
+// Sums are in WideOf<R>; where right is bfloat16 and the processor multiplies it, so is left, rounded to nearest even.
+template <class L, class R>
+void matrix_product(const Matrix<const L>& left, const Matrix<const R>& right, int64_t depth,
+                    const Matrix<WideOf<R>>& out, bool adds);
+
+// Puts slices of a vocabulary together: each field [slices, rows] of largest logits, logs of sums and entropies gives a
+// row of joined [3, rows]; a temperature per row, or (null) one for all.
+template <class Wide>
+void join_slices(const std::array<const Wide*, 3>& fields, int64_t slices, int64_t rows, const double* temperatures,
+                 double temperature, Wide* joined);
 
 // ---- query_attention ---------------------------------------------------------------------------------------------
 

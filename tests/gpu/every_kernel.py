@@ -25,7 +25,9 @@ from common import (
     run_token_logprob,
     tokens_of,
 )
+from linear import layer_of, run_linear_logprob, run_linear_policy_loss
 
+from v05.kernels import dispatch
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, SURROGATES
 from v05.testing import ragged_groups, ragged_states
 
@@ -84,13 +86,29 @@ def attention_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"query_attention {dtype}, {heads} heads, gradient of the states {wanted}", call
 
 
+def linear_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    if dispatch.why_not("linear_logprob", backend, DEVICE.type) is not None:
+        return
+    for dtype, (features, columns) in itertools.product(DTYPES, ((48, 301), (37, 4500))):
+        data = layer_of(19, features, columns, dtype)
+        rows = torch.linspace(0.5, 1.5, 19, dtype=torch.float64, device=DEVICE)
+        name = f"linear_logprob {dtype} {features} x {columns}"
+        yield name, partial(run_linear_logprob, backend, data, chunk=2000)
+        options = dict(temperature=rows, bias=data.weight[:, 0])
+        yield f"{name}, temperature by row, bias", partial(run_linear_logprob, backend, data, **options)
+        for level in LEVELS:
+            yield f"linear_policy_loss {name}, by {level}", partial(run_linear_policy_loss, backend, data, level=level)
+
+
+CALLS = (groups_calls, policy_calls, logprob_calls, linear_calls, attention_calls)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", action="append", help="may be repeated; cuda and triton if not given")
     failed = 0
     for backend in parser.parse_args().backend or ("cuda", "triton"):
-        calls = (groups_calls, policy_calls, logprob_calls, attention_calls)
-        for name, call in itertools.chain.from_iterable(make(backend) for make in calls):
+        for name, call in itertools.chain(*(calls(backend) for calls in CALLS)):
             print(f"{backend} {name}", flush=True)
             try:
                 call()

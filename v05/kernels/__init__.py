@@ -1,6 +1,8 @@
 """Kernels over ragged tensors: shrinkage, advantages, policy losses, log-probs and the adapter's attention."""
 
 from v05.kernels.advantage.op import group_advantage
+from v05.kernels.linear_logprob.op import linear_logprob
+from v05.kernels.linear_logprob.policy_op import linear_policy_loss
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import policy_loss
 from v05.kernels.query_attention.op import query_attention
@@ -11,6 +13,8 @@ from v05.kernels.token_logprob.op import token_logprob
 __all__ = [
     "AttentionWeights",
     "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
     "policy_loss",
     "query_attention",
     "select_by_covariance",

@@ -82,6 +82,27 @@ def token_logprob_backward(
     grad_entropy: int,
     grad_logits: int,
 ) -> None: ...
+def matrix_product(
+    dtype: int,
+    wide_left: bool,
+    left: Sequence[int],
+    right: Sequence[int],
+    rows: int,
+    columns: int,
+    depth: int,
+    out: int,
+    stride: int,
+    adds: bool,
+) -> None: ...
+def join_slices(
+    fields: Sequence[int],
+    slices: int,
+    rows: int,
+    temperatures: int,
+    temperature: float,
+    joined: int,
+    wide: bool,
+) -> None: ...
 def policy_loss(
     inputs: tuple[int, int, int, int, int, int, int, int],
     n: int,

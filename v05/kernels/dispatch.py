@@ -14,7 +14,15 @@ from v05.kernels import wins
 from v05.kernels.device import architecture, interpreting
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("shrinkage", "calibration", "advantage", "policy_loss", "token_logprob", "query_attention")
+OPS = (
+    "shrinkage",
+    "calibration",
+    "advantage",
+    "policy_loss",
+    "token_logprob",
+    "linear_logprob",
+    "query_attention",
+)
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 

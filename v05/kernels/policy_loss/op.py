@@ -14,12 +14,11 @@ from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.options import (
     BY_COVARIANCE,
     METRICS,
-    Correction,
     Inputs,
     Kinds,
-    Kl,
     Numbers,
-    check_companion,
+    check_companions,
+    check_selected,
     check_token_shapes,
     check_token_values,
     make_kinds,
@@ -85,12 +84,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    if grad_loss is not None and not _is_one(grad_loss):
+    if grad_loss is not None and not is_one(grad_loss):
         gradient = gradient * grad_loss
     return (None if grad_loss is None else gradient, *[None] * 10)
 
 
-def _is_one(value: Tensor) -> bool:
+def is_one(value: Tensor) -> bool:
     """Whether a scalar is a plain 1 on the CPU, as in `loss.backward()`: the stored gradient is then the answer."""
     plain = type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
     return plain and bool(value == 1)
@@ -104,9 +103,7 @@ def _run(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: 
     logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected = given
     companions = dict(ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
     check_token_shapes(logprobs, advantages, offsets, old_logprobs=old_logprobs, weights=weights, **companions)
-    if selected is not None and (selected.dtype != torch.bool or selected.shape != logprobs.shape):
-        shape = f"{selected.dtype} of shape {list(selected.shape)}"
-        raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(logprobs.shape)}")
+    check_selected(selected, logprobs)
     inputs = given.cast(segments.working_dtype(logprobs))
     chosen = dispatch.backend_for("policy_loss", logprobs, backend)
     if check_values or (chosen == "reference" and logprobs.device.type == "cpu" and not torch.compiler.is_compiling()):
@@ -186,13 +183,9 @@ def policy_loss(
     kinds = make_kinds(surrogate, level, kl, sampler_correction)
     taus = (sapo_tau_pos, sapo_tau_neg)
     by = make_numbers(kinds, clip_low, clip_high, dual_clip, taus, covariance_coef, kl_coef, sampler_floor, sampler_cap)
-    check_companion("ref_logprobs", ref_logprobs, kinds.kl != Kl.NONE, f"kl {kl!r}")
-    corrects = kinds.correction != Correction.NONE
-    check_companion("sampler_logprobs", sampler_logprobs, corrects, f"sampler_correction {sampler_correction!r}")
-    chooses = kinds.surrogate in BY_COVARIANCE
-    if covariance_selected is not None:
-        check_companion("covariance_selected", covariance_selected, chooses, f"surrogate {surrogate!r}")
-    elif chooses:
+    chosen = covariance_selected is not None
+    check_companions(kinds, kl, sampler_correction, surrogate, ref_logprobs, sampler_logprobs, chosen)
+    if kinds.surrogate in BY_COVARIANCE and not chosen:
         covariance_selected = select_by_covariance(
             logprobs,
             old_logprobs,

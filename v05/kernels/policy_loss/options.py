@@ -197,6 +197,24 @@ def check_companion(name: str, values: Tensor | None, needed: bool, because: str
         raise ValueError(f"{name} is {given}; {because} needs {'it' if needed else 'none'}")
 
 
+def check_companions(
+    kinds: Kinds, kl: str, correction: str, surrogate: str, ref: Tensor | None, sampler: Tensor | None, selected: bool
+) -> None:
+    """Raises where a choice lacks the tensor that it needs, or has one that it does not use."""
+    check_companion("ref_logprobs", ref, kinds.kl != Kl.NONE, f"kl {kl!r}")
+    corrects = kinds.correction != Correction.NONE
+    check_companion("sampler_logprobs", sampler, corrects, f"sampler_correction {correction!r}")
+    if selected and kinds.surrogate not in BY_COVARIANCE:
+        raise ValueError(f"covariance_selected is given; surrogate {surrogate!r} needs none")
+
+
+def check_selected(selected: Tensor | None, like: Tensor) -> None:
+    """Raises where a selection is not one bool per token."""
+    if selected is not None and (selected.dtype != torch.bool or selected.shape != like.shape):
+        shape = f"{selected.dtype} of shape {list(selected.shape)}"
+        raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(like.shape)}")
+
+
 def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **per_token: Tensor | None) -> bool:
     """Raises where the tensors do not fit together, without reading values; says whether advantages are per token."""
     segments.check_vector("logprobs", logprobs)

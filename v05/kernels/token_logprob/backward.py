@@ -60,7 +60,7 @@ def backward_into(
     """Writes the gradient over contiguous logits."""
     run = dispatch.implementation("token_logprob", backend).token_logprob_backward
     given = (targets, temperatures, temperature, ignore_index, entropy, statistics, grad_logprob, grad_entropy)
-    run(logits, *given, out=logits)
+    run(logits, *given, grad_logits=logits)
 
 
 @backward_into.register_fake

@@ -9,10 +9,10 @@ from v05.kernels import _cpu, segments
 from v05.kernels.token_logprob.rules import DTYPES, check_values, rows_of
 
 
-def token_logprob(
+def unchecked(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob and entropy as the reference, and statistics `[2, T]` of each row: largest logit, log of its sum."""
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """As `token_logprob`, and the first row with a value that is not allowed, which is not written, or -1."""
     logits, targets = rows_of(logits), targets.contiguous()
     if temperatures is not None:
         temperatures = temperatures.to(torch.float64).contiguous()
@@ -34,6 +34,14 @@ def token_logprob(
         statistics.data_ptr(),
         statistics.data_ptr() + rows * statistics.element_size(),
     )
+    return logprob, entropy, statistics, bad
+
+
+def token_logprob(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob and entropy as the reference, and statistics `[2, T]` of each row: largest logit, log of its sum."""
+    logprob, entropy, statistics, bad = unchecked(logits, targets, temperatures, temperature, ignore_index)
     if bad >= 0:
         check_values(logits, targets, temperatures, ignore_index)
     return logprob, entropy, statistics
@@ -49,16 +57,17 @@ def token_logprob_backward(
     statistics: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
-    out: Tensor | None = None,
+    grad_logits: Tensor | None = None,
 ) -> Tensor:
-    """Gradient `[T, V]` of the logits, in their dtype; written into `out` where given, which may be the logits."""
+    """Gradient `[T, V]` of the logits, in their dtype; into grad_logits, which may be the logits, where given."""
     logits, targets = rows_of(logits), targets.contiguous()
     if temperatures is not None:
         temperatures = temperatures.to(torch.float64).contiguous()
     grad_logprob = None if grad_logprob is None else grad_logprob.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     rows, columns = logits.shape
-    grad_logits = torch.empty(rows, columns, dtype=logits.dtype) if out is None else out
+    if grad_logits is None:
+        grad_logits = torch.empty(rows, columns, dtype=logits.dtype)
     _cpu.token_logprob_backward(
         DTYPES.index(logits.dtype),
         logits.data_ptr(),

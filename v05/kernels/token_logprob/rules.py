@@ -25,6 +25,11 @@ def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
         raise ValueError(f"logits has shape {list(logits.shape)}; allowed: two dimensions, at least one column")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits is {logits.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    check_rows(targets, temperature, logits, "the logits are")
+
+
+def check_rows(targets: Tensor, temperature: float | Tensor, like: Tensor, where: str) -> None:
+    """Raises where targets and temperature do not go with the rows of `like`; no element is read."""
     if targets.dtype != torch.int64:
         raise TypeError(f"targets is {targets.dtype}; allowed: torch.int64")
     vectors = {"targets": targets}
@@ -35,29 +40,39 @@ def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
     elif not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
         raise temperature_error("temperature", temperature)
     for name, vector in vectors.items():
-        if vector.shape != logits.shape[:1]:
-            raise ValueError(f"{name} has shape {list(vector.shape)}; allowed: [{logits.shape[0]}], one per row")
-        if vector.device != logits.device:
-            raise ValueError(f"{name} is on {vector.device}; allowed: {logits.device}, where the logits are")
+        if vector.shape != like.shape[:1]:
+            raise ValueError(f"{name} has shape {list(vector.shape)}; allowed: [{like.shape[0]}], one per row")
+        if vector.device != like.device:
+            raise ValueError(f"{name} is on {vector.device}; allowed: {like.device}, where {where}")
+
+
+def bad_rows(targets: Tensor, temperatures: Tensor | None, columns: int, kept: Tensor) -> Tensor:
+    """Rows `[T]` that count and have a target or temperature that is not allowed."""
+    bad = (targets < 0) | (targets >= columns)
+    if temperatures is not None:
+        bad |= ~((temperatures >= LOWEST_TEMPERATURE) & (temperatures <= HIGHEST_TEMPERATURE))
+    return bad & kept
+
+
+def row_error(row: int, targets: Tensor, temperatures: Tensor | None, columns: int, but: str) -> ValueError:
+    """The error of a row of `bad_rows`."""
+    if temperatures is None or not 0 <= int(targets[row]) < columns:
+        return ValueError(f"targets[{row}] is {int(targets[row])}; allowed: 0 to {columns - 1}{but}")
+    return temperature_error(f"temperature[{row}]", float(temperatures[row]))
 
 
 def check_values(logits: Tensor, targets: Tensor, temperatures: Tensor | None, ignore_index: int) -> None:
     """Raises at the first row that is not ignored and has a bad target, temperature or logit; waits for the device."""
     columns = logits.shape[1]
     kept = targets != ignore_index
-    bad = (targets < 0) | (targets >= columns)
-    if temperatures is not None:
-        bad |= ~((temperatures >= LOWEST_TEMPERATURE) & (temperatures <= HIGHEST_TEMPERATURE))
-    bad = ((bad | ~(logits < float("inf")).all(1)) & kept).nonzero()
+    bad = bad_rows(targets, temperatures, columns, kept)
+    bad = (bad | (~(logits < float("inf")).all(1) & kept)).nonzero()
     if not bad.numel():
         return
     row = int(bad[0])
-    if not 0 <= int(targets[row]) < columns:
-        allowed = f"0 to {columns - 1}, or ignore_index {ignore_index}"
-        raise ValueError(f"targets[{row}] is {int(targets[row])}; allowed: {allowed}")
+    but = f", or ignore_index {ignore_index}"
     column = int((~(logits[row] < float("inf"))).int().argmax())
     value = float(logits[row, column])
-    if not value < float("inf"):
+    if 0 <= int(targets[row]) < columns and not value < float("inf"):
         raise ValueError(f"logits[{row}, {column}] is {value:g}; allowed: finite or -inf, in a row not ignored")
-    assert temperatures is not None
-    raise temperature_error(f"temperature[{row}]", float(temperatures[row]))
+    raise row_error(row, targets, temperatures, columns, but)

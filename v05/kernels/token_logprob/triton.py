@@ -184,13 +184,14 @@ def token_logprob_backward(
     statistics: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
-    out: Tensor | None = None,
+    grad_logits: Tensor | None = None,
 ) -> Tensor:
-    """Gradient `[T, V]` of the logits, in their dtype; written into `out` where given, which may be the logits."""
+    """Gradient `[T, V]` of the logits, in their dtype, or into a grad_logits without gaps, in its own."""
     logits, targets = rows_of(logits), targets.contiguous()
     temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
     rows, columns = logits.shape
-    grad_logits = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device) if out is None else out
+    if grad_logits is None:
+        grad_logits = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)
     if rows:
         with on_device_of(logits):
             backward_kernel[(rows,)](

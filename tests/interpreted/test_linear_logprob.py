@@ -1,0 +1,110 @@
+"""linear_logprob and linear_policy_loss in Triton against the reference: dtypes, odd sizes, bits, ignored rows."""
+
+import pytest
+import torch
+
+from v05.kernels import linear_logprob, linear_policy_loss
+from v05.kernels.linear_logprob.tiles import INTERPRETED, SPLIT
+from v05.testing import FLOORS, assert_as_exact_as, error_against, poisoned_outputs, ragged_tokens
+
+INFINITY = float("inf")
+
+
+def layer(rows, features, columns, dtype, bias, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, features, generator=rng, dtype=torch.float64)
+    weight = torch.randn(columns, features, generator=rng, dtype=torch.float64) / 3
+    own = torch.randn(columns, generator=rng, dtype=torch.float64) if bias else None
+    targets = torch.randint(columns, (rows,), generator=rng)
+    hidden[1::5], targets[1::5] = float("nan"), -100
+    if bias and columns > 2:
+        own[columns // 2] = -INFINITY
+        targets[targets == columns // 2] = 0
+    return [None if x is None else x.to(dtype) for x in (hidden, weight, own)], targets
+
+
+def run(given, targets, backend, temperature, dtype=None, **options):
+    given = [None if x is None else x.to(dtype or x.dtype).requires_grad_() for x in given]
+    with poisoned_outputs():
+        outputs = linear_logprob(
+            *given[:2], targets, bias=given[2], temperature=temperature, backend=backend, **options
+        )
+        scale = torch.linspace(0.5, 2, len(targets), dtype=outputs.logprob.dtype)
+        gradients = torch.autograd.grad(
+            (scale * outputs.logprob + 0.3 * outputs.entropy).sum(), [x for x in given if x is not None]
+        )
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "features", "columns"), [(1, 1, 1), (19, 33, 70), (18, 40, SPLIT + 130)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_the_reference(dtype, rows, features, columns, bias):
+    given, targets = layer(rows, features, columns, dtype, bias)
+    temperature = torch.linspace(0.5, 1.5, rows, dtype=torch.float64) if bias else 0.7
+    actual = run(given, targets, "triton", temperature)
+    same, exact = (run(given, targets, "reference", temperature, kind) for kind in (None, torch.float64))
+    for index, (result, like, truth) in enumerate(zip(actual, same, exact, strict=True)):
+        floor = 2 * max(FLOORS[result.dtype], error_against(like, truth))
+        # the gradient of a logit is rounded to the operands' dtype, by the interpreter towards zero
+        half = result.dtype in (torch.bfloat16, torch.float16) and index >= 2
+        assert_as_exact_as(result, like, truth, 8 * FLOORS[result.dtype] if half else floor)
+
+
+def test_a_maximum_that_arrives_late_and_rows_of_minus_infinity():
+    weight = torch.linspace(-600, 300, SPLIT + 200)[:, None]
+    hidden = torch.tensor([[1.0], [-1.0], [0.5]])
+    targets = torch.tensor([SPLIT + 199, 0, 5])
+    for bias in (None, torch.full((len(weight),), -INFINITY)):
+        results = [linear_logprob(hidden, weight, targets, bias=bias, backend=b) for b in ("triton", "reference")]
+        for pair in zip(*results, strict=True):
+            torch.testing.assert_close(*pair, rtol=2e-6, atol=2e-6)
+
+
+def test_same_bits_alone_in_any_order_and_beside_ignored_rows():
+    """Of numbers whose products are exact: the interpreter's products depend on the place in a tile, a GPU's do not."""
+    rows = 2 * INTERPRETED.rows + 5
+    given, targets = layer(rows, 20, SPLIT + 70, torch.float32, False)
+    hidden, weight = ((8 * x).round() / 8 for x in given[:2])
+    whole = linear_logprob(hidden, weight, targets, backend="triton")
+    for seed in range(5):
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: rows - 6 * seed]
+        part = linear_logprob(hidden[order], weight, targets[order], backend="triton")
+        assert all(torch.equal(*pair) for pair in zip(part, (values[order] for values in whole), strict=True))
+    for row in (0, 17):
+        alone = linear_logprob(hidden[row : row + 1], weight, targets[row : row + 1], backend="triton")
+        assert [value.item() for value in alone] == [value[row].item() for value in whole]
+
+
+def test_no_rows_and_none_that_counts():
+    weight = torch.ones(9, 7)
+    results = run([torch.zeros(0, 7), weight, None], torch.zeros(0, dtype=torch.int64), "triton", 1.0)
+    assert [list(value.shape) for value in results] == [[0], [0], [0, 7], [9, 7]]
+    results = run([torch.full((3, 7), float("nan")), weight, None], torch.full((3,), -100), "triton", 1.0)
+    assert not any(value.any() for value in results)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_policy_loss(level, dtype):
+    data = ragged_tokens(6, 0, 9, seed=4, dtype=dtype)
+    given, targets = layer(len(data.weights), 20, 90, dtype, True)
+    weights = torch.where(targets >= 0, data.weights, 0)
+    results = []
+    for backend, kind in (("triton", dtype), ("reference", torch.float64)):
+        own = [x.to(kind).requires_grad_() for x in given]
+        floats = [x.to(kind) for x in (data.old_logprobs - 3, data.advantages, weights)]
+        loss, metrics = linear_policy_loss(
+            *own[:2],
+            targets,
+            *floats,
+            bias=own[2],
+            sequence_offsets=data.sequence_offsets,
+            level=level,
+            entropy_coef=0.1,
+            chunk=200,
+            backend=backend,
+        )
+        results.append([loss.detach(), torch.stack(list(metrics.values())), *torch.autograd.grad(2 * loss, own)])
+    for actual, exact in zip(*results, strict=True):
+        assert error_against(actual, exact) < (1e-2 if actual.dtype == torch.float16 else 1e-5)

@@ -1,0 +1,109 @@
+"""linear_logprob and linear_policy_loss with the vocabulary split among 2 and 4 processes, against one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from v05.kernels import linear_logprob, linear_policy_loss
+from v05.testing import error_against, ragged_tokens
+
+ROWS, FEATURES, COLUMNS = 40, 24, 4700
+CUTS = {2: [0, 4301, 4700], 4: [0, 5, 1200, 4200, 4700]}  # slices of every size, one of more than a product's width
+
+
+def layer(dtype=torch.float32):
+    """hidden, weight, bias, targets; some are ignored."""
+    rng = torch.Generator().manual_seed(1)
+    hidden = torch.randn(ROWS, FEATURES, generator=rng, dtype=torch.float64)
+    weight = torch.randn(COLUMNS, FEATURES, generator=rng, dtype=torch.float64) / 2
+    bias = torch.randn(COLUMNS, generator=rng, dtype=torch.float64)
+    bias[:5] = -float("inf")  # all of the first of four ranks
+    targets = torch.randint(5, COLUMNS, (ROWS,), generator=rng)
+    hidden[3::9], targets[3::9] = float("nan"), -100
+    return [x.to(dtype) for x in (hidden, weight, bias)], targets
+
+
+def logprobs(given, targets, **options):
+    temperature = torch.linspace(0.6, 1.4, ROWS)
+    given = [x.clone().requires_grad_() for x in given]
+    outputs = linear_logprob(*given[:2], targets, bias=given[2], temperature=temperature, chunk=40_000, **options)
+    gradients = torch.autograd.grad(
+        (outputs.logprob * torch.linspace(-1, 1, ROWS)).sum() + 0.3 * outputs.entropy.sum(), given
+    )
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+def loss(given, targets, level="token", **options):
+    data = ragged_tokens(8, 5, 5, seed=2)
+    weights = torch.where(targets >= 0, 0.1 + data.weights, 0)
+    given = [x.clone().requires_grad_() for x in given]
+    result = linear_policy_loss(
+        *given[:2],
+        targets,
+        data.old_logprobs - 7,
+        data.advantages,
+        weights,
+        bias=given[2],
+        sequence_offsets=data.sequence_offsets,
+        level=level,
+        entropy_coef=0.05,
+        chunk=40_000,
+        **options,
+    )
+    gradients = torch.autograd.grad(2 * result.loss, given)
+    return [result.loss.detach(), torch.stack(list(result.metrics.values())), *gradients]
+
+
+def everything(given, targets, **options):
+    """What is compared, by name."""
+    found = {"logprob": logprobs(given, targets, **options)}
+    found |= {level: loss(given, targets, level, **options) for level in ("token", "sequence")}
+    return found
+
+
+def refused(given, targets, **options):
+    """The messages of bad input, which every rank must give, so that none is left waiting."""
+    messages = []
+    for value, named in ((COLUMNS, options), (-1, options), (7, options | {"backend": "reference"})):
+        wrong = targets.clone()
+        wrong[7] = value
+        with pytest.raises(ValueError, match="allowed") as caught:
+            linear_logprob(*given[:2], wrong, bias=given[2], **named)
+        messages.append(str(caught.value))
+    return messages
+
+
+def work(rank, world, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    given, targets = layer()
+    first, last = CUTS[world][rank : rank + 2]
+    own = [given[0], given[1][first:last], given[2][first:last]]
+    results = everything(own, targets, group=dist.group.WORLD), refused(own, targets, group=dist.group.WORLD)
+    again = everything(own, targets, group=dist.group.WORLD)
+    assert all(torch.equal(*pair) for name in again for pair in zip(results[0][name], again[name], strict=True))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_know_what_one_process_knows(world, tmp_path):
+    multiprocessing.spawn(work, (world, tmp_path / "store", tmp_path), nprocs=world)
+    given, targets = layer()
+    alone = everything(given, targets)
+    results, messages = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True)
+    for name, expected in alone.items():
+        for index, value in enumerate(expected):
+            parts = [result[name][index] for result in results]
+            if index < 3:  # outputs, and hidden's gradient, are the same on every rank
+                assert all(torch.equal(part, parts[0]) for part in parts)
+                joined = parts[0]
+            else:
+                joined = torch.cat(parts)
+            assert error_against(joined, value) < 4e-6, (name, index)
+    first, second, third = messages[0]
+    assert first == f"targets[7] is {COLUMNS}; allowed: 0 to {COLUMNS - 1}, or ignore_index -100"
+    assert second.startswith("targets[7] is -1")
+    assert third.startswith("group is given and backend is 'reference'")
+    assert all(given == messages[0] for given in messages)

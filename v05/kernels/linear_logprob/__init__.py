@@ -1,0 +1,1 @@
+"""Log-probability and entropy from hidden states, without logits in memory."""

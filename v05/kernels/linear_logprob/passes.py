@@ -1,0 +1,228 @@
+"""The passes over slices of logits that every backend shares: forward, backward, and both around a loss.
+
+An engine is a module that multiplies matrices and turns logits into statistics and gradients: `cpu` or `device`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.rules import check_logits
+from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, finish
+
+FORWARD_ROWS = 1024  # at most at a time: more gain nothing
+BACKWARD_COLUMNS = 1024  # at least at a time
+
+
+class Engine(Protocol):
+    """What a pass needs of a device; `widest` is how many columns backward takes at most at a time."""
+
+    widest: int
+
+    def slice_width(self, columns: int) -> int:
+        """How many columns of logits are made in one product, forward."""
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor, adds: bool) -> None:
+        """out `[m, n]` = left `[m, k]` times right `[n, k]` transposed, or is increased by it; sums are wide."""
+
+    def statistics(self, logits: Tensor, given: Inputs) -> Partial | None:
+        """Of one slice of logits; None where a value is not allowed."""
+
+    def join(self, slices: list[Partial], given: Inputs) -> Partial:
+        """Puts slices of the same rows together, in their order."""
+
+    def gradient(
+        self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits, in their place or in the dtype that products take."""
+
+    def buffer_dtype(self, given: Inputs) -> torch.dtype:
+        """What `gradient_again` works in."""
+
+    def gradient_again(
+        self, buffer: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits of one slice, which are made for it, in the buffer."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """hidden `[T, H]` and bias `[V]` in the wide dtype, weight `[V, H]` in its own; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Derivative = Callable[[Softmax, int, int], tuple[Tensor, Tensor | None]]
+
+
+def steps(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of pieces of at most `size`."""
+    for first in range(0, total, size):
+        yield first, min(first + size, total)
+
+
+def make_logits(engine: Engine, given: Inputs, out: Tensor) -> None:
+    """Logits of one slice, into out."""
+    if given.bias is not None:
+        out.copy_(given.bias.expand_as(out))
+    engine.multiply(given.hidden, given.weight, out, given.bias is not None)
+
+
+def _statistics(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs) -> Partial:
+    partial = engine.statistics(logits, given)
+    if partial is None:
+        check_logits(whole, whole.targets != SKIPPED)
+        raise ValueError("a logit of hidden and weight is NaN or inf; allowed: finite or -inf")
+    return partial
+
+
+def spread(softmax: Softmax, rows: Tensor | None, total: int) -> Softmax:
+    """Puts the rows that count where they were; the others are 0, their largest logit -inf."""
+    if rows is None:
+        return softmax
+    fields = softmax._asdict().items()
+    return Softmax(
+        **{name: values.new_full((total,), SKIPPED_ROW[name]).index_copy_(0, rows, values) for name, values in fields}
+    )
+
+
+def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup | None = None) -> Softmax:
+    """Log-prob, entropy and statistics `[T]`; one slice of logits exists at a time."""
+    some, rows = given.without_skipped()
+    width = engine.slice_width(given.columns)
+    height = max(1, min(chunk // width, FORWARD_ROWS))
+    buffer = given.hidden.new_empty(min(height, len(some.targets)) * width, dtype=given.wide)
+    parts = []
+    for first, last in steps(len(some.targets), height):
+        part, partials = some.at(slice(first, last)), []
+        for left, right in steps(given.columns, width):
+            piece = part.slice_of(left, right)
+            logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
+            make_logits(engine, piece, logits)
+            partials.append(_statistics(engine, logits, piece, given))
+        parts.append(engine.join(partials, part))
+    empty = some.hidden.new_empty(0, dtype=some.wide)
+    whole = Partial(*(torch.cat(field) for field in zip(Partial(*[empty] * 4), *parts, strict=True)))
+    return spread(finish(some, whole, group), rows, len(given.targets))
+
+
+def _at(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return values if values is None or rows is None else values[rows]
+
+
+def returned(hidden: Tensor | None, rows: Tensor | None, total: int) -> Tensor | None:
+    """The gradient of hidden with a row of 0 for each that was left out."""
+    if hidden is None or rows is None:
+        return hidden
+    return hidden.new_zeros(total, hidden.shape[1]).index_copy_(0, rows, hidden)
+
+
+def backward(
+    engine: Engine,
+    given: Inputs,
+    softmax: Softmax,
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+    needs: Needs,
+    chunk: int,
+    scale: Tensor | None = None,
+) -> Gradients:
+    """Gradients from those of log-prob and entropy: slices of the vocabulary are made once more, each for all rows.
+
+    So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole. Upstream gradients
+    come multiplied by `scale`, if given, which is taken out again before a result is rounded.
+    """
+    some, rows = given.without_skipped()
+    kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
+    by_logprob, by_entropy = _at(by_logprob, rows), _at(by_entropy, rows)
+    total, (columns, features) = len(some.targets), given.weight.shape
+    least, most = BACKWARD_COLUMNS, engine.widest
+    height = max(1, min(total, chunk // least))
+    width = min(columns, most, max(least, chunk // height // least * least))
+    wide = {"dtype": given.wide, "device": given.hidden.device}
+    buffer = given.hidden.new_empty(height * width, dtype=engine.buffer_dtype(given))
+    hidden = torch.zeros(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
+    weight = torch.zeros_like(given.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    bias = torch.zeros(columns, **wide) if needs.bias else None  # type: ignore[call-overload]
+    own = torch.empty(width if needs.weight else 0, features, **wide)  # type: ignore[call-overload]
+    for left, right in steps(columns if total else 0, width):
+        piece = some.slice_of(left, right)
+        for first, last in steps(total, height):
+            at = slice(first, last)
+            part, logits = piece.at(at), buffer[: (last - first) * (right - left)].view(last - first, right - left)
+            upstream = [None if values is None else values[at] for values in (by_logprob, by_entropy)]
+            gradient = engine.gradient_again(logits, part, Softmax(*(values[at] for values in kept)), *upstream)
+            if hidden is not None:
+                engine.multiply(gradient, part.weight.t(), hidden[at], left > 0)
+            if weight is not None:
+                engine.multiply(gradient.t(), part.hidden.t(), own[: right - left], first > 0)
+            if bias is not None:
+                bias[left:right] += gradient.sum(0, dtype=given.wide)
+        if weight is not None:
+            weight[left:right] = own[: right - left] if scale is None else own[: right - left] / scale
+    if scale is not None:
+        hidden, bias = (None if values is None else values / scale for values in (hidden, bias))
+    return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
+
+
+def forward_backward(
+    engine: Engine,
+    some: Inputs,
+    derivative: Derivative,
+    needs: Needs,
+    chunk: int,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Softmax, Gradients]:
+    """Log-probs, and gradients from `derivative` of them, rows by rows: each logit is made once.
+
+    Args:
+        engine: the device's.
+        some: rows that all count, or whose derivative is 0.
+        derivative: of a loss by log-prob and entropy, from the softmax of rows first to last.
+        needs: which gradients are wanted; the weight's is summed up in the wide dtype, over all rows.
+        chunk: logits that may exist at a time; at least one row's do.
+        group: ranks with the other slices of the vocabulary, and as many rows at a time.
+    """
+    total, (columns, features) = len(some.targets), some.weight.shape
+    height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
+    wide = {"dtype": some.wide, "device": some.hidden.device}
+    buffer = torch.empty(height, columns, **wide)  # type: ignore[call-overload]
+    hidden = torch.zeros(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
+    weight = torch.zeros(columns, features, **wide) if needs.weight else None  # type: ignore[call-overload]
+    bias = torch.zeros(columns, **wide) if needs.bias else None  # type: ignore[call-overload]
+    parts = []
+    for first, last in steps(total, height):
+        part, logits, partials = some.at(slice(first, last)), buffer[: last - first], []
+        for left, right in steps(columns, width):
+            piece = part.slice_of(left, right)
+            make_logits(engine, piece, logits[:, left:right])
+            partials.append(_statistics(engine, logits[:, left:right], piece, some))
+        parts.append(finish(part, engine.join(partials, part), group))
+        if not any(needs):
+            continue
+        gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last))
+        if hidden is not None:
+            engine.multiply(gradient, some.weight.t(), hidden[first:last], False)
+        if weight is not None:
+            engine.multiply(gradient.t(), part.hidden.t(), weight, first > 0)
+        if bias is not None:
+            bias += gradient.sum(0, dtype=some.wide)
+    own = None if weight is None else weight.to(some.weight.dtype)
+    empty = some.hidden.new_empty(0, dtype=some.wide)
+    softmax = Softmax(*(torch.cat(field) for field in zip(Softmax(*[empty] * 4), *parts, strict=True)))
+    return softmax, Gradients(hidden, own, bias)

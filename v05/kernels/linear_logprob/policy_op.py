@@ -1,0 +1,289 @@
+"""The public `linear_policy_loss`: a policy loss straight from hidden states, gradients made in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from v05.kernels import dispatch, segments
+from v05.kernels.linear_logprob import parallel, policy_pass, reference
+from v05.kernels.linear_logprob.inputs import Inputs
+from v05.kernels.linear_logprob.op import empty_gradients, linear_logprob
+from v05.kernels.linear_logprob.passes import Needs
+from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
+from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
+from v05.kernels.policy_loss import options
+from v05.kernels.policy_loss.covariance import select_by_covariance
+from v05.kernels.policy_loss.op import PolicyLoss, is_one
+
+MASKED = -(2**62)  # as a target: of a token of weight 0, whose own target counts for nothing
+ROWS_SCALED = 4096  # of a gradient at a time
+NAMES = (*options.METRICS, "entropy_sum")
+
+
+def _masked(given: Inputs, weights: Tensor) -> Inputs:
+    return given._replace(targets=torch.where(weights != 0, given.targets, MASKED))
+
+
+def _check(given: Inputs, tokens: options.Inputs, kinds: options.Kinds, columns: int) -> None:
+    check_tokens(tokens, kinds)
+    check_targets(given.targets, given.temperatures, columns, tokens.weights != 0)
+
+
+@torch.library.custom_op("v05::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    selected: Tensor | None,
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    entropy_coef: float,
+    needs: Sequence[bool],
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Inputs(hidden, weight, bias, targets, temperatures, temperature)
+    tokens = options.Inputs(
+        weights, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected
+    )
+    work = Work(options.Kinds(*kinds), options.Numbers(*numbers), entropy_coef, Needs(*needs), chunk, backend)
+    if hidden.device.type == "cpu":
+        _check(given, tokens, work.kinds, given.columns)
+    result = policy_pass.compute(_masked(given, weights).localised(MASKED), tokens, work)
+    likes = zip(result.gradients, given[:3], strict=True)
+    empty = hidden.new_empty
+    made = (empty(0) if g is None else g.to(like.dtype) for g, like in likes)  # type: ignore[union-attr]
+    return result.loss, result.metrics, *made  # type: ignore[return-value]
+
+
+@_linear_policy_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    selected: Tensor | None,
+    kinds: Sequence[int],
+    numbers: Sequence[float],
+    entropy_coef: float,
+    needs: Sequence[bool],
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = empty_gradients(hidden, weight, bias, needs)
+    return weights.new_empty(()), weights.new_empty(len(NAMES)), *gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs, ctx.inputs = inputs[16], len(inputs)
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scaled(gradient: Tensor, by_loss: Tensor) -> Tensor:
+    """The stored gradient times that of the loss, multiplied before it is rounded."""
+    if is_one(by_loss):
+        return gradient
+    if gradient.dtype == by_loss.dtype:
+        return gradient * by_loss
+    return torch.cat([(piece.to(by_loss.dtype) * by_loss).to(gradient.dtype) for piece in gradient.split(ROWS_SCALED)])
+
+
+def _all_scaled(gradients: Sequence[Tensor | None], by_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None or by_loss is None else _scaled(g, by_loss) for g in gradients)
+
+
+def _backward(ctx: Any, by_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    return (*_all_scaled(gradients, by_loss), *[None] * (ctx.inputs - 3))
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_save)
+
+
+class _Parallel(torch.autograd.Function):
+    """The loss where the vocabulary is split among ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup, *_: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        result: Result = policy_pass.compute(given, tokens, work, group)
+        gradients = parallel.reduced(result.gradients, given, group)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(result.metrics)
+        return result.loss, result.metrics
+
+    @staticmethod
+    def backward(ctx: Any, by_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss))
+
+
+def _selected(
+    given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Tokens selected by covariance, from a pass for the log-probs alone."""
+    if group is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check(given, tokens, work.kinds, given.columns)
+    with torch.no_grad():
+        hidden, weight, targets = given.hidden, given.weight, _masked(given, tokens.weights).targets
+        temperature = given.temperature if given.temperatures is None else given.temperatures
+        places = dict(chunk=work.chunk, group=group, backend=work.backend, ignore_index=MASKED)
+        logprob, _ = linear_logprob(hidden, weight, targets, bias=given.bias, temperature=temperature, **places)  # type: ignore[arg-type]
+    return select_by_covariance(
+        logprob,
+        *tokens[1:4],
+        sequence_offsets=tokens.offsets,
+        surrogate=surrogate,
+        clip_low=work.numbers.clip_low,
+        clip_high=work.numbers.clip_high,
+    )
+
+
+def _run(
+    given: Inputs,
+    tokens: options.Inputs,
+    work: Work,
+    group: dist.ProcessGroup | None,
+    check_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks what waits for nothing, and more where asked for; then loss and metrics by the backend."""
+    kept, on_cpu = tokens.weights != 0, given.hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if work.backend == "reference":
+        if group is not None:
+            raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
+        if check_values or on_cpu:
+            _check(given, tokens, work.kinds, given.columns)
+            check_logits(given.detached(), kept)
+        masked, numbers = _masked(given, tokens.weights), (work.numbers, work.entropy_coef)
+        loss, metrics, logprob = reference.linear_policy_loss(masked, MASKED, tokens, work.kinds, *numbers)
+        if check_values or on_cpu:
+            options.check_token_values(tokens._replace(logprobs=logprob.detach()), work.kinds)
+        return loss, metrics
+    if group is not None:
+        if check_values or on_cpu:
+            check_tokens(tokens, work.kinds)
+        masked = _masked(given, tokens.weights).detached()
+        local = parallel.localised(masked, kept, MASKED, "", group, check_values)
+        work = work._replace(chunk=parallel.agreed_chunk(given.columns, work.chunk, given.hidden, group))
+        return _Parallel.apply(local, tokens, work, group, *given[:3])
+    if check_values:
+        _check(given, tokens, work.kinds, given.columns)
+        check_logits(given.detached(), kept)
+    companions = (*tokens[1:], list(work.kinds), list(work.numbers), work.entropy_coef)
+    result = _linear_policy_loss(*given, *companions, list(work.needs), work.chunk, work.backend)
+    return result[0], result[1]
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    sequence_offsets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_coef: float = 0.0,
+    surrogate: str = "ppo",
+    level: str = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: str = "none",
+    kl_coef: float = 0.0,
+    sampler_logprobs: Tensor | None = None,
+    sampler_correction: str = "none",
+    sampler_cap: float = 2.0,
+    sampler_floor: float | None = None,
+    sapo_tau_pos: float = 1.0,
+    sapo_tau_neg: float = 1.05,
+    covariance_selected: Tensor | None = None,
+    covariance_coef: float = 1.0,
+    chunk: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """`policy_loss` of `linear_logprob(hidden, weight, targets)`, minus `entropy_coef * weights * entropy`, in one go.
+
+    Gradients of hidden, weight and bias are made in the forward pass, from logits that exist once: three products
+    where the two ops need four. A ratio or a sampler weight for whole sequences needs every log-prob before any
+    gradient, so there log-probs come first and the logits are made twice; so it is, on a device, for float16. A
+    selection by covariance that is not given takes a pass of its own. The gradient of a bfloat16 or float16 weight
+    is summed up in a float32 copy of it where logits exist once, and in one slice of it where they are made twice.
+
+    Args:
+        hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of
+            logits, and at least one, and with a group the device is waited for.
+        old_logprobs, advantages, weights, sequence_offsets: as for `policy_loss`. A token of weight 0 is masked: its
+            hidden state, target and temperature count for nothing, and on a CPU its logits are not computed.
+        entropy_coef: of the entropy bonus.
+        surrogate, level, clip_low, clip_high, dual_clip, ref_logprobs, kl, kl_coef, sampler_logprobs,
+            sampler_correction, sampler_cap, sampler_floor, sapo_tau_pos, sapo_tau_neg, covariance_selected,
+            covariance_coef: as for `policy_loss`.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
+
+    Returns:
+        A `PolicyLoss`; its metrics have also `entropy_sum`, over unmasked tokens. Where a gradient is not wanted, or
+        autograd is off, none is made.
+
+    Raises:
+        ValueError, TypeError: names, numbers, shapes, dtypes or values that are not allowed; the message says where.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: gradients before the upstream gradient is known, as in Liger's fused losses (arXiv 2410.10989).
+    """
+    check_shapes(hidden, weight, targets, bias, temperature)
+    kinds = options.make_kinds(surrogate, level, kl, sampler_correction)
+    taus = (sapo_tau_pos, sapo_tau_neg)
+    by = options.make_numbers(
+        kinds, clip_low, clip_high, dual_clip, taus, covariance_coef, kl_coef, sampler_floor, sampler_cap
+    )
+    chosen = covariance_selected is not None
+    options.check_companions(kinds, kl, sampler_correction, surrogate, ref_logprobs, sampler_logprobs, chosen)
+    companions = dict(old_logprobs=old_logprobs, weights=weights, ref_logprobs=ref_logprobs)
+    like = hidden.new_empty(len(targets), dtype=segments.working_dtype(hidden))
+    options.check_token_shapes(like, advantages, sequence_offsets, sampler_logprobs=sampler_logprobs, **companions)
+    options.check_selected(covariance_selected, like)
+    if not -float("inf") < entropy_coef < float("inf"):
+        raise ValueError(f"entropy_coef is {entropy_coef}; allowed: a finite number")
+    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+    rest = (sequence_offsets, ref_logprobs, sampler_logprobs, covariance_selected)
+    tokens = options.Inputs(like, old_logprobs, advantages, weights, *rest).cast(like.dtype)
+    needs = Needs(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in given[:3]))
+    backend = dispatch.backend_for("linear_logprob", hidden, backend)
+    work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), backend)
+    if kinds.surrogate in options.BY_COVARIANCE and not chosen:
+        tokens = tokens._replace(selected=_selected(given, tokens, surrogate, work, group))
+    loss, metrics = _run(given, tokens, work, group, check_values)
+    return PolicyLoss(loss, dict(zip(NAMES, metrics.unbind(0), strict=True)))

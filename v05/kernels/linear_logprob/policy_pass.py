@@ -1,0 +1,115 @@
+"""A policy loss on log-probs that exist only while it is computed: value, metrics and gradients in one go."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from v05.kernels import dispatch, segments
+from v05.kernels.linear_logprob.inputs import Inputs
+from v05.kernels.linear_logprob.passes import Gradients, Needs, returned, spread
+from v05.kernels.linear_logprob.softmax import Softmax
+from v05.kernels.policy_loss import options
+from v05.kernels.policy_loss.options import Kinds, Numbers
+from v05.kernels.policy_loss.scratch import whole_sequences
+
+
+class Work(NamedTuple):
+    """What is asked for beside the tensors."""
+
+    kinds: Kinds
+    numbers: Numbers
+    entropy_coef: float
+    needs: Needs
+    chunk: int
+    backend: str
+
+
+class Result(NamedTuple):
+    """loss, a scalar; metrics `[len(METRICS) + 1]`, the last the sum of entropies; gradients of the loss."""
+
+    loss: Tensor
+    metrics: Tensor
+    gradients: Gradients
+
+
+def check_tokens(tokens: options.Inputs, kinds: Kinds) -> None:
+    """Raises at a value that is not allowed, but for those seen beside the log-probs alone; waits for the device."""
+    alone = kinds._replace(kl=int(options.Kl.K3))  # which asks nothing of the distance to the reference
+    options.check_token_values(tokens._replace(logprobs=torch.zeros_like(tokens.weights)), alone)
+
+
+def _each(tokens: options.Inputs) -> options.Inputs:
+    """The tokens with an advantage each, so that any of them can be taken alone."""
+    if tokens.per_token:
+        return tokens
+    ids = segments.segment_ids(tokens.offsets, tokens.tokens)
+    return tokens._replace(advantages=tokens.advantages[ids])
+
+
+def _some(tokens: options.Inputs, rows: Tensor | slice) -> options.Inputs:
+    """Some of tokens that have an advantage each, as one sequence."""
+    fields = {name: values for name, values in tokens._asdict().items() if name != "offsets" and values is not None}
+    taken = {name: values[rows] for name, values in fields.items()}
+    ends = torch.arange(2, device=tokens.weights.device) * len(taken["weights"])
+    return tokens._replace(offsets=ends, **taken)
+
+
+def _finish(tokens: options.Inputs, softmax: Softmax, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by log-probs, and metrics, all tokens together."""
+    run = dispatch.implementation("policy_loss", work.backend).policy_loss
+    loss, gradient, metrics = run(tokens._replace(logprobs=softmax.logprob), work.kinds, work.numbers)
+    entropy = torch.where(tokens.weights != 0, softmax.entropy, 0)
+    if work.entropy_coef:
+        loss = loss - work.entropy_coef * (tokens.weights * entropy).sum()
+    return loss, gradient, torch.cat([metrics, entropy.sum()[None]])
+
+
+def _by_entropy(weights: Tensor, work: Work) -> Tensor | None:
+    return -work.entropy_coef * weights if work.entropy_coef else None
+
+
+def compute(given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup | None = None) -> Result:
+    """Loss, metrics and the wanted gradients.
+
+    Args:
+        given: the layer's inputs; targets of masked tokens are `SKIPPED`.
+        tokens: the loss's inputs in the wide dtype; their logprobs are not read.
+        work: what is asked for.
+        group: ranks with the other slices of the vocabulary.
+    """
+    run = dispatch.implementation("linear_logprob", work.backend)
+    if not any(work.needs) or whole_sequences(work.kinds) or run.two_passes(given):
+        softmax = run.forward(given, work.chunk, group)
+        loss, gradient, metrics = _finish(tokens, softmax, work)
+        if not any(work.needs):
+            return Result(loss, metrics, Gradients(None, None, None))
+        by_entropy = _by_entropy(tokens.weights, work)
+        return Result(loss, metrics, run.backward(given, softmax, gradient, by_entropy, work.needs, work.chunk))
+    some, rows = given.without_skipped()
+    try:
+        softmax, made = _rows_by_rows(some, tokens, rows, work, group)
+    except ValueError:
+        _finish(tokens, run.forward(given, work.chunk, group), work)  # names the value by its place among all tokens
+        raise
+    loss, _, metrics = _finish(tokens, spread(softmax, rows, len(given.targets)), work)
+    return Result(loss, metrics, made._replace(hidden=returned(made.hidden, rows, len(given.targets))))
+
+
+def _rows_by_rows(
+    some: Inputs, tokens: options.Inputs, rows: Tensor | None, work: Work, group: dist.ProcessGroup | None
+) -> tuple[Softmax, Gradients]:
+    """The pass in which the loss is differentiated as soon as a few rows have their log-probs."""
+    each = _each(tokens)
+    each = each if rows is None else _some(each, rows)
+    policy = dispatch.implementation("policy_loss", work.backend).policy_loss
+
+    def derivative(softmax: Softmax, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        part = _some(each, slice(first, last))._replace(logprobs=softmax.logprob)
+        return policy(part, work.kinds, work.numbers)[1], _by_entropy(part.weights, work)
+
+    run = dispatch.implementation("linear_logprob", work.backend)
+    return run.forward_backward(some, derivative, work.needs, work.chunk, group)

@@ -1,0 +1,73 @@
+"""What a slice of the vocabulary knows of a softmax, and how ranks put theirs together, in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+
+INFINITY = float("inf")
+SKIPPED_ROW = {"logprob": 0.0, "entropy": 0.0, "largest": -INFINITY, "log_sum": 0.0}
+
+
+class Partial(NamedTuple):
+    """Of one slice, `[T]` each: the largest logit, the log of the sum of exp((logit - largest) / temperature), the
+    entropy of the slice's own distribution, and the target's logit, 0 where that lies elsewhere."""
+
+    largest: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    target: Tensor
+
+
+class Softmax(NamedTuple):
+    """Of the whole vocabulary, `[T]` each: log-prob of the target, entropy, largest logit and log of the sum."""
+
+    logprob: Tensor
+    entropy: Tensor
+    largest: Tensor
+    log_sum: Tensor
+
+    @property
+    def statistics(self) -> Tensor:
+        """Largest logits and logs of sums, `[2, T]`."""
+        return torch.stack([self.largest, self.log_sum])
+
+
+def _finish(given: Inputs, gap: Tensor, entropy: Tensor, largest: Tensor, log_sum: Tensor) -> Softmax:
+    """The softmax from (target - base) / temperature, and the rest; what a skipped row is takes no part in it."""
+    kept = given.targets != SKIPPED
+    fields = {"logprob": gap - log_sum, "entropy": entropy, "largest": largest, "log_sum": log_sum}
+    filled = {name: torch.where(kept, field, SKIPPED_ROW[name]) for name, field in fields.items()}
+    return Softmax(**{name: field.to(given.wide) for name, field in filled.items()})
+
+
+def finish(given: Inputs, part: Partial, group: dist.ProcessGroup | None = None) -> Softmax:
+    """The softmax of the whole vocabulary from what this process, or each rank of a group, knows of its slice.
+
+    A group takes one all-reduce of maxima and one of sums: of shares, of entropies, of the target's gap, and of how
+    many ranks have the target. The entropy of slices together is sum_b w_b (H_b - log w_b): no term is negative.
+    """
+    inverse, found = given.inverse_temperature(), given.targets >= 0
+    own = part.largest.double()
+    largest = own.clone()
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    base = torch.where(largest > -INFINITY, largest, 0)
+    gap = (part.target.double() - base) * inverse
+    if group is None:
+        gap = torch.where(found, gap, float("nan"))
+        return _finish(given, gap, part.entropy, largest, part.log_sum)
+    share = (own - base) * inverse + part.log_sum.double()
+    size = share.exp()
+    weighted = torch.where(size > 0, size * (part.entropy.double() - torch.where(size > 0, share, 0)), 0)
+    sums = torch.stack([size, weighted, torch.where(found, gap, 0), found.to(gap.dtype)])
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    empty = largest == -INFINITY  # every logit is -inf
+    log_sum = torch.where(empty, 0, sums[0].log())
+    entropy = torch.where(empty, 0, (sums[1] / sums[0] + log_sum).clamp(min=0))
+    return _finish(given, torch.where(sums[3] > 0, sums[2], float("nan")), entropy, largest, log_sum)

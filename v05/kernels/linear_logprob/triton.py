@@ -1,0 +1,202 @@
+"""linear_logprob on a GPU: logits are made in Triton, forward and backward, and are never stored; the two products of
+their gradient are torch's, slice by slice.
+
+A loss whose gradients are made in the forward pass stores the logits of some rows, which torch multiplies too.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+
+from v05.kernels.device import interpreting, on_device_of
+from v05.kernels.linear_logprob import passes
+from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
+from v05.kernels.linear_logprob.softmax import Partial, Softmax, finish
+from v05.kernels.linear_logprob.tiles import INTERPRETED, SPLIT, Tile, architecture_of, tile_of
+from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
+from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
+from v05.kernels.token_logprob import triton as token_logprob
+from v05.kernels.token_logprob.rules import rows_of
+
+ROWS_ADDED = 8192  # of a product that is added in a step of its own
+JOINED_ROWS = 128  # of one program
+LARGEST_FLOAT16 = 2.0**8  # of an upstream gradient scaled for float16: its sums have room above, its details below
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of operands of this dtype to a float32 matrix; earlier ones refuse."""
+    out, operand = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (torch.float32, dtype))
+    try:
+        torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+class Gpu:
+    """The engine of a GPU: torch's products with float32 sums, and token_logprob's kernels."""
+
+    widest = 16384
+
+    def slice_width(self, columns: int) -> int:
+        """Columns of logits in one product: all."""
+        return columns
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor, adds: bool) -> None:
+        """out `[m, n]` = left `[m, k]` times right `[n, k]` transposed, or is increased by it; sums are out's dtype."""
+        right = right.t()
+        if not out.is_cuda:  # Triton's interpreter
+            torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=int(adds), out=out)
+        elif left.dtype == out.dtype:
+            torch.addmm(out, left, right, beta=int(adds), out=out)
+        elif not adds:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        elif _adds_in_place(out.device, left.dtype):
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            for rows, sums in zip(left.split(ROWS_ADDED), out.split(ROWS_ADDED), strict=True):
+                sums += torch.mm(rows, right, out_dtype=out.dtype)
+
+    def statistics(self, logits: Tensor, given: Inputs) -> Partial:
+        """Of one slice of logits."""
+        inside = given.targets >= 0
+        targets = torch.where(given.targets == SKIPPED, SKIPPED, given.targets.clamp(min=0))
+        run = token_logprob.token_logprob
+        _, entropy, statistics = run(logits, targets, given.temperatures, given.temperature, SKIPPED)
+        target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        return Partial(statistics[0], statistics[1], entropy, torch.where(inside, target, 0))
+
+    def join(self, slices: list[Partial], given: Inputs) -> Partial:
+        """The only slice there is."""
+        (whole,) = slices
+        return whole
+
+    def gradient(
+        self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits, rounded to the dtype of the operands that it is multiplied with."""
+        out = torch.empty(logits.shape, dtype=given.weight.dtype, device=logits.device)
+        saved = (softmax.entropy.contiguous(), softmax.statistics, by_logprob, by_entropy)
+        rows = (logits, given.targets, given.temperatures, given.temperature, SKIPPED)
+        return token_logprob.token_logprob_backward(*rows, *saved, out)
+
+    def buffer_dtype(self, given: Inputs) -> torch.dtype:
+        """That of the operands, for only the gradient is stored."""
+        return given.weight.dtype
+
+    def gradient_again(
+        self, buffer: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits of one slice, in one launch; in float64, of logits that are stored."""
+        if given.wide == torch.float64:
+            passes.make_logits(self, given, buffer)
+            return self.gradient(buffer, given, softmax, by_logprob, by_entropy)
+        hidden, weight = rows_of(given.hidden), rows_of(given.weight)
+        tile, (rows, columns) = _tile(hidden, weight, given.bias is not None), buffer.shape
+        saved = (softmax.largest, softmax.log_sum, softmax.entropy, by_logprob, by_entropy)
+        bias = None if given.bias is None else given.bias.contiguous()
+        with on_device_of(hidden):
+            gradient_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+                *(hidden, weight, bias, given.targets, given.temperatures, *saved, buffer),
+                *(rows, columns, given.hidden.shape[1], hidden.stride(0), weight.stride(0)),
+                given.temperature,
+                SKIPPED,
+                HAS_LOGPROB=by_logprob is not None,
+                HAS_ENTROPY=by_entropy is not None,
+                PIECES=tile.gradient_pieces,
+                **_launch(tile, given),
+            )
+        return buffer
+
+
+def two_passes(given: Inputs) -> bool:
+    """Whether a loss by token needs log-probs before gradients here: float16 needs the largest gradient beforehand."""
+    return given.weight.dtype == torch.float16
+
+
+def _tile(hidden: Tensor, weight: Tensor, has_bias: bool) -> Tile:
+    if not hidden.is_cuda:
+        return INTERPRETED
+    numbers = (hidden.shape[1], hidden.stride(0), weight.stride(0), hidden.data_ptr(), weight.data_ptr())
+    aligned = all(number % 16 == 0 for number in numbers)
+    return tile_of(architecture_of(hidden.device), weight.element_size(), aligned, has_bias)
+
+
+def _launch(tile: Tile, given: Inputs) -> dict[str, int]:
+    """What both kernels that make logits are compiled with."""
+    return {
+        "PER_ROW": given.temperatures is not None,
+        "HAS_BIAS": given.bias is not None,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.features,
+        "INTERPRETED": interpreting(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _partial(given: Inputs) -> Partial:
+    """Of this rank's vocabulary: two launches, no synchronisation, and only rows that count are computed."""
+    hidden, weight, device = rows_of(given.hidden), rows_of(given.weight), given.hidden.device
+    rows, (columns, features) = len(given.targets), given.weight.shape
+    kept = given.targets != SKIPPED
+    order = torch.argsort(kept.logical_not().to(torch.uint8), stable=True)
+    splits, tile = triton.cdiv(columns, SPLIT), _tile(hidden, weight, given.bias is not None)
+    partial = torch.empty(splits, 3, rows, dtype=torch.float32, device=device)
+    joined = torch.empty(3, rows, dtype=torch.float32, device=device)
+    chosen = torch.zeros(rows, dtype=torch.float32, device=device)
+    bias = None if given.bias is None else given.bias.contiguous()
+    with on_device_of(hidden):
+        slice_kernel[(splits * triton.cdiv(rows, tile.rows),)](
+            *(hidden, weight, bias, given.targets, given.temperatures, order, kept.sum(), partial, chosen),
+            *(rows, columns, features, hidden.stride(0), weight.stride(0), given.temperature),
+            SPLIT=SPLIT,
+            PIECES=tile.pieces,
+            **_launch(tile, given),
+        )
+        join_kernel[(triton.cdiv(rows, JOINED_ROWS),)](
+            *(given.targets, given.temperatures, partial, joined, rows, splits, given.temperature, SKIPPED),
+            PER_ROW=given.temperatures is not None,
+            BLOCK_M=JOINED_ROWS,
+        )
+    return Partial(joined[0], joined[1], joined[2], chosen)
+
+
+def forward(given: Inputs, chunk: int, group: dist.ProcessGroup | None = None) -> Softmax:
+    """Log-prob, entropy and statistics `[T]`; float64, which tensor cores do not take here, by slices of logits."""
+    if given.wide == torch.float64 or len(given.targets) == 0:
+        return passes.forward(Gpu(), given, chunk, group)
+    return finish(given, _partial(given), group)
+
+
+def backward(
+    given: Inputs,
+    softmax: Softmax,
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+    needs: Needs,
+    chunk: int,
+) -> Gradients:
+    """Gradients from those of log-prob and entropy; in float16, scaled by a power of two that fits it meanwhile."""
+    if given.weight.dtype != torch.float16 or len(given.targets) == 0:
+        return passes.backward(Gpu(), given, softmax, by_logprob, by_entropy, needs, chunk)
+    upstream = [None if values is None else values * given.inverse_temperature() for values in (by_logprob, by_entropy)]
+    largest = torch.stack([values.abs().nan_to_num(0).max() for values in upstream if values is not None]).max()
+    scale = torch.exp2(torch.where(largest > 0, (LARGEST_FLOAT16 / largest).log2().floor().clamp(-60, 60), 0))
+    scaled = [None if values is None else (values * scale).to(values.dtype) for values in (by_logprob, by_entropy)]
+    return passes.backward(Gpu(), given, softmax, scaled[0], scaled[1], needs, chunk, scale)
+
+
+def forward_backward(
+    some: Inputs, derivative: Derivative, needs: Needs, chunk: int, group: dist.ProcessGroup | None = None
+) -> tuple[Softmax, Gradients]:
+    """Log-probs and gradients of a loss of them, rows by rows."""
+    return passes.forward_backward(Gpu(), some, derivative, needs, chunk, group)
