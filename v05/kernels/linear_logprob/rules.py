@@ -9,8 +9,7 @@ from v05.kernels import segments
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.token_logprob.rules import DTYPES, bad_rows, check_rows, row_error
 
-DEFAULT_CHUNK = {"cpu": 2**25}  # logits that exist at a time; elsewhere:
-DEFAULT_DEVICE_CHUNK = 2**27
+CPU_CHUNK, DEVICE_CHUNK = 2**25, 2**27  # logits that exist at a time
 ROWS_CHECKED, COLUMNS_CHECKED = 64, 4096  # at a time, where bad logits are looked for
 
 
@@ -21,7 +20,7 @@ def chunk_of(chunk: int | None, device_type: str) -> int:
         ValueError: it is below 1, or not an int.
     """
     if chunk is None:
-        return DEFAULT_CHUNK.get(device_type, DEFAULT_DEVICE_CHUNK)
+        return CPU_CHUNK if device_type == "cpu" else DEVICE_CHUNK
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk is {chunk!r}; allowed: None, or an int of at least 1")
     return chunk
