@@ -32,7 +32,9 @@ def test_scores_are_those_of_autograd():
         prompts[1:], [40], seed=1_000_003, temperature=1.0, max_new_tokens=task.max_answer_length
     )[0]
     rewards = [task.verify(prompts[1], r.text) if r.finished else task.reward_range[0] for r in rollouts]
-    assert pool.rewards[1].tolist() == rewards
+    low, high = task.reward_range
+    assert pool.rewards[1].tolist() == [2 * (reward - low) / (high - low) - 1 for reward in rewards]
+    assert set(pool.rewards.flatten().tolist()) <= {-1.0, 1.0}
     weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
     total = torch.zeros(())
     for rollout, weight in zip(rollouts, weights - weights.mean(), strict=True):

@@ -28,8 +28,9 @@ CHUNK: Final = 1024  # rollouts of a prompt sampled at once
 
 
 class Pool(NamedTuple):
-    """M rollouts of each of P prompts: rewards `[P, M]` float64, the answer `[P, M]` int64 of each, and `gram`
-    `[P, U, U]` float64, the inner products of the answers' scores, centred on the pool; U the most answers of a prompt.
+    """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], and the answer `[P, M]` int64 of each.
+
+    `gram` `[P, U, U]` float64: inner products of the answers' scores, centred on the pool; U the most answers of a prompt.
     """
 
     rewards: Tensor
@@ -100,10 +101,11 @@ def make_pool(
             rollouts += engine.generate([prompt], [count], **limits)[0]  # type: ignore[arg-type]
         distinct = {rollout.token_ids: rollout for rollout in rollouts}
         index = {ids: position for position, ids in enumerate(distinct)}
-        low = task.reward_range[0]
+        low, high = task.reward_range
         verified = [task.verify(prompt, r.text) if r.finished else low for r in distinct.values()]
+        unit = (torch.tensor(verified, dtype=torch.float64) - low) / (high - low)
         answer = torch.tensor([index[rollout.token_ids] for rollout in rollouts])
-        rewards.append(torch.tensor(verified, dtype=torch.float64)[answer])
+        rewards.append((2 * unit - 1)[answer])
         answers.append(answer)
         grams.append(centred_gram(scores(policy, list(distinct.values()), task.max_answer_length), answer))
         on_prompt(number + 1)
