@@ -18,6 +18,7 @@ from benchmarks import (
     bench_query_attention,
     bench_shrinkage,
     bench_token_logprob,
+    bench_v0_prior,
     report,
 )
 from benchmarks.harness import Row, measure
@@ -29,6 +30,7 @@ BENCHES = {
     "policy_loss": bench_policy_loss,
     "token_logprob": bench_token_logprob,
     "query_attention": bench_query_attention,
+    "v0_prior": bench_v0_prior,
 }
 
 
