@@ -56,7 +56,7 @@ test: $(VENV)/.tests
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "transformers<5.11" cachetools uvicorn fastapi
+	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "liger-kernel==0.8.5" "transformers<5.11" cachetools uvicorn fastapi
 	.venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@touch $@
 
@@ -93,7 +93,7 @@ sanitize: $(VENV)/.tests
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c ../../pyproject.toml --rootdir . -k "not compile" \
-	  $(addprefix tests/test_,shrinkage.py advantage.py policy_loss.py token_logprob.py)
+	  $(addprefix tests/test_,shrinkage.py advantage.py policy_loss.py token_logprob.py query_attention.py)
 
 # Beside TRL and verl, hence in their environment.
 bench: .venv-peers/.installed

@@ -20,8 +20,10 @@ from benchmarks import (
     bench_token_logprob,
     bench_v0_prior,
     report,
+    wins,
 )
 from benchmarks.harness import Row, measure
+from v05.kernels.wins import FILE
 
 FOLDER = Path(__file__).parent
 BENCHES = {
@@ -42,12 +44,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of timing per case (4; with --quick 0.5)")
     parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results.csv, RESULTS.md and plots")
+    parser.add_argument("--write-wins", action="store_true", help="only write dispatch's preference from the rows")
     parser.add_argument("--report-only", action="store_true", help="write the report from the rows there are")
     return parser.parse_args()
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Adds rows to a CSV file, with a header where it is new."""
+    """Adds rows to a CSV file, with a header where it is new; columns only ever join at the end."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -71,6 +74,9 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if options.write_wins:
+        print(f"{FILE}: {wins.write(report.read(path), FILE)} wins")
+        return 0
     for op in [] if options.report_only else options.op or BENCHES:
         for case in BENCHES[op].cases(torch.device(options.device), options.quick):
             rows = []

@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, Run, compiled, rival
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends, rival
+from benchmarks.timing import Run
 from v05.kernels import group_advantage, segments
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.testing import ragged_groups
@@ -37,12 +38,18 @@ def verl_rivals(estimator: str, rewards: Tensor, offsets: Tensor) -> list[Conten
     return [of(""), of("_vectorized")]
 
 
-def case(estimator: str, groups: int, device: torch.device) -> Case:
-    rewards, offsets, prior = (tensor.to(device) for tensor in ragged_groups(groups, 4, 16))
+def advantages(
+    rewards: Tensor, offsets: Tensor, prior: Tensor | None, estimator: str, backend: str | None = "reference"
+) -> Sequence[Tensor]:
+    return (group_advantage(rewards, offsets, estimator=estimator, prior=prior, backend=backend),)
+
+
+def case(estimator: str, groups: int, device: torch.device, seed: int = 0) -> Case:
+    rewards, offsets, prior = (tensor.to(device) for tensor in ragged_groups(groups, 4, 16, seed=seed))
     given = prior if ESTIMATORS[estimator].needs_prior else None
 
-    def run(backend: str | None) -> Sequence[Tensor]:
-        return (group_advantage(rewards, offsets, estimator=estimator, prior=given, backend=backend),)
+    def run(backend: str | None) -> Run:
+        return lambda: advantages(rewards, offsets, given, estimator, backend)
 
     size = rewards.element_size()
     return Case(
@@ -53,13 +60,16 @@ def case(estimator: str, groups: int, device: torch.device) -> Case:
         bytes=rewards.numel() * 2 * size + groups * (8 + (size if given is not None else 0)),
         flops=rewards.numel() * 6 + groups * 10,
         contenders=[
-            Contender(OURS, lambda: run(None)),
-            Contender("torch eager", lambda: run("reference")),
-            Contender("torch.compile", compiled(lambda: run("reference"))),
+            Contender(OURS, run(None)),
+            Contender("torch eager", run("reference")),
+            Contender("torch.compile", lambda: compiled(advantages)(rewards, offsets, given, estimator)),
+            *of_backends(run, device),
             *verl_rivals(estimator, rewards, offsets),
             Contender("TRL", None, "computed inside its trainer, no function to call"),
         ],
         device=device,
+        elements=rewards.numel(),
+        another=lambda other: case(estimator, groups, device, other),
     )
 
 

@@ -1,4 +1,4 @@
-"""policy_loss (PPO with dual clip) beside torch, eager and compiled, and verl's function.
+"""policy_loss (PPO with dual clip) beside torch, eager and compiled, and verl's function; from logits, beside Liger's.
 
 The torch rivals compute the loss alone, ours the loss and eleven metrics, verl's the loss and three. Sequences have
 equal lengths, so verl's padded layout has no padding: the input that favours it most.
@@ -6,18 +6,20 @@ equal lengths, so verl's padded layout has no padding: the input that favours it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, Run, compiled, rival
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends, rival
 from benchmarks.rivals import forward_backward
-from v05.kernels import policy_loss
+from benchmarks.timing import Run
+from v05.kernels import policy_loss, token_logprob
 
 FULL, QUICK = [(4, 1024), (64, 1024), (1024, 1024)], [(4, 1024)]
 LARGE = [(16384, 1024)]  # on a GPU
+LOGITS, LOGITS_LARGE = (4, 64, 32000, torch.float32), (8, 1024, 151936, torch.bfloat16)
 LOW, HIGH, DUAL = 0.2, 0.28, 3.0
 
 
@@ -36,8 +38,8 @@ class VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-def case(sequences: int, length: int, device: torch.device) -> Case:
-    rng = torch.Generator().manual_seed(0)
+def case(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
+    rng = torch.Generator().manual_seed(seed)
     tokens = sequences * length
     logprobs = -torch.randn(tokens, generator=rng).abs().to(device)
     old = (logprobs.cpu() + 0.2 * torch.randn(tokens, generator=rng)).to(device)
@@ -59,10 +61,16 @@ def case(sequences: int, length: int, device: torch.device) -> Case:
 
         return forward_backward(loss, logprobs, upstream)
 
-    def ours(x: Tensor) -> Sequence[Tensor]:
-        return (policy_loss(x, old, advantages, weights, sequence_offsets=offsets, **options).loss,)
+    def ours(backend: str | None = None) -> Run:
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            named = dict(sequence_offsets=offsets, backend=backend)
+            return (policy_loss(x, old, advantages, weights, **named, **options).loss,)
 
-    fast = compiled(lambda x: eager(x, old, per_token, weights))
+        return forward_backward(loss, logprobs, upstream)
+
+    def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
+        return forward_backward(lambda x: function(x, old, per_token, weights), logprobs, upstream)
+
     return Case(
         op="policy_loss",
         shape=f"{tokens} tokens, {sequences} sequences",
@@ -71,14 +79,83 @@ def case(sequences: int, length: int, device: torch.device) -> Case:
         bytes=tokens * 4 * (3 + 1) + sequences * 12,
         flops=tokens * 12,
         contenders=[
-            Contender(OURS, forward_backward(ours, logprobs, upstream)),
-            Contender("torch eager", forward_backward(lambda x: eager(x, old, per_token, weights), logprobs, upstream)),
-            Contender("torch.compile", forward_backward(fast, logprobs, upstream)),
+            Contender(OURS, ours()),
+            Contender("torch eager", plain(eager)),
+            Contender("torch.compile", plain(compiled(eager))),
+            *of_backends(ours, device),
             rival("verl", "verl.trainer.ppo.core_algos", verl),
             Contender("TRL", None, "computed inside its trainer, no function to call"),
-            Contender("Liger", None, "its GRPO loss on given logits is a GPU kernel"),
+            Contender("Liger", None, "no loss of given log-probs; from logits it has a case of its own"),
         ],
         device=device,
+        elements=tokens,
+        another=lambda other: case(sequences, length, device, other),
+    )
+
+
+def eager_from_logits(logits: Tensor, chosen: Tensor, old: Tensor, gains: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """The loss of the chosen tokens' log-probs; logits `[B, L, V]`, the others `[B, L - 1]`."""
+    log_p = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, chosen[..., None]).squeeze(2)
+    return eager(log_p, old, gains, weights)
+
+
+def case_from_logits(
+    sequences: int, length: int, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Case:
+    """token_logprob, then policy_loss, on padded logits whose last position predicts nothing."""
+    rng = torch.Generator(device).manual_seed(seed)
+    logits = torch.randn(sequences, length, vocabulary, generator=rng, device=device).to(dtype)
+    chosen = torch.randint(vocabulary, (sequences, length - 1), generator=rng, device=device)
+    old = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, chosen[..., None]).squeeze(2)
+    old = old + 0.2 * torch.randn(old.shape, generator=rng, device=device)
+    advantages = torch.randn(sequences, generator=rng, device=device)
+    gains, weights = advantages[:, None].expand(old.shape), torch.full_like(old, 1 / old.numel())
+    pad = torch.nn.functional.pad
+    targets, flat_old, flat_weights = pad(chosen, (0, 1), value=-100), pad(old, (0, 1)), pad(weights, (0, 1))
+    offsets = torch.arange(0, sequences * length + 1, length, device=device)
+    upstream = [torch.ones((), device=device)]
+
+    def ours(backend: str | None = None) -> Run:
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            logprobs = token_logprob(x.flatten(0, 1), targets.flatten(), backend=backend).logprob
+            given = (logprobs, flat_old.flatten(), advantages, flat_weights.flatten())
+            bounds = dict(clip_low=LOW, clip_high=HIGH, dual_clip=DUAL)
+            return (policy_loss(*given, sequence_offsets=offsets, backend=backend, **bounds).loss,)
+
+        return forward_backward(loss, logits, upstream)
+
+    def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
+        return forward_backward(lambda x: function(x, chosen, old, gains, weights), logits, upstream)
+
+    def liger(module: ModuleType) -> Run:
+        if device.type != "cuda":
+            raise AttributeError("its Triton loss needs a GPU")
+        options = dict(
+            beta=0.0, temperature=1.0, eps_low=LOW, eps_high=HIGH, inplace=False, loss_type="dapo", reduce=True
+        )
+
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            return (module.triton_grpo_loss(x, old, None, chosen, advantages, **options)[0],)
+
+        return forward_backward(loss, logits, upstream)
+
+    elements = logits.numel()
+    return Case(
+        op="policy_loss",
+        shape=f"from logits, {sequences} x {length} x {vocabulary}",
+        dtype=str(dtype).removeprefix("torch."),
+        direction="forward + backward",
+        bytes=elements * logits.element_size() * 3,
+        flops=elements * 8,
+        contenders=[
+            Contender(OURS, ours()),
+            Contender("torch eager", plain(eager_from_logits)),
+            Contender("torch.compile", plain(compiled(eager_from_logits))),
+            *of_backends(ours, device),
+            rival("Liger, no dual clip", "liger_kernel.transformers.grpo_loss", liger),
+        ],
+        device=device,
+        tolerance=1e-3 if dtype == torch.float32 else 3e-2,
     )
 
 
@@ -86,3 +163,5 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yields the cases, one in memory at a time."""
     full = FULL + (LARGE if device.type == "cuda" else [])
     yield from (case(sequences, length, device) for sequences, length in (QUICK if quick else full))
+    if not quick:
+        yield case_from_logits(*(LOGITS_LARGE if device.type == "cuda" else LOGITS), device)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from benchmarks.harness import OURS, Case, Contender, Run, compiled
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends
 from benchmarks.rivals import without_gradient
+from benchmarks.timing import Run
 from v05.kernels import AttentionWeights, query_attention
 
 COUNT, WIDTH, HEADS, SIZE = 168, 6, 3, 1024
@@ -43,32 +45,28 @@ def around(filled: Tensor, queries: Tensor, w: AttentionWeights) -> tuple[Tensor
     return q, layer_norm(kv, (WIDTH,), w.key_norm_weight, w.key_norm_bias), kv
 
 
-def multihead(filled: Tensor, mask: Tensor) -> Attention:
-    """torch.nn.MultiheadAttention, its parameters replaced by ours."""
-    module = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=filled.device)
-
-    def run(queries: Tensor, *weights: Tensor) -> Tensor:
-        w = AttentionWeights(*weights)
-        names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-        own = dict(zip(names, weights[6:], strict=True))
-        options = dict(key_padding_mask=mask, need_weights=False)
-        return torch.func.functional_call(module, own, around(filled, queries, w), options)[0].flatten(1)
-
-    return run
+@cache
+def module_of(device: torch.device) -> torch.nn.MultiheadAttention:
+    """One whose parameters are replaced at each call."""
+    return torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=device)
 
 
-def sdpa(filled: Tensor, mask: Tensor) -> Attention:
+def multihead(filled: Tensor, mask: Tensor, queries: Tensor, *weights: Tensor) -> Tensor:
+    """torch.nn.MultiheadAttention."""
+    names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    own = dict(zip(names, weights[6:], strict=True))
+    inputs, options = around(filled, queries, AttentionWeights(*weights)), {"key_padding_mask": mask}
+    call = torch.func.functional_call(module_of(filled.device), own, inputs, options | {"need_weights": False})
+    return call[0].flatten(1)
+
+
+def sdpa(filled: Tensor, mask: Tensor, queries: Tensor, *weights: Tensor) -> Tensor:
     """The same with scaled_dot_product_attention called by hand."""
-    kept = ~mask[:, None, None]
-
-    def run(queries: Tensor, *weights: Tensor) -> Tensor:
-        w = AttentionWeights(*weights)
-        inputs = zip(around(filled, queries, w), w.in_weight.chunk(3), w.in_bias.chunk(3), strict=True)
-        q, k, v = (linear(x, a, b).unflatten(2, (HEADS, -1)).transpose(1, 2) for x, a, b in inputs)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=kept).transpose(1, 2).flatten(2)
-        return linear(attended, w.out_weight, w.out_bias).flatten(1)
-
-    return run
+    w = AttentionWeights(*weights)
+    inputs = zip(around(filled, queries, w), w.in_weight.chunk(3), w.in_bias.chunk(3), strict=True)
+    q, k, v = (linear(x, a, b).unflatten(2, (HEADS, -1)).transpose(1, 2) for x, a, b in inputs)
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=~mask[:, None, None]).transpose(1, 2).flatten(2)
+    return linear(attended, w.out_weight, w.out_bias).flatten(1)
 
 
 def bound(function: Attention, leaves: Sequence[Tensor], upstream: Tensor, backward: bool) -> Run:
@@ -83,10 +81,12 @@ def bound(function: Attention, leaves: Sequence[Tensor], upstream: Tensor, backw
     return run
 
 
-def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
+def case(
+    prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, device: torch.device, seed: int = 0
+) -> Case:
     lengths = lengths_of(prompts, kind)
     tokens, longest = sum(lengths), max(lengths)
-    rng = torch.Generator(device).manual_seed(0)
+    rng = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=rng, device=device) * scale
@@ -100,14 +100,19 @@ def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, devi
     scales = (SIZE**-0.5, *[1.0] * 9)
     weights = [normal(*shape, scale=scale) for shape, scale in zip(shapes, scales, strict=True)]
     leaves = [value.requires_grad_() for value in (normal(prompts, COUNT, WIDTH), *weights)]
-    fast = compiled(sdpa(filled, mask))
+
+    def ours(backend: str | None) -> Attention:
+        return lambda q, *w: query_attention(states, offsets, q, AttentionWeights(*w), heads=HEADS, backend=backend)
+
     functions: dict[str, Attention] = {
-        OURS: lambda q, *w: query_attention(states, offsets, q, AttentionWeights(*w), heads=HEADS),
-        "torch eager": multihead(filled, mask),
-        "SDPA": sdpa(filled, mask),
-        "torch.compile": fast,
+        OURS: ours(None),
+        "torch eager": partial(multihead, filled, mask),
+        "SDPA": partial(sdpa, filled, mask),
+        "torch.compile": partial(compiled(sdpa), filled, mask),
     }
     upstream = normal(prompts, COUNT * WIDTH) / prompts
+    contenders = [Contender(name, bound(run, leaves, upstream, backward)) for name, run in functions.items()]
+    contenders += of_backends(lambda name: bound(ours(name), leaves, upstream, backward), device)
     reads = 2 if backward else 1  # the gradient of the projection reads the states again
     return Case(
         op="query_attention",
@@ -116,9 +121,11 @@ def case(prompts: int, kind: str | int, dtype: torch.dtype, backward: bool, devi
         direction="forward + backward" if backward else "forward",
         bytes=reads * tokens * SIZE * states.element_size() + prompts * COUNT * WIDTH * 8,
         flops=tokens * (2 * SIZE * WIDTH * reads + COUNT * HEADS * (30 if backward else 10)),
-        contenders=[Contender(name, bound(run, leaves, upstream, backward)) for name, run in functions.items()],
+        contenders=contenders,
         device=device,
         tolerance=1e-3 if dtype == torch.float32 else 1e-1,
+        elements=states.numel(),
+        another=lambda other: case(prompts, kind, dtype, backward, device, other),
     )
 
 

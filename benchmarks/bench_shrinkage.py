@@ -7,19 +7,26 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, compiled
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends
+from benchmarks.timing import Run
 from v05.kernels import shrinkage
 from v05.testing import ragged_groups
 
 FULL, QUICK = [512, 4096, 65536], [512]
 
 
-def case(groups: int, device: torch.device) -> Case:
-    rewards, offsets, prior = (tensor.to(device) for tensor in ragged_groups(groups, 4, 16))
+def statistics(rewards: Tensor, offsets: Tensor, prior: Tensor, backend: str | None = "reference") -> Sequence[Tensor]:
+    """Everything but the counts that shrinkage returns."""
+    s = shrinkage(rewards, offsets, prior, backend=backend)
+    return s.mean, s.deviation, s.weight, s.baseline, s.mse, s.gain, s.planned
 
-    def run(backend: str | None) -> Sequence[Tensor]:
-        s = shrinkage(rewards, offsets, prior, backend=backend)
-        return s.mean, s.deviation, s.weight, s.baseline, s.mse, s.gain, s.planned
+
+def case(groups: int, device: torch.device, seed: int = 0) -> Case:
+    data = [tensor.to(device) for tensor in ragged_groups(groups, 4, 16, seed=seed)]
+    rewards = data[0]
+
+    def run(backend: str | None) -> Run:
+        return lambda: statistics(*data, backend=backend)
 
     size = rewards.element_size()
     return Case(
@@ -30,11 +37,14 @@ def case(groups: int, device: torch.device) -> Case:
         bytes=rewards.numel() * size + groups * (8 + size + 6 * size + 2 * 8 + 1),
         flops=rewards.numel() * 2 + groups * 40,
         contenders=[
-            Contender(OURS, lambda: run(None)),
-            Contender("torch eager", lambda: run("reference")),
-            Contender("torch.compile", compiled(lambda: run("reference"))),
+            Contender(OURS, run(None)),
+            Contender("torch eager", run("reference")),
+            Contender("torch.compile", lambda: compiled(statistics)(*data)),
+            *of_backends(run, device),
         ],
         device=device,
+        elements=rewards.numel(),
+        another=lambda other: case(groups, device, other),
     )
 
 

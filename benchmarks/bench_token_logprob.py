@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, compiled, rival
+from benchmarks.harness import OURS, Case, Contender, compiled, of_backends, rival
 from benchmarks.rivals import forward_backward, without_gradient
+from benchmarks.timing import Run
 from v05.kernels import token_logprob
 
 Both = Callable[[Tensor], Sequence[Tensor]]
@@ -29,41 +30,50 @@ def functions(targets: Tensor) -> dict[str, tuple[str, Callable[..., Both]]]:
     """Each contender: the modules it needs, and a function of them that makes logits -> (logprob, entropy)."""
 
     def trl(utils: ModuleType) -> Both:
-        chosen, entropy = utils.selective_log_softmax, utils.entropy_from_logits
-        return lambda x: (chosen(x, targets).float(), entropy(x).float())
+        both = utils.selective_log_softmax_and_entropy
+        return lambda x: tuple(values.float() for values in both(x, targets))
 
     def verl(functional: ModuleType) -> Both:
         chosen, entropy = functional.logprobs_from_logits, functional.entropy_from_logits
         return lambda x: (chosen(x, targets, inplace_backward=False).float(), entropy(x).float())
 
-    def flash_attn(module: ModuleType) -> Both:
-        raise AttributeError("flash-attn's cross-entropy has no entropy and needs a GPU")
-
-    fast = compiled(lambda x: eager(x, targets))
     return {
         OURS: ("", lambda: lambda x: token_logprob(x, targets)),
         "torch eager": ("", lambda: lambda x: eager(x, targets)),
-        "torch.compile": ("", lambda: fast),
+        "torch.compile": ("", lambda: lambda x: compiled(eager)(x, targets)),
         "TRL": ("trl.trainer.utils", trl),
         "verl": ("verl.utils.torch_functional", verl),
-        "flash-attn": ("flash_attn.ops.triton.cross_entropy", flash_attn),
     }
 
 
-def case(rows: int, columns: int, dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
-    rng = torch.Generator(device).manual_seed(0)
+def flash_attn(logits: Tensor, targets: Tensor, backward: bool, device: torch.device) -> Contender:
+    """flash-attn's cross-entropy, which is our log-prob with the sign turned."""
+    name = "flash-attn, no entropy"
+    if backward or device.type != "cuda":
+        return Contender(name, None, "has no entropy, so another gradient" if backward else "needs a GPU")
+
+    def make(module: ModuleType) -> Run:
+        return without_gradient(lambda: (-module.cross_entropy_loss(logits, targets)[0],))
+
+    return rival(name, "flash_attn.ops.triton.cross_entropy", make)
+
+
+def case(rows: int, columns: int, dtype: torch.dtype, backward: bool, device: torch.device, seed: int = 0) -> Case:
+    rng = torch.Generator(device).manual_seed(seed)
     logits = (torch.randn(rows, columns, generator=rng, device=device) * 3).to(dtype)
     targets = torch.randint(columns, (rows,), generator=rng, device=device)
     upstream = [torch.randn(rows, generator=rng, device=device) for _ in range(2)]
-    contenders = []
-    for name, (modules, make) in functions(targets).items():
 
-        def bound(*loaded: ModuleType, make: Callable[..., Both] = make) -> Callable[[], Sequence[Tensor]]:
-            both = make(*loaded)
-            return forward_backward(both, logits, upstream) if backward else without_gradient(lambda: both(logits))
+    def timed(both: Both) -> Run:
+        return forward_backward(both, logits, upstream) if backward else without_gradient(lambda: both(logits))
 
-        contenders.append(rival(name, modules, bound))
-    contenders.append(Contender("Liger", None, "no log-prob with entropy of given logits on a CPU"))
+    contenders = [
+        rival(name, modules, lambda *loaded, make=make: timed(make(*loaded)))
+        for name, (modules, make) in functions(targets).items()
+    ]
+    contenders += of_backends(lambda name: timed(lambda x: token_logprob(x, targets, backend=name)), device)
+    contenders.append(flash_attn(logits, targets, backward, device))
+    contenders.append(Contender("Liger", None, "no log-prob with entropy of given logits"))
     elements = rows * columns
     return Case(
         op="token_logprob",
@@ -75,6 +85,8 @@ def case(rows: int, columns: int, dtype: torch.dtype, backward: bool, device: to
         contenders=contenders,
         device=device,
         tolerance=1e-3 if dtype == torch.float32 else 3e-2,
+        elements=elements,
+        another=lambda other: case(rows, columns, dtype, backward, device, other),
     )
 
 

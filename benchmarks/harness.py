@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,8 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.ceilings import copier, matrix_rate
+from benchmarks.timing import (
+    Bystanders,
+    Clock,
+    Run,
+    clock_of,
+    host_microseconds,
+    inputs_needed,
+    peak_memory,
+    synchronise,
+)
+from v05.kernels.device import architecture
+
 OURS = "v05"
-Run = Callable[[], Sequence[Tensor]]
+GPU_BACKENDS = ("cuda", "triton")
+GRAPHED = 2**28  # bytes up to which a case is captured: a graph keeps what its calls allocate
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,9 @@ class Case:
     """One op on one input. `bytes` and `flops` are what any implementation must move and compute, exp counting as one.
 
     `tolerance` is the largest difference between a rival's tensors and ours, relative to max(1, |value|), at which they
-    count as having done the same work.
+    count as having done the same work. `elements` is the size that dispatch goes by. `another` makes the same case on
+    other inputs, from a seed: on a GPU a call then finds none of its inputs in the cache, since others were read in
+    between; without it a small input stays there.
     """
 
     op: str
@@ -48,15 +61,20 @@ class Case:
     contenders: list[Contender]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tolerance: float = 1e-3
+    elements: int = 0
+    another: Callable[[int], Case] | None = None
 
 
 class Row(NamedTuple):
     """One line of results.csv.
 
-    `direction` is the pass (column `pass`). `fraction_of_ceiling`: the time that a copy of as many bytes takes, over
-    the time taken. `ratio_to_ours`: the median over the rounds of the contender's time over ours, so above 1 where ours
-    is faster. `peak_mib`: memory needed on top of the inputs, outputs included. `other_load`: how many cores other
-    processes used while this was timed; far from 0, the times are unreliable.
+    `direction` is the pass (column `pass`). `fraction_of_ceiling`: the time that `ceiling` takes, over the time taken:
+    a copy of as many bytes, or as many FLOPs of a matrix product, whichever is longer. `ratio_to_ours`: the median over
+    the rounds of the contender's time over ours, so above 1 where ours is faster. `peak_mib`: memory needed on top of
+    the inputs, outputs included. `other_load`: how many cores other processes used while this was timed; far from 0,
+    the times are unreliable. `timed_by`: a replayed CUDA graph, which leaves the host out, CUDA events or the wall
+    clock. `host_us`: what a call costs the host of a GPU. `copy_gb_s` and `matrix_gflop_s`: the ceilings, measured in
+    the same run.
     """
 
     run: str
@@ -79,6 +97,13 @@ class Row(NamedTuple):
     versions: str
     commit: str
     note: str
+    timed_by: str
+    host_us: str
+    ceiling: str
+    copy_gb_s: str
+    matrix_gflop_s: str
+    elements: int
+    architecture: str
 
 
 @cache
@@ -111,57 +136,15 @@ def rival(name: str, modules: str, make: Callable[..., Run]) -> Contender:
         return Contender(name, None, f"not here: {error}".splitlines()[0])
 
 
+@cache
 def compiled(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
-    """torch.compile of a function for this shape alone."""
+    """torch.compile of a function for each shape alone; tensors are arguments, so that other inputs compile nothing."""
     return torch.compile(function, dynamic=False)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_ms(run: Run, device: torch.device) -> float:
-    """Milliseconds that one call takes: by CUDA events on a GPU, by the wall clock on a CPU."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    run()
-    return (time.perf_counter() - begin) * 1e3
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def peak_memory(run: Run, device: torch.device) -> int | None:
-    """Bytes that a call needs on top of what is held before it, outputs included; None where this is not measured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the largest resident size so far
-        before = _resident("VmRSS:")
-        run()
-        return max(0, _resident("VmHWM:") - before)
-    except (OSError, AttributeError):
-        return None
-
-
-def copier(size: int, device: torch.device) -> Run:
-    """The ceiling: a copy that reads and writes `size` bytes together."""
-    source = torch.ones(max(1, size // 8), dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return lambda: (target.copy_(source),)
+def of_backends(make: Callable[[str], Run], device: torch.device) -> list[Contender]:
+    """On a GPU, our own backends by name, `make(backend)` each: what dispatch's preference is drawn from."""
+    return [Contender(f"{OURS} {name}", make(name)) for name in GPU_BACKENDS] if device.type == "cuda" else []
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -199,44 +182,39 @@ def warm_up(case: Case) -> tuple[dict[str, Run], dict[str, str]]:
     return runs, notes
 
 
-def interleaved(runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Times of every run, round after round in alternating order, for about that many seconds.
+def clocks_of(case: Case, runs: dict[str, Run]) -> dict[str, Clock]:
+    """A clock for each contender and, under the empty name, for a copy of as many bytes."""
+    seeds = range(1, inputs_needed(case.bytes, case.device)) if case.another else ()
+    others = [{c.name: c.run for c in case.another(seed).contenders} for seed in seeds] if case.another else []
+    turns = {name: [run, *filter(None, (other[name] for other in others))] for name, run in runs.items()}
+    turns[""] = [copier(case.bytes, case.device) for _ in range(1 + len(others))]
+    return {name: clock_of(runs, case.device, graph=case.bytes <= GRAPHED) for name, runs in turns.items()}
 
-    What takes longer in one call than all the rounds may is timed by that call alone.
+
+def interleaved(clocks: dict[str, Clock], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds a call of every contender, round after round in alternating order, for about that many seconds.
+
+    What takes longer in one tick than all the rounds may is timed by that tick alone.
     """
     times: dict[str, list[float]] = {}
-    for name, run in runs.items():
+    for name, clock in clocks.items():
         synchronise(device)
-        times[name] = [time_ms(run, device)]
-    order = [name for name in runs if times[name][0] < seconds * 333 or name == OURS]
-    once = sum(times[name][0] for name in order)
-    rounds = int(min(400, max(5, seconds * 1e3 / max(once, 1e-3))))
+        times[name] = [clock.milliseconds()]
+    took = {name: times[name][0] * clock.calls for name, clock in clocks.items()}
+    order = [name for name in clocks if took[name] < seconds * 333 or name == OURS]
+    rounds = int(min(400, max(5, seconds * 1e3 / max(sum(took[name] for name in order), 1e-3))))
     for name in order:
         times[name] = []
     for i in range(rounds):
         for name in order if i % 2 == 0 else reversed(order):
             synchronise(device)
-            times[name].append(time_ms(runs[name], device))
+            times[name].append(clocks[name].milliseconds())
     return times
 
 
-class Bystanders:
-    """Counts the cores that other processes use while it is entered; `cores` is None where the system does not say."""
-
-    def _seconds(self) -> tuple[float, float, float]:
-        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, time.process_time()
-
-    def __enter__(self) -> Bystanders:
-        self.cores: float | None = None
-        self._before = self._seconds() if Path("/proc/stat").exists() else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            wall, busy, own = (after - before for after, before in zip(self._seconds(), self._before, strict=True))
-            self.cores = max(0.0, (busy - own) / wall)
+def text_of(value: float | None, pattern: str, unit: float = 1.0) -> str:
+    """A number as a cell, empty where it was not measured."""
+    return "" if value is None else pattern.format(value * unit)
 
 
 def percentiles(times: list[float]) -> tuple[str, str, str]:
@@ -249,22 +227,26 @@ def percentiles(times: list[float]) -> tuple[str, str, str]:
 def measure(case: Case, run_id: str, seconds: float) -> Iterator[Row]:
     """Warms up, times and describes every contender of a case, the missing ones too."""
     runs, notes = warm_up(case)
+    matrix = matrix_rate(case.device, torch.get_num_threads())
     with Bystanders() as others:
-        times = interleaved(runs | {"": copier(case.bytes, case.device)}, case.device, seconds)
-    copy = statistics.median(times[""])
+        clocks = clocks_of(case, runs)
+        times = interleaved(clocks, case.device, seconds)
+    copy, product = statistics.median(times[""]), case.flops / matrix * 1e3
+    del clocks[""]
+    hows = {name: clocks.pop(name).how for name in list(clocks)}  # a graph's memory goes back with it
     for contender in case.contenders:
         name = contender.name
-        p20 = p50 = p80 = ceiling = ratio = peak = ""
+        p20 = p50 = p80 = reached = ratio = peak = host = ""
         if name in runs:
             p20, p50, p80 = percentiles(times[name])
-            ceiling = f"{copy / statistics.median(times[name]):.3g}"
+            reached = f"{max(copy, product) / statistics.median(times[name]):.3g}"
             if len(times[name]) == 1:
                 ratio = f"{times[name][0] / statistics.median(times[OURS]):.3g}"
                 notes[name] = "; ".join(filter(None, [notes[name], "one call"]))
             else:
                 ratio = f"{statistics.median(a / b for a, b in zip(times[name], times[OURS], strict=True)):.3g}"
-            used = peak_memory(runs[name], case.device)
-            peak = "" if used is None else f"{used / 2**20:.1f}"
+            peak = text_of(peak_memory(runs[name], case.device), "{:.1f}", 2**-20)
+            host = text_of(host_microseconds(runs[name], case.device), "{:.1f}")
         yield Row(
             run_id,
             case.op,
@@ -277,13 +259,20 @@ def measure(case: Case, run_id: str, seconds: float) -> Iterator[Row]:
             p80,
             case.bytes,
             case.flops,
-            ceiling,
+            reached,
             ratio,
             peak,
             device_name(case.device),
             torch.get_num_threads(),
-            "" if others.cores is None else f"{others.cores:.2f}",
+            text_of(others.cores, "{:.2f}"),
             f"python {platform.python_version()}, torch {torch.__version__}",
             commit(),
             notes[name],
+            hows.get(name, ""),
+            host,
+            "copy" if copy >= product else "matrix",
+            f"{case.bytes / copy / 1e6:.4g}",
+            f"{matrix / 1e9:.4g}",
+            case.elements,
+            architecture(case.device.index or 0) if case.device.type == "cuda" else "",
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Run
+from benchmarks.timing import Run
 
 
 def forward_backward(function: Callable[[Tensor], Sequence[Tensor]], leaf: Tensor, upstream: Sequence[Tensor]) -> Run:

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "attention_binding.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -27,6 +28,12 @@ void shrinkage(Address rewards, Address offsets, Address prior, int64_t n, int64
                Address rollout_baseline, Address advantages) {
   v05::cpu::shrinkage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), n, groups, budget, at<T>(floats),
                       at<int64_t>(integers), at<bool>(more), at<T>(rollout_baseline), at<T>(advantages));
+}
+
+template <class T>
+void calibrated(const std::array<Address, 5>& in, int64_t n, int64_t groups, const v05::Budget<double>& budget,
+                const std::array<Address, 8>& out) {
+  v05::cpu::calibrated(v05::calibration_at<T>(in.data(), n, groups, budget, out.data()));
 }
 
 template <class T>
@@ -56,21 +63,6 @@ auto with_dtype(int code, const Run& run) {
     default:
       return run(v05::cpu::Float16{});
   }
-}
-
-// states, offsets, queries and the weights; stride, tokens, size, prompts, count, heads.
-template <class T>
-v05::AttentionInputs<T, v05::cpu::WideOf<T>> attention_inputs(const std::array<Address, 13>& tensors,
-                                                              const std::array<int64_t, 6>& sizes, double eps) {
-  using Wide = v05::cpu::WideOf<T>;
-  v05::AttentionInputs<T, Wide> in{};
-  in.states = at<T>(tensors[0]), in.offsets = at<int64_t>(tensors[1]), in.queries = at<Wide>(tensors[2]);
-  in.stride = sizes[0], in.tokens = sizes[1], in.size = sizes[2], in.prompts = sizes[3], in.count = sizes[4];
-  in.heads = int(sizes[5]), in.eps = Wide(eps);
-  in.weights = {at<Wide>(tensors[3]),  at<Wide>(tensors[4]),  at<Wide>(tensors[5]), at<Wide>(tensors[6]),
-                at<Wide>(tensors[7]),  at<Wide>(tensors[8]),  at<Wide>(tensors[9]), at<Wide>(tensors[10]),
-                at<Wide>(tensors[11]), at<Wide>(tensors[12])};
-  return in;
 }
 
 template <class T>
@@ -120,6 +112,14 @@ PYBIND11_MODULE(_cpu, m) {
         (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, n, groups,
                                                       {low, high, cost, k_init, k_max}, floats, integers, more,
                                                       rollout_baseline, advantages);
+      },
+      Guard());
+
+  m.def(
+      "calibrated",
+      [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
+         int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, bool wide) {
+        (wide ? calibrated<double> : calibrated<float>)(in, n, groups, {low, high, cost, k_init, k_max}, out);
       },
       Guard());
 
@@ -180,9 +180,8 @@ PYBIND11_MODULE(_cpu, m) {
         return with_dtype(dtype, [&](auto zero) {
           using T = decltype(zero);
           using Wide = v05::cpu::WideOf<T>;
-          return v05::cpu::query_attention<T>(
-              attention_inputs<T>(tensors, sizes, eps),
-              {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])}, at<Wide>(features));
+          return v05::cpu::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
+                                              v05::attention_saved<Wide>(saved), at<Wide>(features));
         });
       },
       Guard());
@@ -196,9 +195,8 @@ PYBIND11_MODULE(_cpu, m) {
           using Wide = v05::cpu::WideOf<T>;
           const auto wide = [&](int i) { return at<Wide>(gradients[static_cast<size_t>(i)]); };
           v05::cpu::query_attention_backward<T>(
-              attention_inputs<T>(tensors, sizes, eps),
-              {at<Wide>(saved[0]), at<Wide>(saved[1]), at<Wide>(saved[2]), at<Wide>(saved[3])}, at<Wide>(grad_features),
-              at<T>(gradients[0]), wide(1),
+              v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
+              at<Wide>(grad_features), at<T>(gradients[0]), wide(1),
               {wide(2), wide(3), wide(4), wide(5), wide(6), wide(7), wide(8), wide(9), wide(10), wide(11)});
         });
       },

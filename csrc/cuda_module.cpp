@@ -8,6 +8,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "attention_binding.h"
 #include "cuda/ops.h"
 
 namespace py = pybind11;
@@ -62,10 +63,46 @@ v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const st
           at<double>(tensors[2]), temperature};
 }
 
+// ---- query_attention -----------------------------------------------------------------------------------------------
+void query_attention(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
+                     const std::array<Address, 4>& saved, Address keys, Address features, Address stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = typename v05::cuda::WideOf<T>::type;
+    v05::cuda::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
+                                  v05::attention_saved<Wide>(saved), at<Wide>(keys), at<Wide>(features),
+                                  reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void query_attention_backward(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes,
+                              double eps, const std::array<Address, 4>& saved, Address grad_features,
+                              const std::array<Address, 5>& scratch, Address grad_states, Address grad_queries,
+                              const std::array<Address, 3>& sums, Address stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = typename v05::cuda::WideOf<T>::type;
+    v05::cuda::query_attention_backward<T>(
+        v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
+        at<Wide>(grad_features),
+        {at<Wide>(scratch[0]), at<Wide>(scratch[1]), at<Wide>(scratch[2]), at<Wide>(scratch[3]), at<Wide>(scratch[4])},
+        at<T>(grad_states), at<Wide>(grad_queries), {at<Wide>(sums[0]), at<Wide>(sums[1]), at<Wide>(sums[2])},
+        reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void bind_query_attention(py::module_& m) {
+  m.def("attention_query_blocks", &v05::cuda::attention_query_blocks);
+  m.def("attention_token_blocks", &v05::cuda::attention_token_blocks);
+  m.def("attention_chunks", &v05::cuda::attention_chunks);
+  m.def("query_attention", &query_attention);
+  m.def("query_attention_backward", &query_attention_backward);
+}
+
 template <class T>
 void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n,
                  int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
-                 const std::array<double, 9>& by, Address gradient, Address totals, Address stream) {
+                 const std::array<double, 9>& by, Address gradient, Address loss, Address metrics, Address stream) {
   v05::PolicyInputs<T> in{};
   in.logprobs = at<T>(inputs[0]), in.old_logprobs = at<T>(inputs[1]), in.advantages = at<T>(inputs[2]);
   in.weights = at<T>(inputs[3]), in.ref_logprobs = at<T>(inputs[4]), in.sampler_logprobs = at<T>(inputs[5]);
@@ -76,7 +113,8 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
   in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
   v05::cuda::PolicyScratch<T> space{at<T>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]),
                                     at<T>(scratch[3]), at<T>(scratch[4]), at<T>(scratch[5])};
-  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(totals), reinterpret_cast<cudaStream_t>(stream));
+  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(loss), at<T>(metrics),
+                         reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -90,6 +128,17 @@ PYBIND11_MODULE(_cuda, m) {
     (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, groups, {low, high, cost, k_init, k_max},
                                                   floats, integers, more, rollout_baseline, advantages, stream);
   });
+
+  m.def("calibrated",
+        [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
+           int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, Address stream, bool wide) {
+          const v05::Budget<double> budget{low, high, cost, k_init, k_max};
+          const auto on = reinterpret_cast<cudaStream_t>(stream);
+          if (wide)
+            v05::cuda::calibrated(v05::calibration_at<double>(in.data(), n, groups, budget, out.data()), on);
+          else
+            v05::cuda::calibrated(v05::calibration_at<float>(in.data(), n, groups, budget, out.data()), on);
+        });
 
   m.def("advantage", [](Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
                         int scale, double low, double high, double eps, Address out, Address stream, bool wide) {
@@ -127,8 +176,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("policy_loss",
         [](const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n, int64_t sequences,
            bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
-           Address gradient, Address totals, Address stream, bool wide) {
+           Address gradient, Address loss, Address metrics, Address stream, bool wide) {
           (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
-                                                            numbers, gradient, totals, stream);
+                                                            numbers, gradient, loss, metrics, stream);
         });
+
+  bind_query_attention(m);
 }

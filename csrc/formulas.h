@@ -7,8 +7,12 @@
 
 #if defined(__CUDACC__)
 #define V05_FN __host__ __device__ __forceinline__
+#define V05_UNROLL _Pragma("unroll")
+#define V05_ROLLED _Pragma("unroll 1")
 #else
 #define V05_FN inline __attribute__((always_inline))
+#define V05_UNROLL
+#define V05_ROLLED
 #endif
 
 namespace v05 {

@@ -58,7 +58,8 @@ struct PolicyInputs {
   PolicyNumbers<T> numbers;
 };
 
-constexpr int kHead = 2;  // width of a head of query_attention
+constexpr int kHead = 2;                                // width of a head of query_attention
+constexpr double kScoreScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
 constexpr int kMostHeads = 4, kMostWidth = kHead * kMostHeads;
 
 // Of query_attention, width E: projection [E, size], in [3 E, E] and in_bias [3 E] for queries, keys and values, out
@@ -85,8 +86,8 @@ struct AttentionInputs {
   V05_FN int width() const { return kHead * heads; }
 };
 
-// What the backward of query_attention needs: attended [prompts, width, count]; the largest score, and 1 over the sum of
-// powers relative to it (0 for a prompt without tokens), [prompts, heads, count]; the projected states kv [tokens,
+// What the backward of query_attention needs: attended [prompts, width, count]; the largest score, and 1 over the sum
+// of powers relative to it (0 for a prompt without tokens), [prompts, heads, count]; the projected states kv [tokens,
 // width].
 template <class Wide>
 struct AttentionSaved {

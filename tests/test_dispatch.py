@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v05.doctor import backends, devices, versions
-from v05.kernels import dispatch
+from v05.kernels import dispatch, wins
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -28,6 +28,30 @@ def test_every_backend_runs_or_says_why_not(op):
 def test_an_unknown_device_gets_the_reference():
     assert dispatch.choose("shrinkage", "meta") == "reference"
     assert "these are on meta" in dispatch.why_not("shrinkage", "cpu", "meta")
+
+
+def test_the_win_nearest_in_size_counts():
+    def win(elements, *order, op="token_logprob", architecture="sm_90"):
+        return wins.Win(op, architecture, "bfloat16", elements, order, "")
+
+    small, large = win(2**10, "triton", "cuda"), win(2**30, "cuda", "triton")
+    measured = [small, large, win(2**15, "triton", architecture="sm_80"), win(2**15, "cuda", op="shrinkage")]
+    for elements, expected in ((0, small), (2**19, small), (2**21, large), (2**40, large)):
+        assert wins.nearest(measured, "token_logprob", "sm_90", "bfloat16", elements) is expected
+    assert wins.nearest(measured, "token_logprob", "sm_90", "float32", 2**10) is None
+    assert wins.nearest(measured, "policy_loss", "sm_90", "bfloat16", 2**10) is None
+
+
+def test_the_wins_recorded_name_ops_and_backends_that_exist():
+    for win in wins.recorded():
+        assert win.op in dispatch.OPS
+        assert set(win.order) <= set(dispatch.BACKENDS)
+        assert win.elements > 0
+
+
+def test_a_cpu_tensor_gets_the_cpu_kernel():
+    assert dispatch.backend_for("shrinkage", torch.zeros(3)) == "cpu"
+    assert dispatch.backend_for("shrinkage", torch.zeros(3), "reference") == "reference"
 
 
 def test_doctor_reports_what_dispatch_chooses():

@@ -272,14 +272,47 @@ def test_nan_upstream_reaches_its_row_only(dtype):
     assert x.grad[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_gradient_in_place_has_the_same_bits_and_the_memory_of_the_logits(dtype, leaf):
+    source, targets = random_rows(37, 5003, dtype=dtype)
+    expected = source.clone().requires_grad_()
+    sum(values.sum() for values in token_logprob(expected, targets)).backward()
+    given = source.clone().requires_grad_()
+    logits = given if leaf else given * 1
+    sum(values.sum() for values in token_logprob(logits, targets, inplace_backward=True)).backward()
+    assert torch.equal(given.grad, expected.grad)
+    assert torch.equal(logits, expected.grad)
+
+
+def test_logits_that_are_gone_are_not_read_again():
+    source, targets = random_rows(5, 100)
+    logits = source.requires_grad_() * 1
+    other = (logits * logits).sum()  # keeps them for its own backward
+    logprob = token_logprob(logits, targets, inplace_backward=True).logprob.sum()
+    logprob.backward(retain_graph=True)
+    for lost in (logprob, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            lost.backward()
+
+
+def test_rows_that_lie_apart_get_a_gradient_of_their_own():
+    wide, targets = random_rows(5, 100)
+    before = wide.clone()
+    logits = wide[:, :50].requires_grad_()
+    token_logprob(logits, targets % 50, inplace_backward=True).logprob.sum().backward()
+    assert torch.equal(wide, before)
+    assert logits.grad.shape == logits.shape
+
+
 def test_opcheck():
     logits, targets = random_rows(5, 40)
     temperatures = torch.linspace(0.5, 2, 5)
     op = torch.ops.v05.token_logprob.default
     for dtype in (torch.float32, torch.bfloat16):
         x = logits.to(dtype).requires_grad_()
-        torch.library.opcheck(op, (x, targets, None, 0.9, -100, "cpu"))
-        torch.library.opcheck(op, (x, targets, temperatures, 1.0, -100, "cpu"))
+        torch.library.opcheck(op, (x, targets, None, 0.9, -100, False, "cpu"))
+        torch.library.opcheck(op, (x, targets, temperatures, 1.0, -100, True, "cpu"))
 
 
 def test_compiles_without_a_break():

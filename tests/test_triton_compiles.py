@@ -6,11 +6,13 @@ from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
+from v05.kernels.calibration import triton as calibration
+from v05.kernels.calibration.components import PRIOR_COUNT, STEPS
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
 from v05.kernels.query_attention import triton as query_attention
-from v05.kernels.query_attention import triton_backward, triton_forward
+from v05.kernels.query_attention import triton_backward, triton_forward, triton_states
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
@@ -32,6 +34,27 @@ def test_shrinkage(target, dtype, leave_one_out, advantages):
             target, shrinkage_kernel, types, {"LEAVE_ONE_OUT": leave_one_out, "ADVANTAGES": advantages, **BLOCKS}
         ),
     )
+
+
+CALIBRATION = {"offsets": "*i64", "graded": "*i1", "integers": "*i64", "more": "*i1", "groups": "i64"}
+CALIBRATION |= {"low": "fp64", "high": "fp64", "cost": "fp64", "k_init": "i64", "k_max": "i64"}
+
+
+def compile_calibration(target, kernel, dtype, constants, **options):
+    names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
+    types = {name: CALIBRATION.get(name, f"*{dtype}") for name in names}
+    assert_it_fits(target, compile_for(target, kernel, types, constants, **options))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_calibration(target, dtype):
+    compile_calibration(target, calibration.likelihood_kernel, dtype, BLOCKS)
+    fit = {"COUNT": PRIOR_COUNT, "STEPS": STEPS, "BLOCK_F": calibration.BLOCK_FIT}
+    compile_calibration(target, calibration.fit_kernel, dtype, fit, num_warps=calibration.FIT_WARPS)
+    for own in (False, True):
+        asked = {"LEAVE_ONE_OUT": own, "ADVANTAGES": True}
+        compile_calibration(target, calibration.calibrated_kernel, dtype, asked | BLOCKS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -139,7 +162,10 @@ def test_policy_loss_share_and_finish(target, dtype):
     block = {"BLOCK_T": policy_loss.BLOCK}
     kernel = triton_sequences.share_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
-    types = dict.fromkeys(("partial", "present", "totals"), f"*{dtype}") | {"programs": "i64", "sequences": "i64"}
+    types = dict.fromkeys(("partial", "present", "loss", "metrics"), f"*{dtype}") | {
+        "programs": "i64",
+        "sequences": "i64",
+    }
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))
 
 
@@ -153,12 +179,12 @@ ATTENTION_TILES = {
         "BLOCK_T": query_attention.TURNED_T,
         "BLOCK_Q": query_attention.TURNED_Q,
     },
-    triton_backward.projection_backward_kernel: {
+    triton_states.projection_backward_kernel: {
         "BLOCK_T": query_attention.BLOCK_ROWS,
         "BLOCK_D": query_attention.BLOCK_COLUMNS,
         "CHUNK": query_attention.CHUNK,
     },
-    triton_backward.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
+    triton_states.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
 }
 
 

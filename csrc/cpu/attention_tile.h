@@ -67,8 +67,7 @@ V05_INLINE void layer_norm_backward(const Tile<Wide>& grad, const Tile<Wide>& ha
   for (int lane = 0; lane < kTileRows; ++lane) mean[lane] *= share, along[lane] *= share;
   for (int e = 0; e < width; ++e)
     for (int lane = 0; lane < kTileRows; ++lane)
-      out->at[e][lane] =
-          (grad.at[e][lane] * scale[e] - mean[lane] - hat.at[e][lane] * along[lane]) * inverse[lane];
+      out->at[e][lane] = (grad.at[e][lane] * scale[e] - mean[lane] - hat.at[e][lane] * along[lane]) * inverse[lane];
 }
 
 // y = weight x + bias, weight [width, width].
@@ -164,8 +163,7 @@ std::unique_ptr<Wide[]> scratch(int64_t size) {
   return std::unique_ptr<Wide[]>(new Wide[static_cast<size_t>(size)]);
 }
 
-constexpr double kScale = 0.70710678118654752440;  // 1 / sqrt(kHead)
-constexpr int64_t kTokensPerSum = 256;             // summed up by themselves, so that rounding does not pile up
+constexpr int64_t kTokensPerSum = 256;  // summed up by themselves, so that rounding does not pile up
 constexpr int64_t kScoresPerThread = 16384;
 
 }  // namespace v05::cpu

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "calibration.h"
 #include "formulas.h"
 #include "half.h"
 #include "inputs.h"
@@ -22,6 +23,9 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
                const Budget<double>& budget, T* floats, int64_t* integers, bool* more, T* rollout_baseline,
                T* advantages);
 
+template <class T>
+void calibrated(const Calibration<T>& in);
+
 // lengths [n], where not null, weigh the rewards in the statistics of the batch.
 template <class T>
 void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T* lengths, int64_t n, int64_t groups,
@@ -38,7 +42,8 @@ constexpr double kLowestTemperature = 1e-6, kHighestTemperature = 1e6;
 template <class T>
 int64_t token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<WideOf<T>>& out);
 
-// grad_logits [count, vocabulary] without gaps; a null gradient is 0.
+// grad_logits [count, vocabulary] without gaps, or the logits themselves; a null gradient is 0. A target that is not in
+// the vocabulary but not ignored either belongs to columns that are elsewhere.
 template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const WideOf<T>>& saved,
                             const WideOf<T>* grad_logprob, const WideOf<T>* grad_entropy, T* grad_logits);

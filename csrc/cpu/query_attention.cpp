@@ -92,8 +92,7 @@ template <class T>
 struct MakeKeys {
   using Wide = WideOf<T>;
 
-  static V05_INLINE void run(AttentionInputs<T, Wide> in, Wide* kv, Wide* keys, int64_t begin, int64_t end,
-                             bool* bad) {
+  static V05_INLINE void run(AttentionInputs<T, Wide> in, Wide* kv, Wide* keys, int64_t begin, int64_t end, bool* bad) {
     Tile<Wide> x;
     Keys<Wide> made;
     const int width = in.width();
@@ -123,7 +122,7 @@ struct MakeQueries {
       made.make(in.queries + (b * in.count + first) * width, live_rows(first, in.count), in.weights, width, in.eps);
       for (int e = 0; e < width; ++e)
         for (int lane = 0; lane < kTileRows; ++lane)
-          q[(b * width + e) * tiles * kTileRows + first + lane] = made.q.at[e][lane] * Wide(kScale);
+          q[(b * width + e) * tiles * kTileRows + first + lane] = made.q.at[e][lane] * Wide(kScoreScale);
     }
   }
 };
@@ -259,9 +258,8 @@ bool query_attention(const AttentionInputs<T, WideOf<T>>& in, const AttentionSav
     vectorised<MakeKeys<T>>(in, saved.kv, keys.get(), begin, end, &bad);
     if (bad) good = false;
   });
-  parallel_for(in.prompts * tiles, rows * width, kScoresPerThread, [&](int64_t begin, int64_t end) {
-    vectorised<MakeQueries<T>>(in, q.get(), begin, end);
-  });
+  parallel_for(in.prompts * tiles, rows * width, kScoresPerThread,
+               [&](int64_t begin, int64_t end) { vectorised<MakeQueries<T>>(in, q.get(), begin, end); });
   parallel_for(tiles * in.heads * in.prompts, in.count * in.heads * in.tokens, kScoresPerThread,
                [&](int64_t begin, int64_t end) {
                  vectorised<AttendAll<T>>(in, saved, static_cast<const Wide*>(q.get()),
@@ -275,9 +273,8 @@ bool query_attention(const AttentionInputs<T, WideOf<T>>& in, const AttentionSav
   return good;
 }
 
-#define V05_INSTANTIATE(T)                                                                                \
-  template bool query_attention<T>(const AttentionInputs<T, WideOf<T>>&, const AttentionSaved<WideOf<T>>&, \
-                                   WideOf<T>*);
+#define V05_INSTANTIATE(T) \
+  template bool query_attention<T>(const AttentionInputs<T, WideOf<T>>&, const AttentionSaved<WideOf<T>>&, WideOf<T>*);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)
 V05_INSTANTIATE(BFloat16)

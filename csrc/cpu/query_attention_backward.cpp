@@ -29,8 +29,8 @@ struct Sums {
 template <class Wide>
 struct Shared {
   const Wide* grad_features;
-  Wide *keys, *grad_keys;  // [heads, tokens, 4]
-  Wide* queries;           // [prompts, heads, kQueryRows, padded]
+  Wide *keys, *grad_keys;   // [heads, tokens, 4]
+  Wide* queries;            // [prompts, heads, kQueryRows, padded]
   Wide *grad_kv, *partial;  // [tokens, width], [chunks, width, size]
   Sums *of_prompts, *of_chunks;
   double* grad_bias;  // of the projection: [chunks, kMostWidth]
@@ -72,8 +72,7 @@ struct MakeQueries {
         linear_backward(grad, in.weights.out, width, false, &by_attended);
         for (int e = 0; e < width; ++e)
           for (int lane = 0; lane < kTileRows; ++lane)
-            attended.at[e][lane] =
-                lane < live ? saved.attended[(b * width + e) * in.count + first + lane] : Wide(0);
+            attended.at[e][lane] = lane < live ? saved.attended[(b * width + e) * in.count + first + lane] : Wide(0);
         add_outer(grad, attended, live, width, by.of_prompts[b].first);
         for (int head = 0; head < in.heads; ++head) {
           Wide* rows = by.queries + (b * in.heads + head) * kQueryRows * by.padded + first;
@@ -82,8 +81,8 @@ struct MakeQueries {
           for (int lane = 0; lane < kTileRows; ++lane) {
             const Wide inverse = lane < live ? saved.inverse[own + lane] : Wide(0);
             const Wide g0 = by_attended.at[e0][lane] * inverse, g1 = by_attended.at[e1][lane] * inverse;
-            rows[kQ0 * by.padded + lane] = lane < live ? made.q.at[e0][lane] * Wide(kScale) : Wide(0);
-            rows[kQ1 * by.padded + lane] = lane < live ? made.q.at[e1][lane] * Wide(kScale) : Wide(0);
+            rows[kQ0 * by.padded + lane] = lane < live ? made.q.at[e0][lane] * Wide(kScoreScale) : Wide(0);
+            rows[kQ1 * by.padded + lane] = lane < live ? made.q.at[e1][lane] * Wide(kScoreScale) : Wide(0);
             rows[kLargest * by.padded + lane] = lane < live ? saved.largest[own + lane] : Wide(0);
             rows[kG0 * by.padded + lane] = g0;
             rows[kG1 * by.padded + lane] = g1;
@@ -178,7 +177,7 @@ struct FinishQueries {
         for (int e = 0; e < width; ++e) {
           const int64_t row = (b * in.heads + e / kHead) * kQueryRows + kGradQ0 + e % kHead;
           for (int lane = 0; lane < kTileRows; ++lane)
-            grad.at[e][lane] = by.queries[row * by.padded + first + lane] * Wide(kScale);
+            grad.at[e][lane] = by.queries[row * by.padded + first + lane] * Wide(kScoreScale);
         }
         add_outer(grad, made.hat, live, width, by.of_prompts[b].second);
         linear_backward(grad, in.weights.in, width, false, &by_affine);
@@ -233,10 +232,8 @@ V05_INLINE void add_projection(const AttentionInputs<T, Wide>& in, const Wide* g
       }
       for (int e = 0; e < width; ++e) {
         Wide g[kGroup], *__restrict out = partial + e * in.size + begin;
-        for (int row = 0; row < kGroup; ++row)
-          g[row] = t + row < last ? grad_kv[(t + row) * width + e] : Wide(0);
-        for (int64_t i = 0; i < n; ++i)
-          out[i] += (g[0] * x[0][i] + g[1] * x[1][i]) + (g[2] * x[2][i] + g[3] * x[3][i]);
+        for (int row = 0; row < kGroup; ++row) g[row] = t + row < last ? grad_kv[(t + row) * width + e] : Wide(0);
+        for (int64_t i = 0; i < n; ++i) out[i] += (g[0] * x[0][i] + g[1] * x[1][i]) + (g[2] * x[2][i] + g[3] * x[3][i]);
       }
     }
 }
@@ -352,30 +349,27 @@ void query_attention_backward(const AttentionInputs<T, WideOf<T>>& in, const Att
   auto grad_kv = scratch<Wide>(in.tokens * width), partial = scratch<Wide>(chunks * width * in.size);
   auto of_prompts = std::make_unique<Sums[]>(in.prompts), of_chunks = std::make_unique<Sums[]>(chunks);
   auto grad_bias = std::make_unique<double[]>(chunks * kMostWidth);
-  const Shared<Wide> by{grad_features,    keys.get(),       grad_keys.get(), queries.get(),   grad_kv.get(),
-                        partial.get(),    of_prompts.get(), of_chunks.get(), grad_bias.get(), padded};
+  const Shared<Wide> by{grad_features, keys.get(),       grad_keys.get(), queries.get(),   grad_kv.get(),
+                        partial.get(), of_prompts.get(), of_chunks.get(), grad_bias.get(), padded};
   if (grad_states) prefer_large_pages(grad_states, in.tokens * in.size * int64_t(sizeof(T)));
-  parallel_for(tiles_of(in.tokens), in.tokens * width, kScoresPerThread, [&](int64_t begin, int64_t end) {
-    vectorised<MakeKeys<T>>(in, saved.kv, by.keys, begin, end);
-  });
-  parallel_for(in.prompts, in.prompts * in.count * width, kScoresPerThread, [&](int64_t begin, int64_t end) {
-    vectorised<MakeQueries<T>>(in, saved, by, begin, end);
-  });
+  parallel_for(tiles_of(in.tokens), in.tokens * width, kScoresPerThread,
+               [&](int64_t begin, int64_t end) { vectorised<MakeKeys<T>>(in, saved.kv, by.keys, begin, end); });
+  parallel_for(in.prompts, in.prompts * in.count * width, kScoresPerThread,
+               [&](int64_t begin, int64_t end) { vectorised<MakeQueries<T>>(in, saved, by, begin, end); });
   parallel_for(in.heads * in.prompts, scores, kScoresPerThread, [&](int64_t begin, int64_t end) {
     auto grad_q = scratch<Wide>(kHead * padded);
     vectorised<AttendBackward<T>>(in, by, grad_q.get(), begin, end);
   });
-  parallel_for(in.prompts, in.prompts * in.count * width, kScoresPerThread, [&](int64_t begin, int64_t end) {
-    vectorised<FinishQueries<T>>(in, by, grad_queries, begin, end);
-  });
+  parallel_for(in.prompts, in.prompts * in.count * width, kScoresPerThread,
+               [&](int64_t begin, int64_t end) { vectorised<FinishQueries<T>>(in, by, grad_queries, begin, end); });
   parallel_for(chunks, in.tokens * in.size, kScoresPerThread, [&](int64_t begin, int64_t end) {
     vectorised<FinishTokens<T>>(in, saved.kv, by, grad_states, begin, end);
   });
   write_weights(in, by, chunks, grad_weights);
 }
 
-#define V05_INSTANTIATE(T)                                                                                          \
-  template void query_attention_backward<T>(const AttentionInputs<T, WideOf<T>>&,                                   \
+#define V05_INSTANTIATE(T)                                                                                            \
+  template void query_attention_backward<T>(const AttentionInputs<T, WideOf<T>>&,                                     \
                                             const AttentionSaved<const WideOf<T>>&, const WideOf<T>*, T*, WideOf<T>*, \
                                             const AttentionWeights<WideOf<T>>&);
 V05_INSTANTIATE(float)

@@ -147,8 +147,8 @@ struct Backward {
   static V05_INLINE void run(LogprobRows<T> rows, LogprobOutputs<const Wide> saved, const Wide* grad_logprob,
                              const Wide* grad_entropy, T* grad_logits, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const T* __restrict x = rows.logits + t * rows.stride;
-      T* __restrict out = grad_logits + t * rows.vocabulary;
+      const T* x = rows.logits + t * rows.stride;
+      T* out = grad_logits + t * rows.vocabulary;
       double scale = 1 / rows.temperature_of(t);
       double g_l = grad_logprob ? scale * grad_logprob[t] : 0, g_h = grad_entropy ? scale * grad_entropy[t] : 0;
       Wide max = saved.max[t], log_sum = saved.log_sum[t], inverse_temperature = Wide(scale);
@@ -158,11 +158,15 @@ struct Backward {
         continue;
       }
       Wide constant = Wide(-g_l - g_h * saved.entropy[t]), slope = Wide(-g_h);
+      bool inside = target >= 0 && target < rows.vocabulary;
+      Wide chosen = inside ? widen(x[target]) : Wide(0);  // read before out, which may be x itself, is written
+#pragma GCC ivdep
       for (int64_t j = 0; j < rows.vocabulary; ++j) {
         Wide l = (widen(x[j]) - max) * inverse_temperature - log_sum;
         narrow(exp_negative(l) * (constant + slope * zero_unless(l > Wide(kNegligible), l)), out + j);
       }
-      double l = (double(widen(x[target])) - max) * scale - log_sum;
+      if (!inside) continue;
+      double l = (double(chosen) - max) * scale - log_sum;
       double p = std::exp(l), spread = p > 0 ? p * (l + saved.entropy[t]) : 0;
       narrow(Wide(-g_l * std::expm1(l) - g_h * spread), out + target);
     }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "calibration.h"
 #include "formulas.h"
 #include "inputs.h"
 
@@ -16,6 +17,9 @@ namespace v05::cuda {
 template <class T>
 void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream);
+
+template <class T>
+void calibrated(const Calibration<T>& in, cudaStream_t stream);
 
 // moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's.
 template <class T>
@@ -52,9 +56,44 @@ struct PolicyScratch {
 // How many blocks of policy_loss share n tokens.
 int64_t policy_blocks(int64_t n);
 
-// gradient [n] is that of the loss by the log-probabilities; totals [kPolicySums].
+// gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1].
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* totals,
+void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream);
+
+// Scratch of query_attention: keys [heads, tokens, 4].
+template <class T>
+void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
+                     const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* keys,
+                     typename WideOf<T>::type* features, cudaStream_t stream);
+
+// How many blocks of query_attention_backward share n queries, tokens, and chunks of tokens.
+int64_t attention_query_blocks(int64_t n);
+int64_t attention_token_blocks(int64_t n);
+int64_t attention_chunks(int64_t n);
+
+// Scratch of the backward: keys and by_keys [heads, tokens, 4], queries [prompts, heads, count, 8], by_queries
+// [prompts, width, count], by_kv [tokens, width].
+template <class Wide>
+struct AttentionScratch {
+  Wide *keys, *by_keys, *queries, *by_queries, *by_kv;
+};
+
+// Sums of gradient x input, [width, width + 1] each, the last column without the input: of_queries [query blocks, 2] of
+// the output and the query projection, of_tokens [token blocks, 3] of keys, values, and the projection of the states
+// (its last column alone); of_states [chunks, width, size], for the weight of that projection.
+template <class Wide>
+struct AttentionSums {
+  Wide *of_queries, *of_tokens, *of_states;
+};
+
+// grad_states [tokens, size], where not null, without gaps.
+template <class T>
+void query_attention_backward(const AttentionInputs<T, typename WideOf<T>::type>& in,
+                              const AttentionSaved<const typename WideOf<T>::type>& saved,
+                              const typename WideOf<T>::type* grad_features,
+                              const AttentionScratch<typename WideOf<T>::type>& scratch, T* grad_states,
+                              typename WideOf<T>::type* grad_queries,
+                              const AttentionSums<typename WideOf<T>::type>& sums, cudaStream_t stream);
 
 }  // namespace v05::cuda

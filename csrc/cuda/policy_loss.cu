@@ -186,17 +186,17 @@ __global__ void __launch_bounds__(kThreads)
     if (in.weights[i] != T(0)) gradient[i] += log_ratio(in.logprobs[i], in.old_logprobs[i]).slope * part;
 }
 
-// Adds one field up; kSequences from the sequences, the others from the blocks of token_kernel.
+// Adds one field up, the loss or a metric; kSequences from the sequences, the others from the blocks of token_kernel.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(PolicyScratch<T> scratch, int64_t blocks, int64_t sequences, T* __restrict__ totals) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(PolicyScratch<T> scratch, int64_t blocks, int64_t sequences,
+                                                          T* __restrict__ loss, T* __restrict__ metrics) {
   const int field = blockIdx.x;
   const T* values = field == kSequences ? scratch.present : scratch.partial + field * blocks;
   const int64_t length = field == kSequences ? sequences : blocks;
   double total = 0;
   for (int64_t i = threadIdx.x; i < length; i += kThreads) total += values[i];
   total = block_sum(total);
-  if (threadIdx.x == 0) totals[field] = T(total);
+  if (threadIdx.x == 0) *(field == kLoss ? loss : metrics + field - 1) = T(total);
 }
 
 }  // namespace
@@ -204,18 +204,18 @@ __global__ void __launch_bounds__(kThreads)
 int64_t policy_blocks(int64_t n) { return (n + kBlockTokens - 1) / kBlockTokens; }
 
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* totals,
+void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n)), sequences = static_cast<unsigned>(in.sequences);
   if (sequences) sequence_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch);
   if (blocks) token_kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, gradient);
   if (blocks && in.sequence_level) share_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch, gradient);
-  finish_kernel<<<kPolicySums, kThreads, 0, stream>>>(scratch, blocks, in.sequences, totals);
+  finish_kernel<<<kPolicySums, kThreads, 0, stream>>>(scratch, blocks, in.sequences, loss, metrics);
   check_launch("policy_loss");
 }
 
 #define V05_INSTANTIATE(T) \
-  template void policy_loss<T>(const PolicyInputs<T>&, const PolicyScratch<T>&, T*, T*, cudaStream_t);
+  template void policy_loss<T>(const PolicyInputs<T>&, const PolicyScratch<T>&, T*, T*, T*, cudaStream_t);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)
 

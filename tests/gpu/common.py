@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from v05.kernels import group_advantage, policy_loss, shrinkage, token_logprob
+from v05.kernels import group_advantage, policy_loss, query_attention, shrinkage, token_logprob
 from v05.kernels.advantage.estimators import ESTIMATORS, SCALES
 from v05.kernels.device import interpreting
-from v05.testing import RaggedTokens, assert_as_exact_as, poisoned_outputs, ragged_groups, ragged_tokens
+from v05.testing import (
+    RaggedStates,
+    RaggedTokens,
+    assert_as_exact_as,
+    poisoned_outputs,
+    ragged_groups,
+    ragged_states,
+    ragged_tokens,
+)
 
 DRY_RUN = os.environ.get("V05_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -126,6 +134,21 @@ def run_token_logprob(backend: str | None, data: Rows, use: str = "both", upstre
     return {"logprob": outputs.logprob.detach(), "entropy": outputs.entropy.detach(), "gradient": gradient}
 
 
+def run_query_attention(backend: str | None, data: RaggedStates, for_states: bool = True, **options) -> Outputs:
+    """Features, and the gradients of a weighted sum of them by the states (where wanted), queries and weights."""
+    frozen = ("offsets",) if for_states else ("offsets", "states")
+    leaves = {name: value.detach().requires_grad_() for name, value in data._asdict().items() if name not in frozen}
+    given = data._replace(**leaves)
+    heads = given.queries.shape[2] // 2
+    features = query_attention(
+        given.states, given.offsets, given.queries, given.weights, heads=heads, backend=backend, **options
+    )
+    weights = torch.linspace(-1.5, 1, features.shape[1], dtype=features.dtype, device=features.device)
+    gradients = torch.autograd.grad(features, list(leaves.values()), weights.expand_as(features))
+    named = {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}
+    return {"features": features.detach(), **named}
+
+
 class Op(NamedTuple):
     """An op as the tests of streams, graphs and bits see it: `make(size, seed)` gives the data that `run` takes."""
 
@@ -149,6 +172,12 @@ def _rows(size: int, seed: int = 0):
     return rows_of(size, 1003, seed=seed)
 
 
+def _states(size: int, seed: int = 0):
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 90, (size // 10 + 1,), generator=rng)
+    return on_device(ragged_states(lengths, count=scaled(40, 7), size=48, seed=seed))
+
+
 OPS = {
     "shrinkage": Op(_groups, run_shrinkage, dict(leave_one_out=True, advantages=True)),
     "advantage by group": Op(_groups, run_advantage, dict(estimator="grpo")),
@@ -158,6 +187,7 @@ OPS = {
         _tokens, run_policy_loss, dict(surrogate="sapo", level="sequence", correction="sequence_truncate")
     ),
     "token_logprob": Op(_rows, run_token_logprob, dict(temperature=0.7)),
+    "query_attention": Op(_states, run_query_attention, {}),
 }
 
 

@@ -20,13 +20,14 @@ from common import (
     rows_of,
     run_advantage,
     run_policy_loss,
+    run_query_attention,
     run_shrinkage,
     run_token_logprob,
     tokens_of,
 )
 
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, SURROGATES
-from v05.testing import ragged_groups
+from v05.testing import ragged_groups, ragged_states
 
 WORKING = (torch.float32, torch.float64)
 
@@ -72,12 +73,20 @@ def logprob_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{name}, not aligned", partial(run_token_logprob, backend, data._replace(logits=shifted))
 
 
+def attention_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype, heads, wanted in itertools.product(DTYPES, (1, 3, 4), (False, True)):
+        data = on_device(ragged_states([3, 0, 70, 1], count=37, heads=heads, size=141, dtype=dtype))
+        call = partial(run_query_attention, backend, data, for_states=wanted)
+        yield f"query_attention {dtype}, {heads} heads, gradient of the states {wanted}", call
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", action="append", help="may be repeated; cuda and triton if not given")
     failed = 0
     for backend in parser.parse_args().backend or ("cuda", "triton"):
-        for name, call in itertools.chain(groups_calls(backend), policy_calls(backend), logprob_calls(backend)):
+        calls = (groups_calls, policy_calls, logprob_calls, attention_calls)
+        for name, call in itertools.chain.from_iterable(make(backend) for make in calls):
             print(f"{backend} {name}", flush=True)
             try:
                 call()

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 530  # seconds for everything
 TAIL = 12  # lines of a failed step's log in the summary
-OPS = ("token_logprob", "policy_loss", "shrinkage", "advantage")
+OPS = ("token_logprob", "policy_loss", "shrinkage", "advantage", "query_attention")
 PROBE = """
 import sys, torch
 if not torch.cuda.is_available(): sys.exit(1)

@@ -75,6 +75,15 @@ def test_more_rows_than_a_grid_axis_holds_blocks(backend, dtype):
     compare(run_token_logprob, backend, rows_of(scaled(70_001, 50), 65, dtype))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_in_place_has_the_same_bits(kernel, dtype):
+    data = rows_of(24, 3001, dtype)
+    expected = run_token_logprob(kernel, data)
+    own = data._replace(logits=data.logits.clone())
+    assert_same_bits(run_token_logprob(kernel, own, inplace_backward=True), expected)
+
+
 def test_no_rows_and_none_that_counts(backend):
     compare(run_token_logprob, backend, rows_of(0, 7))
     data = rows_of(24, 70)

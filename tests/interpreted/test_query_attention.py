@@ -68,6 +68,10 @@ def test_the_same_bits_alone_and_from_strided_rows():
     own = data.states.split(lengths)
     for i in range(3):
         alone = query_attention(
-            own[i], offsets_of(torch.tensor(lengths[i : i + 1])), data.queries[i : i + 1], data.weights, backend="triton"
+            own[i],
+            offsets_of(torch.tensor(lengths[i : i + 1])),
+            data.queries[i : i + 1],
+            data.weights,
+            backend="triton",
         )
         assert torch.equal(alone, whole[0][i : i + 1])

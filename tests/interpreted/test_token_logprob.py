@@ -53,6 +53,16 @@ def test_strided_rows_and_the_same_bits_alone():
     assert torch.equal(whole.entropy[2:], single.entropy)
 
 
+def test_a_gradient_in_place_has_the_same_bits():
+    source = torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for inplace in (False, True):
+        logits = source.clone().requires_grad_()
+        outputs = token_logprob(logits, torch.arange(5), inplace_backward=inplace, backend="triton")
+        gradients += torch.autograd.grad([values.sum() for values in outputs], logits)
+    assert torch.equal(*gradients)
+
+
 def test_no_rows():
     logprob, entropy = token_logprob(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), backend="triton")
     assert logprob.numel() == entropy.numel() == 0

@@ -23,6 +23,18 @@ def shrinkage(
     advantages: int,
     wide: bool,
 ) -> None: ...
+def calibrated(
+    inputs: Sequence[int],
+    n: int,
+    groups: int,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    outputs: Sequence[int],
+    wide: bool,
+) -> None: ...
 def advantage(
     rewards: int,
     offsets: int,

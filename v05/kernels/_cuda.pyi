@@ -20,6 +20,19 @@ def shrinkage(
     stream: int,
     wide: bool,
 ) -> None: ...
+def calibrated(
+    inputs: Sequence[int],
+    n: int,
+    groups: int,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    outputs: Sequence[int],
+    stream: int,
+    wide: bool,
+) -> None: ...
 def advantage(
     rewards: int,
     offsets: int,
@@ -64,7 +77,34 @@ def policy_loss(
     kinds: Sequence[int],
     numbers: Sequence[float],
     gradient: int,
-    totals: int,
+    loss: int,
+    metrics: int,
     stream: int,
     wide: bool,
+) -> None: ...
+def attention_query_blocks(n: int) -> int: ...
+def attention_token_blocks(n: int) -> int: ...
+def attention_chunks(n: int) -> int: ...
+def query_attention(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    keys: int,
+    features: int,
+    stream: int,
+) -> None: ...
+def query_attention_backward(
+    dtype: int,
+    tensors: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    saved: Sequence[int],
+    grad_features: int,
+    scratch: Sequence[int],
+    grad_states: int,
+    grad_queries: int,
+    sums: Sequence[int],
+    stream: int,
 ) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,3 +23,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def stream_of(tensor: Tensor) -> int:
     """Address of the current stream of the tensor's GPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+@cache
+def architecture(index: int) -> str:
+    """What a GPU's code is compiled for, such as `"sm_90"`, or `"gfx942"` on AMD."""
+    properties = torch.cuda.get_device_properties(index)
+    amd: str = getattr(properties, "gcnArchName", "").split(":")[0]
+    return amd if torch.version.hip else f"sm_{properties.major}{properties.minor}"

@@ -8,11 +8,13 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from v05.kernels.device import interpreting
+from v05.kernels import wins
+from v05.kernels.device import architecture, interpreting
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("shrinkage", "advantage", "policy_loss", "token_logprob", "query_attention")
+OPS = ("shrinkage", "calibration", "advantage", "policy_loss", "token_logprob", "query_attention")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -63,6 +65,32 @@ def choose(op: str, device_type: str, backend: str | None = None) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend
+
+
+def backend_for(op: str, tensor: Tensor, backend: str | None = None) -> str:
+    """Names the backend that runs an op on a tensor: `choose`, and on a GPU the one that won where it was measured.
+
+    Without a measurement of the op, dtype and architecture the order is cuda, triton; of several, the one nearest in
+    size counts. While torch.compile traces, sizes are not looked at.
+
+    Args:
+        op: one of `OPS`.
+        tensor: the input whose device, dtype and number of elements decide.
+        backend: None, or one of `BACKENDS`.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`.
+    """
+    if backend is None and tensor.is_cuda and not torch.compiler.is_compiling():
+        return _fastest(op, architecture(tensor.device.index), str(tensor.dtype)[6:], tensor.numel().bit_length())
+    return choose(op, tensor.device.type, backend)
+
+
+@cache
+def _fastest(op: str, arch: str, dtype: str, bits: int) -> str:
+    win = wins.nearest(wins.recorded(), op, arch, dtype, 1 << bits)
+    order = (*(win.order if win else ()), *_PREFERENCE["cuda"])
+    return next(name for name in order if why_not(op, name, "cuda") is None)
 
 
 @cache

@@ -101,7 +101,7 @@ def group_advantage(
         if lengths.shape != rewards.shape:
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
         lengths = lengths.detach().to(dtype)
-    chosen = dispatch.choose("advantage", rewards.device.type, backend)
+    chosen = dispatch.backend_for("advantage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, low, high)
     if chosen == "reference":

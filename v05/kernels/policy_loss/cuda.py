@@ -15,7 +15,7 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
-    gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
+    loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))
     scratch = make_scratch(logprobs, sequences, kinds, _cuda.policy_blocks(tokens))
     with on_device_of(logprobs):
         _cuda.policy_loss(
@@ -27,8 +27,9 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             kinds,
             by,
             gradient.data_ptr(),
-            totals.data_ptr(),
+            loss.data_ptr(),
+            metrics.data_ptr(),
             stream_of(logprobs),
             logprobs.dtype == torch.float64,
         )
-    return totals[0].clone(), gradient, totals[1:].clone()
+    return loss, gradient, metrics

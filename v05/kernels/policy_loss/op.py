@@ -108,7 +108,7 @@ def _run(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: 
         shape = f"{selected.dtype} of shape {list(selected.shape)}"
         raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(logprobs.shape)}")
     inputs = given.cast(segments.working_dtype(logprobs))
-    chosen = dispatch.choose("policy_loss", logprobs.device.type, backend)
+    chosen = dispatch.backend_for("policy_loss", logprobs, backend)
     if check_values or (chosen == "reference" and logprobs.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_token_values(inputs, kinds)
     if chosen == "reference":

@@ -185,9 +185,12 @@ def token_kernel(
 
 
 @triton.jit(do_not_specialize=["programs", "sequences"])
-def finish_kernel(partial, present, totals, programs: tl.int64, sequences: tl.int64, BLOCK_P: tl.constexpr):
-    """Adds one field up in a fixed order, in float64; the third is the count of sequences."""
+def finish_kernel(partial, present, loss, metrics, programs: tl.int64, sequences: tl.int64, BLOCK_P: tl.constexpr):
+    """Adds one field up in a fixed order, in float64; the first is the loss, the third the count of sequences."""
     field = tl.program_id(0)
+    out = metrics + field - 1
+    if field == 0:
+        out = loss
     values = partial + field * programs
     length = programs
     if field == 2:
@@ -197,7 +200,7 @@ def finish_kernel(partial, present, totals, programs: tl.int64, sequences: tl.in
     for start in range(0, length, BLOCK_P):
         o_program = start + tl.arange(0, BLOCK_P)
         b_total += tl.load(values + o_program, mask=o_program < length, other=0).to(tl.float64)
-    tl.store(totals + field, tl.sum(b_total, axis=0))
+    tl.store(out, tl.sum(b_total, axis=0))
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,10 +208,9 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     given = given.contiguous()
     p, o, a, w, bounds, q, v, chosen = given
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
-    gradient, totals = logprobs.new_empty(tokens), logprobs.new_empty(FIELDS)
     if tokens == 0:
-        totals.zero_()
-        return totals[0].clone(), gradient, totals[1:].clone()
+        return logprobs.new_zeros(()), logprobs.new_empty(0), logprobs.new_zeros(FIELDS - 1)
+    loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))
     programs = triton.cdiv(tokens, BLOCK)
     scratch = make_scratch(logprobs, sequences, kinds, programs)
     partial, present, kept, ratio, correction, by_ratio = scratch
@@ -231,5 +233,5 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
         )
         if kinds.level == 1:
             share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
-        finish_kernel[(FIELDS,)](partial, present, totals, programs, sequences, BLOCK_P=BLOCK)
-    return totals[0].clone(), gradient, totals[1:].clone()
+        finish_kernel[(FIELDS,)](partial, present, loss, metrics, programs, sequences, BLOCK_P=BLOCK)
+    return loss, gradient, metrics

@@ -9,14 +9,20 @@ from v05.kernels.query_attention.rules import AttentionWeights
 
 
 def _after_norm(sums: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias, scale and shift of weight (hat * scale + shift) + bias, from sums of gradient x hat."""
+    """Gradients of weight, bias, scale, shift of weight (hat * scale + shift) + bias, from sums of gradient x hat."""
     along, total = sums[:, :-1], sums[:, -1:]
     by_weight = along * scale + total * shift
     return by_weight, total.squeeze(1), (weight * along).sum(0), (weight * total).sum(0)
 
 
 def weight_gradients(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, projection: Tensor, weights: AttentionWeights
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    weights: AttentionWeights,
 ) -> list[Tensor]:
     """Gradients in the order of `AttentionWeights`.
 
@@ -29,7 +35,9 @@ def weight_gradients(
     """
     w, width = weights, weights.out_bias.numel()
     by_query, by_key, _ = w.in_weight.split(width)
-    of_query, query_bias, query_scale, query_shift = _after_norm(query, by_query, w.query_norm_weight, w.query_norm_bias)
+    of_query, query_bias, query_scale, query_shift = _after_norm(
+        query, by_query, w.query_norm_weight, w.query_norm_bias
+    )
     of_key, key_bias, key_scale, key_shift = _after_norm(key, by_key, w.key_norm_weight, w.key_norm_bias)
     gradients = AttentionWeights(
         projection,

@@ -91,7 +91,16 @@ def _backward(ctx: Any, grad_features: Tensor | None, *_: Tensor | None) -> tupl
     if grad_features is None:
         return None, None, None, [None] * len(weights), None, None, None
     by_states, by_queries, *by_weights = _query_attention_backward(
-        states, offsets, queries, weights, saved, grad_features, ctx.heads, ctx.eps, ctx.needs_input_grad[0], ctx.backend
+        states,
+        offsets,
+        queries,
+        weights,
+        saved,
+        grad_features,
+        ctx.heads,
+        ctx.eps,
+        ctx.needs_input_grad[0],
+        ctx.backend,
     )
     return by_states if ctx.needs_input_grad[0] else None, None, by_queries, by_weights, None, None, None
 
@@ -137,7 +146,7 @@ def query_attention(
     Source: the residual query adapter of V0, arXiv 2602.03584.
     """
     check_shapes(states, offsets, queries, weights, heads, eps)
-    chosen = dispatch.choose("query_attention", states.device.type, backend)
+    chosen = dispatch.backend_for("query_attention", states, backend)
     if check_values or (chosen == "reference" and states.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_attention_values(states.detach(), offsets, queries.detach(), weights)
     dtype = segments.working_dtype(states)

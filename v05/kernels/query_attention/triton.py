@@ -1,4 +1,4 @@
-"""The adapter's attention in Triton: allocates, and launches the kernels of triton_forward.py and triton_backward.py."""
+"""The adapter's attention in Triton: allocates, and launches the kernels of triton_forward and triton_backward."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from v05.kernels.device import on_device_of
 from v05.kernels.query_attention.assemble import weight_gradients
 from v05.kernels.query_attention.buffers import Inputs, Saved, make_inputs, make_outputs
 from v05.kernels.query_attention.rules import HEAD
-from v05.kernels.query_attention.triton_backward import (
-    projection_backward_kernel,
-    queries_kernel,
-    states_kernel,
-    tokens_backward_kernel,
-)
+from v05.kernels.query_attention.triton_backward import queries_kernel, tokens_backward_kernel
 from v05.kernels.query_attention.triton_forward import attend_kernel, keys_kernel, tokens_kernel
+from v05.kernels.query_attention.triton_states import projection_backward_kernel, states_kernel
 
 BLOCK_ROWS = 8  # tokens whose states are read together
 BLOCK_COLUMNS = 128
@@ -207,6 +203,6 @@ def query_attention_backward(
         grad_queries, rows, of_queries = _by_queries(given, saved, keys, grad_features.contiguous(), eps, narrow)
         grad_kv, of_tokens = _by_tokens(given, saved, keys, rows, eps, narrow)
         grad_states, by_projection = _by_states(given, grad_kv, heads, for_states)
-    of_queries, of_tokens = of_queries[..., : width + 1], of_tokens[..., : width + 1]
-    small = weight_gradients(*of_queries, of_tokens[0], of_tokens[1], of_tokens[2, :, -1], by_projection, w)
+    (output, query), (key, value, bias) = of_queries[..., : width + 1], of_tokens[..., : width + 1]
+    small = weight_gradients(output, query, key, value, bias[:, -1], by_projection, w)
     return [grad_states, grad_queries, *small]

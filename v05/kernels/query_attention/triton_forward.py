@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from v05.kernels.query_attention.rules import HEAD
-from v05.kernels.query_attention.triton_rows import affine_queries, load_rows, load_vector, product, store_keys, store_rows
+from v05.kernels.query_attention.triton_rows import (
+    affine_queries,
+    load_rows,
+    load_vector,
+    product,
+    store_keys,
+    store_rows,
+)
 from v05.kernels.shrinkage.triton import scalar
 
 SCALE = tl.constexpr(HEAD**-0.5)
@@ -18,8 +25,20 @@ LENGTHS = ["stride", "tokens", "size", "prompts", "count"]
 
 
 @triton.jit
-def project(states, weight, o_token, m_token, stride, size, o_e, acc: tl.constexpr, HEADS: tl.constexpr,
-            PADDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def project(
+    states,
+    weight,
+    o_token,
+    m_token,
+    stride,
+    size,
+    o_e,
+    acc: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """states weight' of a block of tokens, head by head: the states come from the cache after the first."""
     b_kv = tl.zeros([BLOCK_T, PADDED], acc)
     for head in range(HEADS):
@@ -109,8 +128,9 @@ def largest_score(keys, q0, q1, begin, end, tokens, acc: tl.constexpr, BLOCK_Q: 
 
 
 @triton.jit
-def attend(keys, values, q0, q1, largest, begin, end, tokens, acc: tl.constexpr, BLOCK_Q: tl.constexpr,
-           BLOCK_T: tl.constexpr):  # fmt: skip
+def attend(
+    keys, values, q0, q1, largest, begin, end, tokens, acc: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """Sum of powers relative to the largest score, and of powers times the two values."""
     b_sum = tl.zeros([BLOCK_Q, BLOCK_T], acc)
     b_first = tl.zeros([BLOCK_Q, BLOCK_T], acc)
@@ -162,9 +182,7 @@ def attend_kernel(
     o_row = prompt * count + o_query
     o_e = tl.arange(0, PADDED)
     eps = scalar(eps, acc)
-    _b_hat, b_affine, _scale = affine_queries(
-        queries, query_norm, query_norm_bias, o_row, m_query, o_e, eps, WIDTH
-    )
+    _b_hat, b_affine, _scale = affine_queries(queries, query_norm, query_norm_bias, o_row, m_query, o_e, eps, WIDTH)
     begin = tl.load(offsets + prompt)
     end = tl.load(offsets + prompt + 1)
     b_out = tl.zeros([BLOCK_Q, PADDED], acc) + load_vector(out_bias, o_e, WIDTH)

@@ -81,8 +81,9 @@ def store_sums(sums, b_grad, b_x, o_e, WIDTH: tl.constexpr, PADDED: tl.constexpr
 
 
 @triton.jit
-def store_keys(keys, b_kv, in_weight, in_bias, key_norm, key_norm_bias, o_token, m_token, tokens, o_e, eps,
-               WIDTH: tl.constexpr):  # fmt: skip
+def store_keys(
+    keys, b_kv, in_weight, in_bias, key_norm, key_norm_bias, o_token, m_token, tokens, o_e, eps, WIDTH: tl.constexpr
+):
     """keys `[2 WIDTH, T]`: keys, then values, of the tokens whose projected states are given."""
     b_hat, _inverse = normalised(b_kv, o_e, eps, WIDTH)
     b_affine = b_hat * load_vector(key_norm, o_e, WIDTH) + load_vector(key_norm_bias, o_e, WIDTH)

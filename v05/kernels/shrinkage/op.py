@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.calibration.op import calibrated
 from v05.kernels.shrinkage import reference
 from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget
 
-FUSIONS = ("v05",)
+FUSIONS = ("v05", "calibrated")
 
 
 class Shrinkage(NamedTuple):
@@ -19,10 +21,12 @@ class Shrinkage(NamedTuple):
 
     `count` int64: finished rollouts k. `mean`: their mean reward (of an empty group, the prior). `deviation`: d, the
     squared distance of mean and prior beyond the noise bound; above 0 means conflict. `weight`: w, the trust in the
-    mean. `baseline`: mu. `mse`: the estimated error of the baseline. `gain`: what one more rollout takes off it.
+    rollouts. `baseline`: mu. `mse`: the estimated error of the baseline. `gain`: what one more rollout takes off it.
     `roll_out_more` bool. `planned` int64: k*, the rollouts at which to test again; k itself where it stops.
     `rollout_baseline` `[N]`: the baseline of each rollout without its own reward, or None.
-    `advantages` `[N]`: each reward less its baseline, or None.
+    `advantages` `[N]`: each reward less its baseline, or None. Of calibrated fusion alone, else None: `state` `[7]`,
+    how many groups have borne out each strength of the prior, and `graded`, a scalar bool: whether some reward lies
+    between the two ends of the range, so that the Gaussian mixture ran.
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -36,6 +40,8 @@ class Shrinkage(NamedTuple):
     planned: Tensor
     rollout_baseline: Tensor | None = None
     advantages: Tensor | None = None
+    state: Tensor | None = None
+    graded: Tensor | None = None
 
 
 @torch.library.custom_op("v05::shrinkage", mutates_args=())
@@ -88,6 +94,8 @@ def shrinkage(
     fusion: str = "v05",
     leave_one_out: bool = False,
     advantages: bool = False,
+    state: Tensor | None = None,
+    state_decay: float = 0.9,
     check_values: bool = False,
     backend: str | None = None,
 ) -> Shrinkage:
@@ -101,9 +109,13 @@ def shrinkage(
         cost: of one rollout, in units of the largest variance a reward in that range can have.
         k_init: rollouts a group needs before its first test; a smaller group plans exactly these.
         k_max: rollouts a group gets at most.
-        fusion: `"v05"`, the paper's rule.
+        fusion: `"v05"`, the paper's rule, or `"calibrated"`: the posterior mean under a mixture that is fitted to the
+            batch, of beta-binomials for rewards of two values, of Gaussians with the largest variance for graded ones.
         leave_one_out: also return the baseline of each rollout that does not see its own reward.
         advantages: also return each reward less its baseline (the leave-one-out one where asked for), in the same pass.
+        state: of calibrated fusion, what the call on the last batch returned as `state`: small batches then lean on
+            earlier ones. None starts anew, with half a group for each strength.
+        state_decay: how much a group of the last batch counts for in this one.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -115,20 +127,33 @@ def shrinkage(
         RuntimeError: the backend asked for cannot run here.
 
     Source: V0.5 (arXiv 2603.10848), sections 3 and 4. Leave-one-out is ours: a reward that chooses whether its group
-    goes on (a data-dependent k) still leaves a small optional-stopping bias.
+    goes on (a data-dependent k) still leaves a small optional-stopping bias. Calibrated fusion is ours too, empirical
+    Bayes over the batch (its gain is the exact expected drop of the posterior variance); its mixture has seen every
+    reward of the batch, the left-out one included.
     """
     segments.choice("fusion", fusion, FUSIONS)
     budget = make_budget(reward_range, cost, k_init, k_max)
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
     rewards, prior = rewards.detach().to(dtype), prior.detach().to(dtype)
-    chosen = dispatch.choose("shrinkage", rewards.device.type, backend)
+    if fusion == "calibrated":
+        asked = (leave_one_out, advantages, check_values, backend)
+        (*fused, soft), graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
+        return _named(fused, leave_one_out, advantages)._replace(state=soft, graded=graded)
+    if state is not None:
+        raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
+    chosen = dispatch.backend_for("shrinkage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, budget.low, budget.high)
     if chosen == "reference":
         outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out, advantages)
     else:
         outputs = _shrinkage(rewards, offsets, prior, *budget, leave_one_out, advantages, chosen)
+    return _named(outputs, leave_one_out, advantages)
+
+
+def _named(outputs: Sequence[Tensor], leave_one_out: bool, advantages: bool) -> Shrinkage:
+    """A backend's outputs by name."""
     floats, integers, more, rollout_baseline, advantage = outputs
     mean, deviation, weight, baseline, mse, gain = floats.unbind(0)
     count, planned = integers.unbind(0)

@@ -49,15 +49,16 @@ def token_logprob_backward(
     statistics: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient `[T, V]` of the logits, in their dtype."""
+    """Gradient `[T, V]` of the logits, in their dtype; written into `out` where given, which may be the logits."""
     logits, targets = rows_of(logits), targets.contiguous()
     if temperatures is not None:
         temperatures = temperatures.to(torch.float64).contiguous()
     grad_logprob = None if grad_logprob is None else grad_logprob.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     rows, columns = logits.shape
-    grad_logits = torch.empty(rows, columns, dtype=logits.dtype)
+    grad_logits = torch.empty(rows, columns, dtype=logits.dtype) if out is None else out
     _cpu.token_logprob_backward(
         DTYPES.index(logits.dtype),
         logits.data_ptr(),

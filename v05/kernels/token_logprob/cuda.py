@@ -45,11 +45,12 @@ def token_logprob_backward(
     statistics: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient `[T, V]` of the logits, in their dtype."""
+    """Gradient `[T, V]` of the logits, in their dtype; written into `out` where given, which may be the logits."""
     held, sizes = _inputs(logits, targets, temperatures, ignore_index)
     gradients = [None if given is None else given.contiguous() for given in (grad_logprob, grad_entropy)]
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     largest = statistics.data_ptr()
     saved = (entropy.data_ptr(), largest, largest + logits.shape[0] * statistics.element_size())
     with on_device_of(logits):

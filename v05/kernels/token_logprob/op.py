@@ -9,6 +9,7 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.token_logprob import reference
+from v05.kernels.token_logprob.backward import backward, backward_into
 from v05.kernels.token_logprob.rules import check_shapes
 from v05.kernels.token_logprob.rules import check_values as check_logit_values
 
@@ -27,6 +28,7 @@ def _token_logprob(
     temperatures: Tensor | None,
     temperature: float,
     ignore_index: int,
+    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch.implementation("token_logprob", backend).token_logprob
@@ -40,6 +42,7 @@ def _(
     temperatures: Tensor | None,
     temperature: float,
     ignore_index: int,
+    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = logits.shape[0], segments.working_dtype(logits)
@@ -50,43 +53,8 @@ def _(
     )
 
 
-@torch.library.custom_op("v05::token_logprob_backward", mutates_args=())
-def _token_logprob_backward(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: Tensor,
-    statistics: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    backend: str,
-) -> Tensor:
-    run = dispatch.implementation("token_logprob", backend).token_logprob_backward
-    return run(
-        logits, targets, temperatures, temperature, ignore_index, entropy, statistics, grad_logprob, grad_entropy
-    )
-
-
-@_token_logprob_backward.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: Tensor,
-    statistics: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    backend: str,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, temperatures, ctx.temperature, ctx.ignore_index, ctx.backend = inputs
+    logits, targets, temperatures, *ctx.numbers, ctx.inplace, ctx.backend = inputs
     ctx.save_for_backward(logits, targets, temperatures, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -95,19 +63,13 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     logits, targets, temperatures, entropy, statistics = ctx.saved_tensors
     grad_logits = None
     if grad_logprob is not None or grad_entropy is not None:
-        grad_logits = _token_logprob_backward(
-            logits,
-            targets,
-            temperatures,
-            ctx.temperature,
-            ctx.ignore_index,
-            entropy,
-            statistics,
-            grad_logprob,
-            grad_entropy,
-            ctx.backend,
-        )
-    return grad_logits, None, None, None, None, None
+        given = (targets, temperatures, *ctx.numbers, entropy, statistics, grad_logprob, grad_entropy, ctx.backend)
+        if ctx.inplace and logits.is_contiguous():
+            grad_logits = logits.detach()
+            backward_into(grad_logits, *given)
+        else:
+            grad_logits = backward(logits, *given)
+    return grad_logits, *[None] * 6
 
 
 _token_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -119,6 +81,7 @@ def token_logprob(
     *,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     check_values: bool = False,
     backend: str | None = None,
 ) -> TokenLogprob:
@@ -130,6 +93,9 @@ def token_logprob(
         targets: `[T]` int64, in 0 to V - 1, or `ignore_index`.
         temperature: a float, or `[T]` floating, one per row, from 1e-6 to 1e6; not differentiable.
         ignore_index: a target that gives log-prob 0, entropy 0 and gradient 0, whatever the logits of its row.
+        inplace_backward: write the gradient over the logits, where they are contiguous, which saves their size in
+            memory: for logits that nothing reads any more. A second backward, or one of another op that kept them,
+            raises; the reference backend ignores it.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -147,10 +113,10 @@ def token_logprob(
     check_shapes(logits, targets, temperature)
     temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    chosen = dispatch.choose("token_logprob", logits.device.type, backend)
+    chosen = dispatch.backend_for("token_logprob", logits, backend)
     if check_values or (chosen == "reference" and logits.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_logit_values(logits.detach(), targets, temperatures, ignore_index)
     if chosen == "reference":
         return TokenLogprob(*reference.token_logprob(logits, targets, temperatures, scalar, ignore_index))
-    logprob, entropy, _ = _token_logprob(logits, targets, temperatures, scalar, ignore_index, chosen)
+    logprob, entropy, _ = _token_logprob(logits, targets, temperatures, scalar, ignore_index, inplace_backward, chosen)
     return TokenLogprob(logprob, entropy)

@@ -184,12 +184,13 @@ def token_logprob_backward(
     statistics: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient `[T, V]` of the logits, in their dtype."""
+    """Gradient `[T, V]` of the logits, in their dtype; written into `out` where given, which may be the logits."""
     logits, targets = rows_of(logits), targets.contiguous()
     temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
     rows, columns = logits.shape
-    grad_logits = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)
+    grad_logits = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device) if out is None else out
     if rows:
         with on_device_of(logits):
             backward_kernel[(rows,)](

@@ -1,0 +1,1 @@
+"""Calibrated fusion: how far a prior can be trusted is learnt from the batch."""

@@ -1,0 +1,90 @@
+"""Calibrated fusion as a custom op; `shrinkage(..., fusion="calibrated")` is its public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import dispatch
+from v05.kernels.calibration import reference
+from v05.kernels.calibration.rules import Outputs, check_state, check_state_values, is_graded, no_state
+from v05.kernels.shrinkage.rules import Budget, check_group_values
+
+
+@torch.library.custom_op("v05::calibrated", mutates_args=())
+def _calibrated(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    graded: Tensor,
+    state: Tensor,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    leave_one_out: bool,
+    advantages: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("calibration", backend).calibrated
+    budget = Budget(low, high, cost, k_init, k_max)
+    return run(rewards, offsets, prior, graded, state, budget, leave_one_out, advantages)
+
+
+@_calibrated.register_fake
+def _(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    graded: Tensor,
+    state: Tensor,
+    low: float,
+    high: float,
+    cost: float,
+    k_init: int,
+    k_max: int,
+    leave_one_out: bool,
+    advantages: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    groups = prior.numel()
+    more = prior.new_empty(groups, dtype=torch.bool)
+    own, centred = (rewards.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages))
+    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, own, centred, torch.empty_like(state)
+
+
+def calibrated(
+    rewards: Tensor,
+    offsets: Tensor,
+    prior: Tensor,
+    budget: Budget,
+    state: Tensor | None,
+    state_decay: float,
+    leave_one_out: bool,
+    advantages: bool,
+    check_values: bool,
+    backend: str | None,
+) -> tuple[Outputs, Tensor]:
+    """Runs the backend on checked shapes in a working dtype: the outputs, and whether rewards are graded.
+
+    Raises:
+        ValueError, TypeError: a state, a decay or values that are not allowed; the message says where.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    if not 0 <= state_decay <= 1:
+        raise ValueError(f"state_decay is {state_decay}; allowed: 0 to 1")
+    if state is not None:
+        check_state(state, rewards)
+    chosen = dispatch.backend_for("calibration", rewards, backend)
+    on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_values or (chosen == "reference" and on_cpu):
+        check_group_values(rewards, offsets, prior, budget.low, budget.high)
+    if state is not None and (check_values or on_cpu):
+        check_state_values(state)
+    graded = is_graded(rewards, budget)
+    old = no_state(rewards) if state is None else state.detach().to(rewards.dtype) * state_decay
+    if chosen == "reference":
+        return reference.calibrated(rewards, offsets, prior, graded, old, budget, leave_one_out, advantages), graded
+    given = (rewards, offsets, prior, graded, old, *budget, leave_one_out, advantages, chosen)
+    return _calibrated(*given), graded

@@ -1,0 +1,71 @@
+"""The mathematics of calibrated fusion in Triton, on tiles of groups by components, as in csrc/calibration.h."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from v05.kernels.shrinkage.triton import scalar
+
+
+@triton.jit
+def unit_reward(reward, low, high, two):
+    """A reward in [0, 1]; of two values, exactly 0 or 1."""
+    z = (reward - low) / (high - low)
+    return tl.where(two, tl.where(z > 0.5, 1.0, 0.0), z)
+
+
+@triton.jit
+def components(centre, acc: tl.constexpr):
+    """Strength `[1, 8]` and centre `[G, 8]` of every component; the eighth is none, and repeats the seventh."""
+    o = tl.arange(0, 8)[None, :]
+    strength = tl.where(o == 0, scalar(0.3, acc), tl.where(o == 2, 3.0, tl.where(o == 3, 10.0, 1.0)))
+    strength = tl.where(o == 4, 30.0, tl.where(o == 5, 100.0, strength))
+    inside = tl.minimum(tl.maximum(centre, scalar(0.02, acc)), scalar(0.98, acc))
+    return strength.to(acc), tl.where(o < 6, inside[:, None], 0.5).to(acc)
+
+
+@triton.jit
+def relative_likelihood(total, count, centre, two, most, acc: tl.constexpr):
+    """Likelihoods `[G, 8]` of groups of at most `most` rewards with these sums, the largest of a group 1."""
+    h, c = components(centre, acc)
+    k = count[:, None]
+    b_log = tl.zeros_like(c)
+    if two:
+        successes = (total + 0.5).to(tl.int64)[:, None]
+        for start in range(0, most, 8):  # a logarithm for eight ratios, whose products do not overflow
+            above = tl.full(c.shape, 1, acc)
+            below = tl.full(c.shape, 1, acc)
+            for j in tl.static_range(8):
+                i = start + j
+                factor = tl.where(i < successes, h * c + i, h * (1 - c) + (i - successes).to(acc))
+                above *= tl.where(i < k, factor, 1)
+                below *= tl.where(i < k, h + i, 1)
+            b_log += tl.log(above / below)
+    else:
+        n = tl.maximum(k, 1).to(acc)
+        gap = total[:, None] / n - c
+        variance = (n + 1 + h) / (4 * n * (1 + h))
+        b_log = tl.where(k > 0, (tl.log(variance) + gap * gap / variance) * -0.5, 0)
+    return tl.exp(b_log - tl.max(b_log, axis=1)[:, None])
+
+
+@triton.jit
+def belief_of(b_likelihood, b_weight, total, k, centre, two):
+    """Mean and variance of the expected reward in [0, 1] and the trust in the group's own rewards, `[G]` each."""
+    h, c = components(centre, b_likelihood.dtype)
+    b_share = b_likelihood * b_weight[None, :]
+    b_share = b_share / tl.sum(b_share, axis=1)[:, None]
+    b_strength = k[:, None] + h + tl.where(two, 0.0, 1.0)
+    b_mean = (total[:, None] + (b_strength - k[:, None]) * c) / b_strength
+    mean = tl.sum(b_share * b_mean, axis=1)
+    b_gap = b_mean - mean[:, None]
+    b_own = tl.where(two, b_mean * (1 - b_mean), 0.25) / (k[:, None] + h + 1)
+    return mean, tl.sum(b_share * (b_own + b_gap * b_gap), axis=1), tl.sum(b_share * k[:, None] / b_strength, axis=1)
+
+
+@triton.jit
+def look_ahead(mean, variance, two):
+    """Strength u of a belief and e: j more rollouts bring the gain of one more to e / ((u + j) (u + j + 1))."""
+    strength = tl.where(two, mean * (1 - mean) / variance - 1, 0.25 / variance)
+    return strength, tl.where(two, variance * strength, 0.25)

@@ -1,0 +1,79 @@
+"""The backward of token_logprob as two ops: one that allocates the gradient, and one that writes it over the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v05.kernels import dispatch
+
+
+@torch.library.custom_op("v05::token_logprob_backward", mutates_args=())
+def backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Gradient `[T, V]` of the logits."""
+    run = dispatch.implementation("token_logprob", backend).token_logprob_backward
+    return run(
+        logits, targets, temperatures, temperature, ignore_index, entropy, statistics, grad_logprob, grad_entropy
+    )
+
+
+@backward.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("v05::token_logprob_backward_into", mutates_args=("logits",))
+def backward_into(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> None:
+    """Writes the gradient over contiguous logits."""
+    run = dispatch.implementation("token_logprob", backend).token_logprob_backward
+    given = (targets, temperatures, temperature, ignore_index, entropy, statistics, grad_logprob, grad_entropy)
+    run(logits, *given, out=logits)
+
+
+@backward_into.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: Tensor,
+    statistics: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> None:
+    return None
