@@ -20,6 +20,7 @@ from benchmarks import (
     bench_query_attention,
     bench_shrinkage,
     bench_token_logprob,
+    bench_v0_prior,
     report,
     wins,
 )
@@ -35,6 +36,7 @@ BENCHES = {
     "token_logprob": bench_token_logprob,
     "linear_logprob": bench_linear_logprob,
     "query_attention": bench_query_attention,
+    "v0_prior": bench_v0_prior,
 }
 
 
