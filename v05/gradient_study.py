@@ -28,9 +28,9 @@ CHUNK: Final = 1024  # rollouts of a prompt sampled at once
 
 
 class Pool(NamedTuple):
-    """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], and the answer `[P, M]` int64 of each.
+    """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], and their answers `[P, M]` int64.
 
-    `gram` `[P, U, U]` float64: inner products of the answers' scores, centred on the pool; U the most answers of a prompt.
+    `gram` `[P, U, U]` float64: inner products of the answers' scores, centred on the pool; a prompt has at most U.
     """
 
     rewards: Tensor
