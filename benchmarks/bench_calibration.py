@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from benchmarks.harness import OURS, Case, Contender, compiled, of_backends
-from benchmarks.timing import Run
-from v05.kernels import shrinkage
-from v05.kernels.calibration.components import COMPONENTS, STEPS
-from v05.testing import ragged_groups
-
-FULL, QUICK = [512, 4096, 65536], [512]
-
-
-def statistics(rewards: Tensor, offsets: Tensor, prior: Tensor, backend: str | None = "reference") -> Sequence[Tensor]:
-    """Everything but the counts that shrinkage returns."""
-    s = shrinkage(rewards, offsets, prior, fusion="calibrated", backend=backend)
-    assert s.state is not None
-    return s.mean, s.weight, s.baseline, s.mse, s.gain, s.state / s.state.sum()
-
-
-def case(groups: int, device: torch.device, seed: int = 0) -> Case:
-    data = [tensor.to(device) for tensor in ragged_groups(groups, 4, 16, seed=seed)]
-    rewards = data[0]
-
-    def run(backend: str | None) -> Run:
-        return lambda: statistics(*data, backend=backend)
-
-    size = rewards.element_size()
-    return Case(
-        op="calibration",
-        shape=f"{groups} groups of 4 to 16",
-        dtype="float32",
-        direction="forward",
-        bytes=rewards.numel() * size + groups * (8 + size + 6 * size + 2 * 8 + 1),
-        flops=rewards.numel() * COMPONENTS * 4 + groups * COMPONENTS * STEPS * 3,
-        contenders=[
-            Contender(OURS, run(None)),
-            Contender("torch eager", run("reference")),
-            Contender("torch.compile", lambda: compiled(statistics)(*data)),
-            *of_backends(run, device),
-        ],
-        device=device,
-        elements=rewards.numel(),
-        another=lambda other: case(groups, device, other),
-    )
+from benchmarks.bench_shrinkage import FULL, QUICK, case
+from benchmarks.harness import Case
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yields the cases, one in memory at a time."""
-    yield from (case(groups, device) for groups in (QUICK if quick else FULL))
+    yield from (case(groups, device, "calibrated") for groups in (QUICK if quick else FULL))
