@@ -50,12 +50,13 @@ def compile_calibration(target, kernel, dtype, constants, **options):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_calibration(target, dtype):
-    compile_calibration(target, calibration.likelihood_kernel, dtype, BLOCKS)
+    blocks = {"BLOCK_G": calibration.BLOCK_GROUPS, "BLOCK_K": calibration.BLOCK_ROLLOUTS}
+    compile_calibration(target, calibration.likelihood_kernel, dtype, blocks)
     fit = {"COUNT": PRIOR_COUNT, "STEPS": STEPS, "BLOCK_F": calibration.BLOCK_FIT}
     compile_calibration(target, calibration.fit_kernel, dtype, fit, num_warps=calibration.FIT_WARPS)
     for own in (False, True):
         asked = {"LEAVE_ONE_OUT": own, "ADVANTAGES": True}
-        compile_calibration(target, calibration.calibrated_kernel, dtype, asked | BLOCKS)
+        compile_calibration(target, calibration.calibrated_kernel, dtype, asked | blocks, num_warps=calibration.WARPS)
 
 
 @pytest.mark.parametrize("target", TARGETS)

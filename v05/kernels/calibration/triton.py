@@ -20,7 +20,8 @@ from v05.kernels.device import on_device_of
 from v05.kernels.shrinkage.rules import Budget
 from v05.kernels.shrinkage.triton import load_groups, load_tile, scalar, shifted_sum
 
-BLOCK_GROUPS = 32
+BLOCK_GROUPS = 16
+WARPS = 2
 BLOCK_ROLLOUTS = 16
 BLOCK_FIT = 512
 FIT_WARPS = 16
@@ -222,6 +223,7 @@ def calibrated(
                 *budget,
                 LEAVE_ONE_OUT=leave_one_out,
                 ADVANTAGES=advantages,
+                num_warps=WARPS,
                 **blocks,
             )
     return out.outputs
