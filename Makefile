@@ -48,7 +48,7 @@ demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 test: $(VENV)/.tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/vllm --ignore tests/interpreted --ignore tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
@@ -76,7 +76,7 @@ test-peers: .venv-peers/.installed
 
 test-vllm: .venv-vllm/.installed
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
-	  .venv-vllm/bin/python -m pytest -m vllm tests/vllm
+	  .venv-vllm/bin/python -m pytest -m vllm tests/with_vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
