@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cstring>
 #include <limits>
 
 #include "half.h"
@@ -144,6 +145,14 @@ template <class T>
 struct Backward {
   using Wide = WideOf<T>;
 
+  static V05_INLINE void block(const T* __restrict x, int64_t count, Wide max, Wide inverse_temperature, Wide log_sum,
+                               Wide constant, Wide slope, T* __restrict out) {
+    for (int64_t j = 0; j < count; ++j) {
+      Wide l = (widen(x[j]) - max) * inverse_temperature - log_sum;
+      narrow(exp_negative(l) * (constant + slope * zero_unless(l > Wide(kNegligible), l)), out + j);
+    }
+  }
+
   static V05_INLINE void run(LogprobRows<T> rows, LogprobOutputs<const Wide> saved, const Wide* grad_logprob,
                              const Wide* grad_entropy, T* grad_logits, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -157,13 +166,14 @@ struct Backward {
         for (int64_t j = 0; j < rows.vocabulary; ++j) narrow(Wide(0), out + j);
         continue;
       }
-      Wide constant = Wide(-g_l - g_h * saved.entropy[t]), slope = Wide(-g_h);
-      bool inside = target >= 0 && target < rows.vocabulary;
-      Wide chosen = inside ? widen(x[target]) : Wide(0);  // read before out, which may be x itself, is written
-#pragma GCC ivdep
-      for (int64_t j = 0; j < rows.vocabulary; ++j) {
-        Wide l = (widen(x[j]) - max) * inverse_temperature - log_sum;
-        narrow(exp_negative(l) * (constant + slope * zero_unless(l > Wide(kNegligible), l)), out + j);
+      const Wide constant = Wide(-g_l - g_h * saved.entropy[t]), slope = Wide(-g_h);
+      const bool inside = target >= 0 && target < rows.vocabulary, in_place = x == out;
+      const Wide chosen = inside ? widen(x[target]) : Wide(0);  // read before out, which may be x itself, is written
+      T copy[kBlock];
+      for (int64_t first = 0; first < rows.vocabulary; first += kBlock) {
+        const int64_t count = smaller(kBlock, rows.vocabulary - first);
+        if (in_place) std::memcpy(copy, x + first, size_t(count) * sizeof(T));
+        block(in_place ? copy : x + first, count, max, inverse_temperature, log_sum, constant, slope, out + first);
       }
       if (!inside) continue;
       double l = (double(chosen) - max) * scale - log_sum;
