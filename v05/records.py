@@ -28,6 +28,7 @@ class Block:
 
 
 def check_number(value: Any, where: str, low: float, high: float) -> float:
+    """Returns a number in [low, high], and raises ValueError saying where for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {json.dumps(value)[:40]}; allowed: a number from {low:g} to {high:g}")
     if not low <= value <= high:
