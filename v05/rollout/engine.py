@@ -17,6 +17,7 @@ class Rollout:
         logprobs: log-probability of each of `token_ids` at the sampling temperature, in nats, as the sampler saw it.
         text: the answer without special tokens.
         finished: whether the end token was sampled before the limit.
+        versions: number of the policy's weights that sampled each token; empty where the engine does not count them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -24,6 +25,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     text: str
     finished: bool
+    versions: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
