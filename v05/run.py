@@ -27,7 +27,7 @@ from v05.value.prior import Middle, Prior, RunningMean
 from v05.value.v0_prior import V0Prior
 from v05.warm_start import warm_start
 
-FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
+FILES = ("config.json", "metrics.jsonl", "times.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
 FOLDERS = ("checkpoints", "policy")
 
 
@@ -45,9 +45,10 @@ class Reporter(Protocol):
 
 @dataclass
 class Clock:
-    """Seconds of wall-clock time in a run, over all its sessions."""
+    """Seconds of a run over all its sessions: on the clock, and of the processor's time for updates alone."""
 
     before: float = 0.0
+    updating: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -84,13 +85,15 @@ def train_run(
     checkpoint = read_checkpoint(folder / "checkpoints")
     clock = Clock()
     if checkpoint is None:
-        write_text(folder / "metrics.jsonl", "")
-        _evaluate(trainer, folder, {"update": 0, "rollouts": 0})
+        for name in ("metrics.jsonl", "times.jsonl"):
+            write_text(folder / name, "")
+        _evaluate(trainer, folder, {"update": 0, "rollouts": 0}, clock)
         _save(trainer, folder, clock)
     else:
         trainer.load_state(checkpoint.tensors, checkpoint.state["counters"])
-        clock.before = checkpoint.state["seconds"]
-        truncate_metrics(folder / "metrics.jsonl", checkpoint.update)
+        clock.before, clock.updating = checkpoint.state["seconds"], checkpoint.state["updating"]
+        for name in ("metrics.jsonl", "times.jsonl"):
+            truncate_metrics(folder / name, checkpoint.update)
     _loop(trainer, folder, clock, stop, report)
     return _finish(trainer, folder, clock)
 
@@ -170,9 +173,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, or of times.jsonl: the updates' processor seconds at each evaluation."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -218,11 +221,13 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
     accuracy = accuracies(read_metrics(folder))[1][-1]
     while not trainer.done:
         before = counters.rollouts
+        started = time.process_time()
         metrics = trainer.update()
+        clock.updating += time.process_time() - started
         if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
-            accuracy = _evaluate(trainer, folder, metrics)
+            accuracy = _evaluate(trainer, folder, metrics, clock)
         else:
-            _append(folder, metrics)
+            _append(folder / "metrics.jsonl", metrics)
         report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
         if trainer.done or stop.requested or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
@@ -230,20 +235,23 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
 
 
-def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> float:
+def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock: Clock) -> float:
+    """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
     right, total = trainer.evaluate()
-    _append(folder, {**metrics, "heldout_right": right, "heldout_total": total})
+    _append(folder / "metrics.jsonl", {**metrics, "heldout_right": right, "heldout_total": total})
+    when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
+    _append(folder / "times.jsonl", when)
     return right / total
 
 
-def _append(folder: Path, metrics: Mapping[str, Any]) -> None:
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:
     tensors, counters = trainer.state()
-    state = {"counters": counters, "seconds": clock.seconds}
+    state = {"counters": counters, "seconds": clock.seconds, "updating": clock.updating}
     write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
 
 
