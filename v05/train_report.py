@@ -118,8 +118,8 @@ def table_of(trained: Sequence[Trained], command: str, title: str) -> StudyTable
         )
     notes = [
         f"Ahead: accuracy at the end less that of {reference}, seeds paired. In a quarter: seeds that reach what "
-        f"{reference} reaches with the same seed at the end, with a quarter of the rollouts. Seconds: of the processor's "
-        f"time for updates, on one thread, in all and until {target(trained):.1%}; evaluation is left out."
+        f"{reference} reaches with the same seed at the end, in a quarter of the rollouts. Seconds: processor time of "
+        f"updates, on one thread, in all and until {target(trained):.1%}; evaluation is left out."
     ]
     return StudyTable(title, command, columns, rows, notes)
 
