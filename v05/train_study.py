@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 
 from v05.algorithms import parse_algorithm
 from v05.checkpoint import StopRequest
@@ -135,7 +137,7 @@ def carry_out(
     Args:
         runs: in order.
         folder: of the study; every run is resumed from its own checkpoint.
-        workers: processes, 1 or more.
+        workers: processes, 1 or more; one is the present process.
         stop: looked at between runs; workers, which see the same signals, save and stop by themselves.
         on_done: called with the number of finished runs and of all.
 
@@ -148,7 +150,15 @@ def carry_out(
     if not waiting:
         return
     make_trainer(waiting[0].config, folder / "warm_start", stop, lambda *_: None)  # all runs share its warm start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    if workers == 1:
+        with one_thread():
+            for number, run in enumerate(waiting, done + 1):
+                train_run(run.config, folder / run.folder, folder / "warm_start", stop, lambda *_: None, resume=True)
+                on_done(number, len(runs))
+        return
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         pending = {pool.submit(_train, run.config, folder / run.folder, folder / "warm_start") for run in waiting}
         while pending:
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -159,10 +169,15 @@ def carry_out(
             on_done(done, len(runs))
 
 
-def _one_thread() -> None:
-    import torch
-
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, so that runs are the same whatever the machine."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(config: TrainConfig, folder: Path, cache: Path) -> bool:
