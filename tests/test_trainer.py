@@ -167,6 +167,8 @@ def test_algorithm_names() -> None:
         ("grpo:1", "allowed: 2 or more"),
         ("v05:17", "allowed: 1 to 16"),
         ("v05:x", "k is 'x'"),
+        ("v05:8-4", "1 <= k <= k_max"),
+        ("grpo:4-16", "allowed: 2 or more"),
         ("v05@0", "a number above 0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -38,7 +38,7 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.integers(runs, size=runs)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # draws may be infinite
     return Interval(statistic(np.arange(runs)), float(low), float(high))
 
 
