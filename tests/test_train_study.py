@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from v05.checkpoint import StopRequest
 from v05.cli import app
 from v05.compare import Curve
+from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.run import read_metrics
+from v05.run import Interrupted, read_metrics
 from v05.study_table import StudyTable
 from v05.train_report import Trained, table_of, verdicts
-from v05.train_study import TUNING_SEED, TrainStudy, best_rates, final_runs, tuning_runs
+from v05.train_study import TUNING_SEED, TrainStudy, best_rates, carry_out, final_runs, tuning_runs
 
 SMALL = ("--rates", "1e-4,4e-4", "--tuning-seeds", 1, "--rollouts", 64, "--per-update", 16, "--heldout", 8)
 TINY = ("--policy", "tiny", "--warm-start-steps", 2)
@@ -55,6 +57,27 @@ def test_a_study_tunes_runs_and_goes_on(tmp_path: Path) -> None:
         assert times[0]["seconds"] == 0 < times[1]["seconds"] < times[-1]["seconds"]
     with pytest.raises(InputError, match="a study with other settings"):
         run(tmp_path, "--algorithms", "grpo:4,reinforce", "--heldout", 16)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stop_is_obeyed_and_nothing_is_lost(tmp_path: Path, workers: int) -> None:
+    small = dict(policy="tiny", warm_start_steps=2, rollouts=64, rollouts_per_update=16, eval_every=16)
+    config = TrainConfig(prior="history", heldout_prompts=4, heldout_samples=1, **small)  # type: ignore[arg-type]
+    study = TrainStudy(("grpo:4", "reinforce", "spo"), rates=(1e-4,), tuning_seeds=1, config=config)
+    stop, calls = StopRequest(), list[int]()
+
+    def ask(done: int, total: int) -> None:
+        calls.append(done)
+        stop.requested = done >= 1
+
+    with pytest.raises(Interrupted, match="saved in"):
+        carry_out(tuning_runs(study), tmp_path, workers, stop, ask)
+    finished = {file: file.stat().st_mtime_ns for file in tmp_path.glob("tuning/*/summary.json")}
+    assert 1 <= len(finished) < 3
+    carry_out(tuning_runs(study), tmp_path, workers, StopRequest(), lambda done, total: calls.append(done))
+    assert calls[-1] == 3
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert len(list(tmp_path.glob("tuning/*/summary.json"))) == 3
 
 
 def test_the_sweep_shares_nothing_with_the_study() -> None:

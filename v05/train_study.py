@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -138,7 +141,7 @@ def carry_out(
         runs: in order.
         folder: of the study; every run is resumed from its own checkpoint.
         workers: processes, 1 or more; one is the present process.
-        stop: looked at between runs; workers, which see the same signals, save and stop by themselves.
+        stop: looked at after every update, or every second where there are several processes.
         on_done: called with the number of finished runs and of all.
 
     Raises:
@@ -156,17 +159,34 @@ def carry_out(
                 train_run(run.config, folder / run.folder, folder / "warm_start", stop, lambda *_: None, resume=True)
                 on_done(number, len(runs))
         return
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        pending = {pool.submit(_train, run.config, folder / run.folder, folder / "warm_start") for run in waiting}
-        while pending:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            if stop.requested or not all(future.result() for future in finished):
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise Interrupted(f"saved in {folder} after {done:,} of {len(runs):,} runs")
-            done += len(finished)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker) as pool:
+        upcoming, running = iter(waiting), set[Future[bool]]()
+        while True:
+            # No more than can run: what a pool holds in reserve could not be taken back.
+            for run in islice(upcoming, workers - len(running)) if not stop.requested else ():
+                running.add(pool.submit(_train, run.config, folder / run.folder, folder / "warm_start"))
+            if not running:
+                break
+            finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            try:
+                done += sum(future.result() for future in finished)
+            except BrokenProcessPool:
+                if stop.requested:  # a worker was stopped before its first run
+                    break
+                raise
             on_done(done, len(runs))
+            for worker in multiprocessing.active_children() if stop.requested else ():
+                worker.terminate()
+    if done < len(runs):
+        raise Interrupted(f"saved in {folder} after {done:,} of {len(runs):,} runs")
+
+
+def _start_worker() -> None:
+    """Compute on one thread; signals count inside a run alone, which then saves and ends."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
