@@ -161,6 +161,7 @@ def test_algorithm_names() -> None:
     assert (parse_algorithm("v05:1").k_init, parse_algorithm("v05:1").k_max) == (1, 16)
     assert (parse_algorithm("v05:4-4").k_init, parse_algorithm("v05:4-4@1e-4").k_max) == (4, 4)
     assert (parse_algorithm("v05_calibrated_loo:1-8").k_init, parse_algorithm("v05:20-32").k_max) == (1, 32)
+    assert (parse_algorithm("v05_from_one").k_init, parse_algorithm("v05_from_one@1e-4").cost) == (1, 1 / 64)
     assert parse_algorithm("dr_grpo:4@1e-4").learning_rate == 1e-4
     for bad, message in (
         ("ppo", "name one of v05"),

@@ -30,6 +30,7 @@ class Algorithm:
         drop_equal: whether groups with all rewards equal are dropped and replaced.
         learning_rate: overrides the configured one; None to keep it.
         fusion: of prior and rollouts, in the look-ahead and in the baseline, see `v05.kernels.shrinkage`.
+        cost: price of a rollout in the look-ahead; None to keep the configured one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Algorithm:
     drop_equal: bool = False
     learning_rate: float | None = None
     fusion: Literal["v05", "calibrated"] = "v05"
+    cost: float | None = None
 
     def advantages(
         self,
@@ -92,6 +94,10 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = MappingProxyType(
         "v05_calibrated": Algorithm("v05_calibrated", 4, 16, "v05_calibrated", "configured", fusion="calibrated"),
         "v05_calibrated_loo": Algorithm(
             "v05_calibrated_loo", 4, 16, "v05_calibrated_loo", "configured", fusion="calibrated"
+        ),
+        # The price at which the gradient of the running sums has the least variance per rollout: growth is rare.
+        "v05_from_one": Algorithm(
+            "v05_from_one", 1, 16, "v05_calibrated_loo", "configured", fusion="calibrated", cost=1 / 64
         ),
         "opo": Algorithm("opo", 16, 16, "opo", "none"),
         "james_stein": Algorithm("james_stein", 16, 16, "james_stein", "none"),
