@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "v05"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray"}
+HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray", "math_verify", "datasets"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,40 @@
+"""Verifiers that misbehave, imported by reward workers."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
+    """Do what the completion says; a number is the reward."""
+    match completion.split():
+        case ["hang"]:
+            while True:
+                time.sleep(60)
+        case ["spin"]:
+            while True:
+                pass
+        case ["crash"]:
+            os._exit(3)
+        case ["crash_once", path]:
+            if not Path(path).exists():
+                Path(path).touch()
+                os._exit(4)
+            return 0.75
+        case ["raise"]:
+            raise KeyError("nothing here")
+        case ["exit"]:
+            sys.exit("done")
+        case ["none"]:
+            return None  # type: ignore[return-value]
+        case ["memory"]:
+            return float(len(bytearray(64 * 2**30)) > 0)
+        case ["process", _]:
+            return float(os.getpid())
+    return float(completion)
+
+
+not_callable = 3
