@@ -1,6 +1,7 @@
 """Rollouts through transformers: one batch, left-padded prompts, a key-value cache."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,8 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy) -> None:
         """Copy `policy`; later changes arrive through `update_weights` only."""
-        self.policy = Policy(copy.deepcopy(policy.model).eval().requires_grad_(False), policy.tokenizer)
+        model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+        self.policy = dataclasses.replace(policy, model=model)
 
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the policy's weights, by parameter name.
@@ -51,16 +53,17 @@ class TransformersEngine:
         if sum(counts) == 0:
             return [[] for _ in prompts]
         prompt_ids = self.policy.encode(prompts)
-        tokens, logprobs = self._sample(prompt_ids, counts, seed, temperature, max_new_tokens)
-        end = self.policy.tokenizer.eos_token_id
+        with self.policy.precision:
+            tokens, logprobs = self._sample(prompt_ids, counts, seed, temperature, max_new_tokens)
+        ends = set(self.policy.end_ids)
         token_rows, logprob_rows = tokens.tolist(), logprobs.tolist()
         rollouts: list[list[Rollout]] = []
         row = 0
         for ids, count in zip(prompt_ids, counts, strict=True):
             rollouts.append([])
             for sampled, reported in zip(token_rows[row : row + count], logprob_rows[row : row + count], strict=True):
-                finished = end in sampled
-                length = sampled.index(end) + 1 if finished else len(sampled)
+                length = next((place for place, token in enumerate(sampled, 1) if token in ends), len(sampled))
+                finished = sampled[length - 1] in ends
                 text = self.policy.decode(sampled[: length - finished])
                 rollouts[-1].append(
                     Rollout(tuple(ids), tuple(sampled[:length]), tuple(reported[:length]), text, finished)
@@ -74,28 +77,29 @@ class TransformersEngine:
         """Return tokens [N, L] and their log-probabilities [N, L]; what follows an end token has no meaning."""
         from transformers import DynamicCache
 
-        model, end = self.policy.model, self.policy.tokenizer.eos_token_id
-        generator = torch.Generator().manual_seed(seed)
+        model, device = self.policy.model, self.policy.device
+        ends = torch.tensor(self.policy.end_ids, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
         width = max(map(len, prompt_ids))
-        inputs = torch.tensor([[self.policy.tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids])
-        lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        mask = torch.arange(width) >= width - lengths[:, None]
-        positions = (torch.arange(width) - (width - lengths[:, None])).clamp(min=0)
+        inputs = torch.tensor([[self.policy.pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+        lengths = torch.tensor([len(ids) for ids in prompt_ids], device=device)
+        mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        positions = (torch.arange(width, device=device) - (width - lengths[:, None])).clamp(min=0)
         cache = DynamicCache(config=model.config)
         output = model(
             input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         )
-        chosen = torch.repeat_interleave(torch.arange(len(prompt_ids)), torch.tensor(counts))
+        chosen = torch.repeat_interleave(torch.arange(len(prompt_ids)), torch.tensor(counts)).to(device)
         cache.batch_select_indices(chosen)
         logits, mask, position = output.logits[chosen, -1], mask[chosen], lengths[chosen, None]
         tokens, logprobs = [], []
-        done = torch.zeros(len(chosen), dtype=torch.bool)
+        done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             distribution = torch.log_softmax(logits.float() / temperature, dim=-1)
             token = torch.multinomial(distribution.exp(), 1, generator=generator)
             tokens.append(token)
             logprobs.append(distribution.gather(1, token))
-            done |= token[:, 0] == end
+            done |= torch.isin(token[:, 0], ends)
             if bool(done.all()) or len(tokens) == max_new_tokens:
                 break
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
