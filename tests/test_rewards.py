@@ -13,7 +13,7 @@ from v05.tasks.pool import PoolBroken, RewardPool
 from v05.tasks.verifiers import make_verifier, needs_answer
 from v05.tasks.worker import Answer, Verdict, judge
 
-BEHAVE = "tests.verifiers_for_tests:behave"
+BEHAVE = "verifiers_for_tests:behave"
 UNIT = (0.0, 1.0)
 
 
@@ -73,8 +73,8 @@ def test_verifiers_are_imported_by_path_or_file(tmp_path: Path) -> None:
         ("nothing", "allowed: exact, math, package.module:function"),
         (":score", "allowed: exact"),
         ("v05.nowhere:score", "No module named"),
-        ("tests.verifiers_for_tests:missing", "has no attribute 'missing'"),
-        ("tests.verifiers_for_tests:not_callable", "is a int; allowed: a callable"),
+        ("verifiers_for_tests:missing", "has no attribute 'missing'"),
+        ("verifiers_for_tests:not_callable", "is a int; allowed: a callable"),
         (f"{tmp_path}/other.py:score", "no file"),
     ):
         with pytest.raises(InputError, match=message):

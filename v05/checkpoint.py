@@ -100,6 +100,10 @@ def _finished(folder: Path) -> list[Path]:
     return sorted((entry for entry in folder.iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
 
 
+class Interrupted(Exception):
+    """A stop was asked for, and what is needed to go on is saved."""
+
+
 class StopRequest:
     """Inside its `with` block, the first SIGINT or SIGTERM asks for a stop; the second has its usual effect."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from v05.algorithms import parse_algorithm
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, make_config
 from v05.errors import InputError
 from v05.plots import plot_run
@@ -29,10 +29,6 @@ from v05.warm_start import warm_start
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
 FOLDERS = ("checkpoints", "policy")
-
-
-class Interrupted(Exception):
-    """A stop was asked for and the run is saved."""
 
 
 class Reporter(Protocol):
