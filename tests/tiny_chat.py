@@ -23,7 +23,7 @@ def write_model(folder: Path, kind: str = "qwen3", *, chat: bool = True, tied: b
     vocabulary = {word: number for number, word in enumerate(["<end>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
     if chat:
         tokenizer.chat_template = (
             "{% for message in messages %}<user> {{ message.content }} {% endfor %}"

@@ -38,3 +38,11 @@ def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
 
 
 not_callable = 3
+
+
+def words(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
+    """Return the share of words that are the answer; `five` is too much for this verifier."""
+    found = completion.split()
+    if "five" in found:
+        raise ValueError("five")
+    return found.count(record["answer"]) / max(1, len(found))

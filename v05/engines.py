@@ -16,15 +16,16 @@ def check_engine(name: str) -> None:
         raise InputError(f"engine is {name!r}; allowed: {', '.join(ENGINES)}")
 
 
-def make_engine(name: str, policy: Policy) -> Engine:
+def make_engine(name: str, policy: Policy, sequences_at_once: int | None = None) -> Engine:
     """Return an engine that samples from a copy of `policy`.
 
     Args:
         name: one of `ENGINES`: `hf`, transformers in the trainer's process.
         policy: model and tokenizer; later weights arrive through `update_weights`.
+        sequences_at_once: answers in one batch of `hf` at most; None for no limit.
 
     Raises:
         InputError: no engine has that name.
     """
     check_engine(name)
-    return TransformersEngine(policy)
+    return TransformersEngine(policy, sequences_at_once)

@@ -55,11 +55,20 @@ def load_policy(
     without_dropout(model)
     model.to(place).train(train).requires_grad_(train)
     if gradient_checkpointing and train:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        keep_no_activations(model)
     policy = Policy(model, tokenizer, DTYPES[dtype])
     if not policy.end_ids:
         raise InputError(f"model {name!r} has no end token; allowed: a tokenizer or generation settings with one")
     return policy
+
+
+def keep_no_activations(model: Any) -> None:
+    """Have a model make the activations of every layer again in the backward pass."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    if newer is not None:
+        newer()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_device(device: str) -> torch.device:

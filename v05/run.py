@@ -11,13 +11,17 @@ from typing import Any, Protocol
 
 from v05.algorithms import parse_algorithm
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
-from v05.config import TrainConfig, make_config
+from v05.config import TrainConfig, read_settings
+from v05.engines import check_engine, make_engine
 from v05.errors import InputError
+from v05.metrics import accuracies, append_metrics, read_metrics, truncate_metrics
+from v05.model_config import ModelConfig
 from v05.plots import plot_run
 from v05.policy import check_size
-from v05.rollout.hf import TransformersEngine
+from v05.sampler_gap import GapWatch
 from v05.tasks import make_task
 from v05.trainer import Trainer
+from v05.user_model import load_user_model
 from v05.value.context import PolicyContext
 from v05.value.embedder import sentence_folder
 from v05.value.history import HistoryPrior
@@ -27,7 +31,7 @@ from v05.value.prior import Middle, Prior, RunningMean
 from v05.value.v0_prior import V0Prior
 from v05.warm_start import warm_start
 
-FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
+FILES = ("config.json", "model.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
 FOLDERS = ("checkpoints", "policy")
 
 
@@ -53,7 +57,14 @@ class Clock:
 
 
 def train_run(
-    config: TrainConfig, folder: Path, cache: Path, stop: StopRequest, report: Reporter, *, resume: bool = False
+    config: TrainConfig,
+    folder: Path,
+    cache: Path,
+    stop: StopRequest,
+    report: Reporter,
+    *,
+    resume: bool = False,
+    model: ModelConfig | None = None,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
 
@@ -64,6 +75,7 @@ def train_run(
         stop: looked at after every update.
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
+        model: a model and data of the user's; None for the task and the small policy that `config` names.
 
     Returns:
         The summary, as in `summary.json`.
@@ -73,10 +85,18 @@ def train_run(
         InputError: an unknown name; the folder has a run and `resume` is false; or `config` differs from the settings
             of the run to resume.
     """
-    prepare_folder(config, folder, resume)
+    prepare_folder(config, folder, resume, model)
     if (folder / "summary.json").exists():
         return read_summary(folder)
-    trainer = make_trainer(config, cache, stop, report)
+    trainer = make_trainer(config, cache, stop, report) if model is None else make_user_trainer(config, model)
+    try:
+        return _train(trainer, folder, stop, report)
+    finally:
+        trainer.grader.close()
+
+
+def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
+    """Go on from the newest checkpoint, or start, and return the summary."""
     checkpoint = read_checkpoint(folder / "checkpoints")
     clock = Clock()
     if checkpoint is None:
@@ -101,7 +121,15 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
 
     task = make_task(config.task)
     policy = warm_start(config, task, cache, on_step)
-    return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
+    return Trainer(config, policy, task, make_engine("hf", policy), make_prior(config, task.reward_range))
+
+
+def make_user_trainer(config: TrainConfig, model: ModelConfig) -> Trainer:
+    """Return a trainer of the user's model on the user's data."""
+    policy, task, grader = load_user_model(model)
+    engine = make_engine(model.engine, policy, model.sequences_at_once)
+    prior = make_prior(config, task.reward_range)
+    return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear")
 
 
 def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
@@ -127,28 +155,33 @@ def check_prior(config: TrainConfig) -> None:
             raise InputError(f"{error}, or choose --prior history") from None
 
 
-def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+def prepare_folder(config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None) -> None:
     """Make the folder of a run, or check that the run in it is the one to resume.
 
     Raises:
-        InputError: an unknown algorithm, task or policy; the folder has a run and `resume` is false; or `config`
-            differs from the settings of that run.
+        InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
+            settings differ from those of that run.
     """
     parse_algorithm(config.algorithm)
     make_task(config.task)
     check_size(config.policy)
     check_prior(config)
-    file = folder / "config.json"
-    if not file.exists():
+    if model is not None:
+        check_engine(model.engine)
+    settings = {"config.json": config.to_dict(), "model.json": {} if model is None else model.to_dict()}
+    if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(config.to_dict(), indent=2) + "\n")
+        for name in reversed([name for name, values in settings.items() if values]):
+            write_text(folder / name, json.dumps(settings[name], indent=2) + "\n")
         return
     if not resume:
         raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
-    saved = make_config(file).to_dict()
-    for name, value in config.to_dict().items():
-        if value != saved[name]:
-            raise InputError(f"{name} is {value!r}; allowed when resuming {folder}: {saved[name]!r}")
+    for file, values in settings.items():
+        saved = read_settings(folder / file) if (folder / file).exists() else {}
+        for name in {**saved, **values}:
+            if values.get(name) != saved.get(name):
+                given, allowed = values.get(name), saved.get(name)
+                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
 
 
 def remove_run(folder: Path) -> None:
@@ -164,31 +197,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return the summary of a finished run."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def truncate_metrics(file: Path, update: int) -> None:
-    """Remove the lines of later updates than `update`, and a line that was cut off in writing."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["update"] > update:
-            break
-        kept.append(line)
-    write_text(file, "".join(kept))
-
-
-def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return rollouts spent and held-out accuracy at each evaluation."""
-    evaluated = [line for line in metrics if line.get("heldout_right") is not None]
-    return (
-        [line["rollouts"] for line in evaluated],
-        [line["heldout_right"] / line["heldout_total"] for line in evaluated],
-    )
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:
@@ -211,14 +219,15 @@ def binomial_interval(right: int, total: int) -> tuple[float, float]:
 def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:
     """Update until all rollouts are spent, evaluating, saving and reporting on the way."""
     config, counters = trainer.config, trainer.counters
-    accuracy = accuracies(read_metrics(folder))[1][-1]
+    accuracy, watch = accuracies(read_metrics(folder))[1][-1], GapWatch()
     while not trainer.done:
         before = counters.rollouts
         metrics = trainer.update()
+        watch.see(metrics)
         if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
             accuracy = _evaluate(trainer, folder, metrics)
         else:
-            _append(folder, metrics)
+            append_metrics(folder, metrics)
         report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
         if trainer.done or stop.requested or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
@@ -228,13 +237,8 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
 
 def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> float:
     right, total = trainer.evaluate()
-    _append(folder, {**metrics, "heldout_right": right, "heldout_total": total})
+    append_metrics(folder, {**metrics, "heldout_right": right, "heldout_total": total})
     return right / total
-
-
-def _append(folder: Path, metrics: Mapping[str, Any]) -> None:
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(metrics, allow_nan=False) + "\n")
 
 
 def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from v05.cli.quiet import quiet_transformers
 from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
@@ -67,6 +68,7 @@ def run(
     from v05.pretrained import load_policy
 
     check_engine(engine)
+    quiet_transformers()
     verifier = make_verifier(judging["verifier"], judging["reward_range"])
     records = read_data(source, needs_answer(verifier))
     policy = load_policy(model, dtype=dtype, device=device)

@@ -2,20 +2,27 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from v05.policy import Policy
 from v05.rollout.engine import Rollout
+from v05.seeds import seed_of
 
 
 class TransformersEngine:
     """Samples from its own copy of a policy, in the process of the trainer."""
 
-    def __init__(self, policy: Policy) -> None:
-        """Copy `policy`; later changes arrive through `update_weights` only."""
+    def __init__(self, policy: Policy, sequences_at_once: int | None = None) -> None:
+        """Copy `policy`; later changes arrive through `update_weights` only.
+
+        Args:
+            policy: model and tokenizer.
+            sequences_at_once: answers in one batch at most; None for no limit.
+        """
+        self.sequences_at_once = sequences_at_once
         model = copy.deepcopy(policy.model).eval().requires_grad_(False)
         self.policy = dataclasses.replace(policy, model=model)
 
@@ -50,8 +57,18 @@ class TransformersEngine:
             ValueError: lengths differ, or a number is outside what is allowed.
         """
         _check_request(prompts, counts, temperature, max_new_tokens)
-        if sum(counts) == 0:
-            return [[] for _ in prompts]
+        rollouts: list[list[Rollout]] = [[] for _ in prompts]
+        for number, (first, part) in enumerate(pieces(counts, self.sequences_at_once or sum(counts))):
+            own = seed if number == 0 else seed_of("piece", seed, number)
+            found = self._answers(prompts[first : first + len(part)], part, own, temperature, max_new_tokens)
+            for place, row in enumerate(found, first):
+                rollouts[place] += row
+        return rollouts
+
+    def _answers(
+        self, prompts: Sequence[str], counts: Sequence[int], seed: int, temperature: float, max_new_tokens: int
+    ) -> list[list[Rollout]]:
+        """Sample one batch."""
         prompt_ids = self.policy.encode(prompts)
         with self.policy.precision:
             tokens, logprobs = self._sample(prompt_ids, counts, seed, temperature, max_new_tokens)
@@ -106,6 +123,26 @@ class TransformersEngine:
             output = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
             logits, position = output.logits[:, -1], position + 1
         return torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)
+
+
+def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield consecutive prompts with at most `limit` answers in all, as the first one's index and their counts.
+
+    A prompt that wants more than is left goes on in the next piece; prompts that want none may be left out.
+    """
+    first, part, room = 0, list[int](), limit
+    for index, count in enumerate(counts):
+        while count > 0:
+            taken = min(count, room)
+            part += [0] * (index - first - len(part)) + [taken]
+            count, room = count - taken, room - taken
+            if room == 0:
+                yield first, part
+                first, part, room = index, [], limit
+        if not part:
+            first = index + 1
+    if part:
+        yield first, part
 
 
 def _check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:
