@@ -12,6 +12,8 @@ from v05.batch import PackedTokens
 from v05.errors import InputError
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from v05.policy import Policy
+from v05.ranks import ALONE, Ranks
+from v05.sharding import shard, split_as, whole
 
 GRADIENT_NORM: Final = 1.0  # gradients are scaled down to this norm
 WARM_UP: Final = 10  # updates of linearly rising learning rate, while Adam's averages fill
@@ -87,8 +89,9 @@ class Learner:
         epochs: int,
         micro_batches: int,
         linear: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Set up Adam over the policy's parameters.
+        """Set up Adam over the policy's parameters, split among the ranks where there are several.
 
         Args:
             policy: what is trained, in place.
@@ -98,14 +101,18 @@ class Learner:
             epochs: passes over each batch.
             micro_batches: parts that a batch is split into; the gradient does not depend on it.
             linear: go from hidden states to the loss, without logits in memory.
+            ranks: all of them make a learner of an equal policy, and call the same methods with equal arguments.
 
         Raises:
             InputError: `linear`, and the policy's logits are not those of its output layer alone.
         """
         self.policy, self.learning_rate, self.epochs, self.micro_batches = policy, learning_rate, epochs, micro_batches
+        self.ranks = ranks
         if linear:
             check_linear(policy)
         self.step = Step(policy, algorithm, temperature, linear)
+        if ranks.count > 1:
+            shard(self.step, policy, ranks)
         self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.999))
 
     def learn(self, batch: PackedTokens, advantages: Tensor, update: int) -> dict[str, float]:
@@ -123,39 +130,39 @@ class Learner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (update + 1) / WARM_UP)
-        parts = list(batch.split(self.micro_batches))
+        parts = share(batch, self.micro_batches, self.ranks)
         old_logprobs: list[Tensor] = []
         totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "sampler_gap_mean": 0.0}
         for epoch in range(self.epochs):
             self.optimizer.zero_grad(set_to_none=True)
-            for part, (sequences, tokens) in enumerate(parts):
+            for part, (sequences, tokens, counts) in enumerate(parts):
                 known = old_logprobs[part] if epoch else None
                 loss, metrics, old, entropy = self.step(tokens, advantages[sequences], known)
-                loss.backward()
+                (loss * self.ranks.count).backward()  # sharded gradients are averaged over the ranks
                 if epoch == 0:
                     old_logprobs.append(old)
                     gaps = (old.cpu() - tokens.logprobs).abs()
                     metrics |= {"entropy": entropy, "sampler_gap": gaps.max(), "sampler_gap_mean": gaps.sum()}
                 for name, value in {"loss": loss.detach(), **metrics}.items():
-                    _add(totals, name, float(value))
-            totals["gradient_norm"] = self._clip()
+                    _add(totals, name, float(value) if counts else 0.0)
+            norm = self._clip()
             self.optimizer.step()
+        totals = {**self.ranks.combine(totals, LARGEST), "gradient_norm": norm}
         for name in ("entropy", "sampler_gap_mean"):
             totals[name] /= len(batch.tokens)
         return totals
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the policy's weights by parameter name, whole, for an engine or a file."""
-        weights: dict[str, Tensor] = self.policy.model.state_dict()
-        return weights
+        """Return the policy's weights by parameter name, whole, for an engine or a file; all ranks call this."""
+        return {name: whole(value) for name, value in self.policy.model.state_dict().items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return policy and optimiser, tensors by name, from which `load_state` goes on bit for bit."""
+        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit."""
         tied = self._tied()
         return {
             "policy": {name: value.contiguous() for name, value in self.weights().items() if name not in tied},
             "optimizer": {
-                f"{index}.{name}": value
+                f"{index}.{name}": whole(value)
                 for index, entry in self.optimizer.state_dict()["state"].items()
                 for name, value in entry.items()
             },
@@ -167,24 +174,47 @@ class Learner:
         Raises:
             RuntimeError: a name is missing or unknown.
         """
-        missing, unknown = self.policy.model.load_state_dict(dict(tensors["policy"]), strict=False)
+        own = self.policy.model.state_dict()
+        given = {name: split_as(value, own.get(name, value)) for name, value in tensors["policy"].items()}
+        missing, unknown = self.policy.model.load_state_dict(given, strict=False)
         if unknown or set(missing) - self._tied():
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unknown}; allowed: the policy's own names")
         entries: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.policy.model.parameters())
         for key, value in tensors["optimizer"].items():
             index, _, name = key.partition(".")
-            entries.setdefault(int(index), {})[name] = value
+            entries.setdefault(int(index), {})[name] = split_as(value, parameters[int(index)])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
 
     def _clip(self) -> float:
         """Scale the gradient down to `GRADIENT_NORM` and return its norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), GRADIENT_NORM))
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), GRADIENT_NORM)))
 
     def _tied(self) -> set[str]:
         """Return the names of parameters that are others under another name."""
         model = self.policy.model
         own = {name for name, _ in model.named_parameters()}
         return {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
+
+
+def share(batch: PackedTokens, micro_batches: int, ranks: Ranks) -> list[tuple[slice, PackedTokens, bool]]:
+    """Return this rank's micro-batches, as many on every rank, since all have to gather parameters together.
+
+    Args:
+        batch: N sequences, 1 or more.
+        micro_batches: on each rank, at most.
+        ranks: split the parts among themselves.
+
+    Returns:
+        The slice of the sequences, the sequences, and whether they count: a rank that has a part less than the others
+        gets one of weight 0 that does not.
+    """
+    parts = [(*part, True) for part in batch.split(micro_batches * ranks.count)]
+    own = parts[ranks.rank :: ranks.count]
+    if len(own) * ranks.count < len(parts):
+        first, tokens = next(batch.split(len(batch.prompts)))
+        own.append((first, dataclasses.replace(tokens, weights=torch.zeros_like(tokens.weights)), False))
+    return own
 
 
 def check_linear(policy: Policy) -> None:

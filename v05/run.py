@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from v05.algorithms import parse_algorithm
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, read_settings
@@ -18,6 +20,7 @@ from v05.metrics import accuracies, append_metrics, read_metrics, truncate_metri
 from v05.model_config import ModelConfig
 from v05.plots import plot_run
 from v05.policy import check_size
+from v05.ranks import ALONE, Ranks
 from v05.sampler_gap import GapWatch
 from v05.tasks import make_task
 from v05.trainer import Trainer
@@ -65,6 +68,7 @@ def train_run(
     *,
     resume: bool = False,
     model: ModelConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
 
@@ -76,6 +80,7 @@ def train_run(
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
+        ranks: processes that train a model of the user's together; the first of them writes.
 
     Returns:
         The summary, as in `summary.json`.
@@ -85,10 +90,13 @@ def train_run(
         InputError: an unknown name; the folder has a run and `resume` is false; or `config` differs from the settings
             of the run to resume.
     """
-    prepare_folder(config, folder, resume, model)
-    if (folder / "summary.json").exists():
+    if ranks.count > 1 and model is None:
+        raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
+    if ranks.leads:
+        prepare_folder(config, folder, resume, model)
+    if ranks.broadcast((folder / "summary.json").exists()):
         return read_summary(folder)
-    trainer = make_trainer(config, cache, stop, report) if model is None else make_user_trainer(config, model)
+    trainer = make_trainer(config, cache, stop, report) if model is None else make_user_trainer(config, model, ranks)
     try:
         return _train(trainer, folder, stop, report)
     finally:
@@ -100,13 +108,15 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
     checkpoint = read_checkpoint(folder / "checkpoints")
     clock = Clock()
     if checkpoint is None:
-        write_text(folder / "metrics.jsonl", "")
+        if trainer.ranks.leads:
+            write_text(folder / "metrics.jsonl", "")
         _evaluate(trainer, folder, {"update": 0, "rollouts": 0})
         _save(trainer, folder, clock)
     else:
         trainer.load_state(checkpoint.tensors, checkpoint.state["counters"])
         clock.before = checkpoint.state["seconds"]
-        truncate_metrics(folder / "metrics.jsonl", checkpoint.update)
+        if trainer.ranks.leads:
+            truncate_metrics(folder / "metrics.jsonl", checkpoint.update)
     _loop(trainer, folder, clock, stop, report)
     return _finish(trainer, folder, clock)
 
@@ -124,12 +134,12 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
     return Trainer(config, policy, task, make_engine("hf", policy), make_prior(config, task.reward_range))
 
 
-def make_user_trainer(config: TrainConfig, model: ModelConfig) -> Trainer:
+def make_user_trainer(config: TrainConfig, model: ModelConfig, ranks: Ranks = ALONE) -> Trainer:
     """Return a trainer of the user's model on the user's data."""
     policy, task, grader = load_user_model(model)
     engine = make_engine(model.engine, policy, model.sequences_at_once)
     prior = make_prior(config, task.reward_range)
-    return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear")
+    return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear", ranks=ranks)
 
 
 def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
@@ -219,39 +229,53 @@ def binomial_interval(right: int, total: int) -> tuple[float, float]:
 def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:
     """Update until all rollouts are spent, evaluating, saving and reporting on the way."""
     config, counters = trainer.config, trainer.counters
-    accuracy, watch = accuracies(read_metrics(folder))[1][-1], GapWatch()
+    leads, watch = trainer.ranks.leads, GapWatch()
+    accuracy = accuracies(read_metrics(folder))[1][-1] if leads else 0.0
     while not trainer.done:
         before = counters.rollouts
         metrics = trainer.update()
-        watch.see(metrics)
+        if leads:
+            watch.see(metrics)
         if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
             accuracy = _evaluate(trainer, folder, metrics)
         else:
-            append_metrics(folder, metrics)
+            _note(trainer, folder, metrics)
         report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
-        if trainer.done or stop.requested or counters.update % config.checkpoint_every == 0:
+        stopping = trainer.ranks.broadcast(stop.requested)
+        if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
-        if stop.requested and not trainer.done:
+        if stopping and not trainer.done:
             raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
 
 
 def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> float:
     right, total = trainer.evaluate()
-    append_metrics(folder, {**metrics, "heldout_right": right, "heldout_total": total})
+    _note(trainer, folder, {**metrics, "heldout_right": right, "heldout_total": total})
     return right / total
+
+
+def _note(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> None:
+    if trainer.ranks.leads:
+        append_metrics(folder, metrics)
 
 
 def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:
     tensors, counters = trainer.state()
     state = {"counters": counters, "seconds": clock.seconds}
-    write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
+    if trainer.ranks.leads:
+        write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
 
 
 def _finish(trainer: Trainer, folder: Path, clock: Clock) -> dict[str, Any]:
     """Export the policy, draw the curves, and write and return the summary."""
+    weights = trainer.learner.weights()
+    return trainer.ranks.broadcast(_export(trainer, folder, clock, weights) if trainer.ranks.leads else {})
+
+
+def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     counters, metrics = trainer.counters, read_metrics(folder)
     evaluated = [line for line in metrics if line.get("heldout_right") is not None]
-    trainer.policy.save(folder / "policy")
+    trainer.policy.save(folder / "policy", weights)
     summary = {
         "algorithm": trainer.algorithm.name,
         "seed": trainer.config.seed,

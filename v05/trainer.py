@@ -16,12 +16,14 @@ from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
 from v05.policy import Policy
+from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
 from v05.rollout.scheduler import Sample, first_rollouts, share_out
 from v05.seeds import seed_of
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
+from v05.team import Team
 from v05.value.prior import Prior
 
 
@@ -38,6 +40,7 @@ class Trainer:
         *,
         grader: Grader | None = None,
         linear: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Set up an optimiser over `policy`.
 
@@ -49,11 +52,14 @@ class Trainer:
             prior: expected rewards; None for an algorithm without.
             grader: gives rewards; None for the task's verifier, in this process.
             linear: go from hidden states to the loss, without logits in memory.
+            ranks: processes that train together, each with a trainer of its own that is called in the same order.
 
         Raises:
             ValueError: the algorithm needs a prior and none is given.
         """
-        self.config, self.policy, self.task, self.engine, self.prior = config, policy, task, engine, prior
+        self.config, self.policy, self.task, self.prior, self.ranks = config, policy, task, prior, ranks
+        self.team = Team(engine, ranks)
+        self.engine: Engine = engine if ranks.count == 1 else self.team
         self.algorithm = parse_algorithm(config.algorithm)
         if self.algorithm.prior != "none" and prior is None:
             raise ValueError(f"prior is None; allowed for {self.algorithm.name}: a prior")
@@ -66,6 +72,7 @@ class Trainer:
             epochs=config.epochs,
             micro_batches=config.micro_batches,
             linear=linear,
+            ranks=ranks,
         )
         self.counters = Counters()
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
@@ -78,13 +85,13 @@ class Trainer:
     def update(self) -> dict[str, Any]:
         """Sample rollouts, learn from them once, and return this update's metrics by name."""
         self.engine.update_weights(self.learner.weights())
-        sample, first_conflicts = self._sample()
+        sample, first_conflicts = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
         learnt = self._learn(batch, advantages) if rollouts else {}
-        if self.prior is not None:
+        if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
         self._count(sample, first_conflicts)
         return self._metrics(sample, groups, prior, advantages, learnt, first_conflicts)
@@ -95,6 +102,10 @@ class Trainer:
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
         self.engine.update_weights(self.learner.weights())
+        return self.team.lead(self._right)
+
+    def _right(self) -> tuple[int, int]:
+        """Sample and judge the held-out answers with the engine's present weights."""
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
         right = 0
         for start in range(0, len(prompts), 256):

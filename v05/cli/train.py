@@ -73,6 +73,7 @@ def train(
 ) -> None:
     """Train a small policy, or a model of yours on your data, by reinforcement learning; or compare algorithms."""
     from v05.checkpoint import StopRequest
+    from v05.ranks import join_ranks, leave_ranks
     from v05.run import Interrupted
 
     given = {
@@ -97,20 +98,25 @@ def train(
     _set_threads(threads)
     if user is not None:
         quiet_transformers()
-    console = Console()
+    ranks = join_ranks()
+    if ranks.count > 1 and compare is not None:
+        raise InputError(f"{ranks.count} processes are given; allowed with --compare: 1")
+    console = Console(quiet=not ranks.leads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
     late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
     try:
         with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
             reporter = ProgressReporter(progress)
             if compare is None:
-                table = _one(settings, user, output, stop, reporter, resume, overwrite)
+                table = _one(settings, user, output, stop, reporter, resume, overwrite, ranks)
             else:
                 table = _several(settings, compare, seeds, output, stop, reporter, overwrite)
     except Interrupted as interrupted:
         again = "run the same command again" if compare else f"v05 train --output {output} --resume"
         console.print(f"Stopped: {interrupted}. To go on: {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from interrupted
+    finally:
+        leave_ranks()
     console.print(table)
     console.print(f"files: {output}", soft_wrap=True, highlight=False)
 
@@ -154,13 +160,15 @@ def _one(
     reporter: ProgressReporter,
     resume: bool,
     overwrite: bool,
+    ranks: Any,
 ) -> Table:
     """Train once; return what to print."""
     from v05.run import binomial_interval, remove_run, train_run
 
-    if overwrite:
+    if overwrite and ranks.leads:
         remove_run(output)
-    summary = train_run(settings, output, output / "warm_start", stop, reporter, resume=resume, model=user)
+    options: dict[str, Any] = {"resume": resume, "model": user, "ranks": ranks}
+    summary = train_run(settings, output, output / "warm_start", stop, reporter, **options)
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
