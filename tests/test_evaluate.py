@@ -220,6 +220,8 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     assert [line for line in again.output.splitlines() if "@" in line] == [
         line for line in first.output.splitlines() if "@" in line
     ]
+    long = CliRunner().invoke(app, [*command, "--max-new-tokens", "62"])
+    assert "64 positions, of which the longest prompt takes 5" in str(long.exception)
     other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
     assert isinstance(other.exception, InputError)
     assert "temperature is 0.5 and was 1.0" in str(other.exception)

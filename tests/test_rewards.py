@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from v05.errors import InputError
+from v05.tasks.grading import InlineGrader, PoolGrader, Troubles
 from v05.tasks.mathematics import last_boxed, same_answer
 from v05.tasks.pool import PoolBroken, RewardPool
 from v05.tasks.verifiers import make_verifier, needs_answer
@@ -127,6 +129,32 @@ def test_hangs_crashes_and_exceptions_cost_the_smallest_reward_and_nothing_else(
     assert reasons["crash"] == "the process ended with status 3"
     assert reasons["raise"] == "KeyError: 'nothing here'"
     assert reasons["hang"] == "no answer in 1.5 s"
+
+
+def test_what_a_hung_verifier_has_started_is_stopped_with_it(pool: RewardPool, tmp_path: Path) -> None:
+    [verdict] = pool.collect(submit(pool, [f"child {tmp_path}/pid"]))
+    assert verdict.problem == "timeout"
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    deadline = time.monotonic() + 30
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the child lives on"
+        os.sched_yield()
+
+
+def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(tmp_path: Path) -> None:
+    inline = InlineGrader(lambda prompt, text: float(text), 0.0)
+    tickets = [inline.submit("p", "0.5", True), inline.submit("p", "0.75", False), inline.submit("p", "0.25", True)]
+    assert all(map(inline.ready, tickets))
+    assert inline.collect(tickets[::-1]) == [0.25, 0.0, 0.5]
+    assert inline.take_troubles() == Troubles()
+    pooled = PoolGrader(RewardPool(BEHAVE, (-1.0, 1.0), workers=1, timeout=1.0), lambda prompt: {"answer": prompt})
+    tickets = [pooled.submit("p", text, done) for text, done in (("0.5", True), ("1", False), ("raise", True))]
+    assert pooled.ready(tickets[1])
+    assert pooled.collect(tickets) == [0.5, -1.0, -1.0]
+    assert pooled.collect([pooled.submit("p", "hang", True)]) == [-1.0]
+    assert pooled.take_troubles() == Troubles(1, 1, "no answer in 1 s")
+    assert pooled.take_troubles() == Troubles()
+    pooled.close()
 
 
 def test_a_verifier_that_wants_all_memory_fails_alone(pool: RewardPool) -> None:

@@ -1,6 +1,7 @@
 """Verifiers that misbehave, imported by reward workers."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
         case ["spin"]:
             while True:
                 pass
+        case ["child", path]:
+            child = subprocess.Popen(["sleep", "1000"])
+            Path(path).write_text(str(child.pid))
+            child.wait()
         case ["crash"]:
             os._exit(3)
         case ["crash_once", path]:

@@ -1,6 +1,8 @@
 """A model and data of the user's, put together for a trainer."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from v05.errors import InputError
 from v05.model_config import ModelConfig
@@ -35,7 +37,7 @@ def load_user_model(settings: ModelConfig) -> tuple[Policy, Problems, PoolGrader
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     limit = settings.max_prompt_tokens
-    lengths = [len(ids) for ids in _encode(policy, [record["prompt"] for record in records], settings.data)]
+    lengths = prompt_lengths(policy, records, settings.data)
     short = [record for record, length in zip(records, lengths, strict=True) if length <= limit]
     if len(short) < len(records):
         left_out = f"{len(records) - len(short):,} of {len(records):,} prompts"
@@ -63,8 +65,9 @@ def check_positions(policy: Policy, longest: int, max_new_tokens: int) -> None:
         raise InputError(f"max_new_tokens is {max_new_tokens:,}; allowed by the model: {left}")
 
 
-def _encode(policy: Policy, prompts: list[str], data: str) -> list[list[int]]:
+def prompt_lengths(policy: Policy, records: Sequence[Mapping[str, Any]], data: str) -> list[int]:
+    """Return the tokens of every prompt, or raise InputError naming the data and what cannot be encoded."""
     try:
-        return policy.encode(prompts)
+        return [len(ids) for ids in policy.encode([record["prompt"] for record in records])]
     except ValueError as error:
         raise InputError(f"{data}: {error}") from None

@@ -66,12 +66,14 @@ def run(
     from v05.checkpoint import Interrupted, StopRequest
     from v05.engines import check_engine, make_engine
     from v05.pretrained import load_policy
+    from v05.user_model import check_positions, prompt_lengths
 
     check_engine(engine)
     quiet_transformers()
     verifier = make_verifier(judging["verifier"], judging["reward_range"])
     records = read_data(source, needs_answer(verifier))
     policy = load_policy(model, dtype=dtype, device=device)
+    check_positions(policy, max(prompt_lengths(policy, records, source.place)), sampling.max_new_tokens)
     settings = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

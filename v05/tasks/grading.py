@@ -33,6 +33,10 @@ class Grader(Protocol):
         """Return the rewards of these tickets, in this order, once, waiting for those that are not there yet."""
         ...
 
+    def ready(self, ticket: int) -> bool:
+        """Return whether `collect` would return this reward without waiting."""
+        ...
+
     def take_troubles(self) -> Troubles:
         """Return what went wrong since the last call."""
         ...
@@ -60,6 +64,10 @@ class InlineGrader:
     def collect(self, tickets: Sequence[int]) -> list[float]:
         """Return the rewards of these tickets."""
         return [self._rewards.pop(ticket) for ticket in tickets]
+
+    def ready(self, ticket: int) -> bool:
+        """Return True: the reward is there."""
+        return True
 
     def take_troubles(self) -> Troubles:
         """Return none: what the verifier raises stops the run."""
@@ -100,6 +108,10 @@ class PoolGrader:
             self._troubles.timeouts += verdict.problem == "timeout"
             self._troubles.reason = verdict.reason or self._troubles.reason
         return rewards
+
+    def ready(self, ticket: int) -> bool:
+        """Return whether the verdict is there, or none is needed."""
+        return ticket < 0 or self.pool.done(ticket)
 
     def take_troubles(self) -> Troubles:
         """Return what went wrong since the last call."""

@@ -235,9 +235,9 @@ class RewardPool:
 
     def _overdue(self, worker: Worker) -> None:
         reason = f"no answer in {self.timeout:g} s" if worker.ready else f"not ready in {START_SECONDS:g} s"
+        self._replace(worker, reason)
         if worker.ticket is not None:
             self._settle(worker, Verdict(self.reward_range[0], "timeout", reason))
-        self._replace(worker, reason)
 
     def _settle(self, worker: Worker, verdict: Verdict) -> None:
         assert worker.ticket is not None
