@@ -141,7 +141,7 @@ def test_what_a_hung_verifier_has_started_is_stopped_with_it(pool: RewardPool, t
         os.sched_yield()
 
 
-def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(tmp_path: Path) -> None:
+def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(caplog: pytest.LogCaptureFixture) -> None:
     inline = InlineGrader(lambda prompt, text: float(text), 0.0)
     tickets = [inline.submit("p", "0.5", True), inline.submit("p", "0.75", False), inline.submit("p", "0.25", True)]
     assert all(map(inline.ready, tickets))
@@ -154,6 +154,10 @@ def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(tmp_path: 
     assert pooled.collect([pooled.submit("p", "hang", True)]) == [-1.0]
     assert pooled.take_troubles() == Troubles(1, 1, "no answer in 1 s")
     assert pooled.take_troubles() == Troubles()
+    assert [record.getMessage().split(";")[1] for record in caplog.records] == [
+        " last: KeyError: 'nothing here'",
+        " last: no answer in 1 s",
+    ]
     pooled.close()
 
 

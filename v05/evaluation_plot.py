@@ -29,6 +29,7 @@ def plot_evaluation(evaluation: Evaluation, title: str, file: Path) -> None:
     counts = [evaluation.right.count(number) for number in range(evaluation.samples + 1)]
     bars.bar(range(evaluation.samples + 1), counts, color=COLOURS[1])
     bars.set(xlabel=f"right answers of {evaluation.samples}", ylabel="problems")
+    bars.xaxis.get_major_locator().set_params(integer=True)
     bars.set_title("How often each problem is solved", loc="left", fontsize=10.5, color=INK)
     for panel in (curve, bars):
         for side in ("top", "right"):

@@ -107,7 +107,7 @@ class Trainer:
     def _right(self) -> tuple[int, int]:
         """Sample and judge the held-out answers with the engine's present weights."""
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
-        right = 0
+        tickets: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
             answers = self.engine.generate(
@@ -117,9 +117,10 @@ class Trainer:
                 temperature=1.0,
                 max_new_tokens=self.task.max_answer_length,
             )
-            best = self.task.reward_range[1]
-            right += sum(reward == best for row in self._rewards(part, answers) for reward in row)
-        return right, len(prompts) * self.config.heldout_samples
+            tickets += self._submit(part, answers)
+        best = self.task.reward_range[1]
+        rewards = [reward for row in self._collect(tickets) for reward in row]
+        return sum(reward == best for reward in rewards), len(rewards)
 
     def _sample(self) -> tuple[Sample, int]:
         """Spend this update's rollouts; return the groups and how many first tests found a conflict."""
@@ -157,14 +158,17 @@ class Trainer:
             temperature=self.config.temperature,
             max_new_tokens=self.task.max_answer_length,
         )
-        sample.add(rollouts, self._rewards(sample.prompts, rollouts))
+        sample.add(rollouts, self._collect(self._submit(sample.prompts, rollouts)))
 
-    def _rewards(self, prompts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]) -> list[list[float]]:
-        """Return the reward of every rollout of every prompt."""
-        tickets = [
+    def _submit(self, prompts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]) -> list[list[int]]:
+        """Ask for the rewards of every prompt's rollouts and return their tickets."""
+        return [
             [self.grader.submit(prompt, rollout.text, rollout.finished) for rollout in row]
             for prompt, row in zip(prompts, rollouts, strict=True)
         ]
+
+    def _collect(self, tickets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the rewards of every prompt's tickets."""
         rewards = iter(self.grader.collect([ticket for row in tickets for ticket in row]))
         return [[next(rewards) for _ in row] for row in tickets]
 

@@ -1,10 +1,14 @@
 """Graders: rewards that are asked for now and collected later."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from v05.tasks.pool import RewardPool
+from v05.tasks.worker import Verdict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,6 +93,7 @@ class PoolGrader:
         """
         self.pool, self.record_of = pool, record_of
         self._troubles = Troubles()
+        self._not_given = 0
 
     def submit(self, prompt: str, text: str, finished: bool) -> int:
         """Queue one answer and return its ticket; below 0 where nothing is to be judged."""
@@ -104,10 +109,18 @@ class PoolGrader:
                 continue
             verdict = next(verdicts)
             rewards.append(verdict.reward)
-            self._troubles.failures += verdict.problem == "failure"
-            self._troubles.timeouts += verdict.problem == "timeout"
-            self._troubles.reason = verdict.reason or self._troubles.reason
+            if verdict.problem:
+                self._note(verdict)
         return rewards
+
+    def _note(self, verdict: Verdict) -> None:
+        """Count a reward that was not given; say so the first time, and whenever the count has doubled."""
+        self._troubles.failures += verdict.problem == "failure"
+        self._troubles.timeouts += verdict.problem == "timeout"
+        self._troubles.reason = verdict.reason
+        self._not_given += 1
+        if self._not_given.bit_count() == 1:
+            logger.warning("the verifier gave no reward %d times; last: %s", self._not_given, verdict.reason)
 
     def ready(self, ticket: int) -> bool:
         """Return whether the verdict is there, or none is needed."""
