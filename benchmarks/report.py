@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.harness import OURS
 from benchmarks.plots import Line, grouped, number, threads_of
+from v05.study_table import StudyTable
 
 BUSY = 0.25  # cores used by others from which a time is marked
 
@@ -73,7 +74,7 @@ def losses(rows: list[Line]) -> list[str]:
 
 
 def write(path: Path, folder: Path) -> None:
-    """Writes RESULTS.md and plots/<op>_<device>.png into a folder from the rows at path."""
+    """Writes RESULTS.md and plots/<op>_<device>.png into a folder from the rows at path and its studies/*.json."""
     rows = latest(path)
     parts = [INTRODUCTION]
     lost = losses(rows)
@@ -90,4 +91,6 @@ def write(path: Path, folder: Path) -> None:
             newest = max(case, key=lambda row: row["run"])
             where = f"{threads_of(threads)}, {newest['versions']}, commit {newest['commit']}, {newest['run'][:10]}"
             parts.append(f"### {shape}, {dtype}, {direction}\n\n{where}\n\n{table(case)}\n")
+    studies = [StudyTable.read(file) for file in sorted((folder / "studies").glob("*.json"))]
+    parts += ["## Studies\n\n" + "\n".join(f"### {study.markdown()}" for study in studies)] if studies else []
     (folder / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")

@@ -12,7 +12,7 @@ from v05.errors import InputError
 from v05.value import process
 from v05.value.features import MEASURES, PHRASES, Described, describe, letters, structure
 from v05.value.head import LOWEST, Context, GaussianProcessHead, calibration_slope, moments, number_prompts
-from v05.value.regression_head import RegressionHead, log_odds
+from v05.value.regression_head import LINEAR, NOISE, RegressionHead, kernel, left_out, log_odds, solve, standardised
 from v05.value.tabpfn_head import TabPFNHead, differentiable_head
 
 EASY = [f"Compute ${a} + {b}$." for a in range(1, 9) for b in range(1, 6)]
@@ -156,6 +156,38 @@ def test_kernel_regression_learns_and_its_log_odds_have_gradients() -> None:
     assert (head.predict(features[80:]) - rates[80:]).abs().mean() < 0.15
     context, queries = features[:6, :3].double().requires_grad_(), features[6:9, :3].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: log_odds(a, rates[:6].double(), b), (context, queries))
+
+
+def test_left_out_rows_are_those_of_refits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(12, 5, generator=generator).double()
+    targets = torch.rand(12, generator=generator).double() - 0.5
+    covariance = kernel(features, features, 0.5)
+    found = left_out(*torch.linalg.eigh(covariance), targets, torch.tensor([0.5, 4.0]).double())
+    for row, noise in enumerate((0.5, 4.0)):
+        for gone in range(12):
+            kept = [index for index in range(12) if index != gone]
+            inner = covariance[kept][:, kept] + noise * torch.eye(11).double()
+            expected = targets[gone] - covariance[gone, kept] @ torch.linalg.solve(inner, targets[kept])
+            torch.testing.assert_close(found[row, gone], expected)
+
+
+def test_kernel_regression_is_the_best_of_all_settings() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(40, 6, generator=generator).double()
+    rates = torch.rand(40, generator=generator).double()
+    own = standardised(features, features)
+    errors = {}
+    for share in LINEAR:
+        for noise in NOISE:
+            inverse = torch.linalg.inv(kernel(own, own, share) + noise * torch.eye(40).double())
+            errors[share, noise] = float((inverse @ (rates - rates.mean()) / inverse.diagonal()).square().mean())
+    head = RegressionHead()
+    head.fit(features[:40], rates)
+    assert tuple(head.setting) == min(errors, key=lambda key: errors[key])
+    queries = torch.randn(7, 6, generator=generator).double()
+    expected = solve(features, rates, queries, head.setting).clamp(0.01, 0.99).float()
+    torch.testing.assert_close(head.predict(queries), expected)
 
 
 @pytest.fixture(scope="module")

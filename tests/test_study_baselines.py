@@ -103,7 +103,11 @@ def test_gradient_reads_its_pool_and_goes_on(tmp_path):
     grams = torch.stack([centred_gram(torch.randn(4, 9, generator=rng), row) for row in answer])
     rewards = (torch.rand(3, 50, generator=rng) < 0.5).double() * 2 - 1
     options = ("--prompts", 3, "--pool", 50, "--repeats", 20, "--priors", "constant", "--output", tmp_path)
-    StudyFolder(tmp_path, dict(prompts=3, pool=50, repeats=20, seed=0), ("estimator", "prior", "k_init", "k_max"))
+    StudyFolder(
+        tmp_path,
+        dict(task="arithmetic", prompts=3, pool=50, repeats=20, seed=0),
+        ("estimator", "prior", "k_init", "k_max"),
+    )
     write_tensors(tmp_path / "pool.safetensors", {"rewards": rewards, "answer": answer, "gram": grams})
     run("gradient", *options, "--estimators", "rloo")
     output = run("gradient", *options, "--estimators", "rloo,v05:2-8")

@@ -159,12 +159,16 @@ def test_evaluation_leaves_training_alone() -> None:
 def test_algorithm_names() -> None:
     assert parse_algorithm("grpo:8").k_max == 8
     assert (parse_algorithm("v05:1").k_init, parse_algorithm("v05:1").k_max) == (1, 16)
+    assert (parse_algorithm("v05:4-4").k_init, parse_algorithm("v05:4-4@1e-4").k_max) == (4, 4)
+    assert (parse_algorithm("v05_calibrated_loo:1-8").k_init, parse_algorithm("v05:20-32").k_max) == (1, 32)
     assert parse_algorithm("dr_grpo:4@1e-4").learning_rate == 1e-4
     for bad, message in (
         ("ppo", "name one of v05"),
         ("grpo:1", "allowed: 2 or more"),
         ("v05:17", "allowed: 1 to 16"),
         ("v05:x", "k is 'x'"),
+        ("v05:8-4", "1 <= k <= k_max"),
+        ("grpo:4-16", "allowed: 2 or more"),
         ("v05@0", "a number above 0"),
     ):
         with pytest.raises(InputError, match=message):

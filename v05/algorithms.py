@@ -107,10 +107,11 @@ SMALLEST_GROUP: Final[Mapping[str, int]] = MappingProxyType({"grpo": 2, "dr_grpo
 
 
 def parse_algorithm(text: str) -> Algorithm:
-    """Return the algorithm that `name[:k][@learning_rate]` describes.
+    """Return the algorithm that `name[:k[-k_max]][@learning_rate]` describes.
 
     Args:
-        text: for example `v05`, `v05:1` (start with one rollout, still grow to 16), `grpo:16`, `dr_grpo:4@1e-4`.
+        text: for example `v05`, `v05:1` (start with one rollout, still grow to 16), `v05:4-4` (never grow), `grpo:16`,
+            `dr_grpo:4@1e-4`.
 
     Returns:
         The algorithm, its name being `text`.
@@ -122,19 +123,29 @@ def parse_algorithm(text: str) -> Algorithm:
     name, colon, size = head.partition(":")
     if name not in ALGORITHMS:
         raise InputError(
-            f"algorithm is {text!r}; allowed: name[:k][@learning_rate], name one of {', '.join(ALGORITHMS)}"
+            f"algorithm is {text!r}; allowed: name[:k[-k_max]][@learning_rate], name one of {', '.join(ALGORITHMS)}"
         )
     algorithm = dataclasses.replace(ALGORITHMS[name], name=text.strip())
     if colon:
-        smallest = SMALLEST_GROUP.get(name, 1)
-        grows = algorithm.k_max > algorithm.k_init
-        if not size.isdecimal() or int(size) < smallest or (grows and int(size) > algorithm.k_max):
-            limit = f" to {algorithm.k_max}" if grows else " or more"
-            raise InputError(f"k is {size!r} in {text!r}; allowed: {smallest}{limit}")
-        algorithm = dataclasses.replace(algorithm, k_init=int(size), k_max=algorithm.k_max if grows else int(size))
+        k_init, k_max = _sizes(size, algorithm, SMALLEST_GROUP.get(name, 1), text)
+        algorithm = dataclasses.replace(algorithm, k_init=k_init, k_max=k_max)
     if at:
         algorithm = dataclasses.replace(algorithm, learning_rate=_learning_rate(rate, text))
     return algorithm
+
+
+def _sizes(size: str, algorithm: Algorithm, smallest: int, text: str) -> tuple[int, int]:
+    """Return the first and the largest size of a group; only an algorithm that grows takes two numbers."""
+    first, dash, last = size.partition("-")
+    if algorithm.k_max == algorithm.k_init:
+        if not size.isdecimal() or int(size) < smallest:
+            raise InputError(f"k is {size!r} in {text!r}; allowed: {smallest} or more")
+        return int(size), int(size)
+    largest = last if dash else str(algorithm.k_max)
+    if not (first.isdecimal() and largest.isdecimal() and smallest <= int(first) <= int(largest)):
+        limit = "k-k_max, 1 <= k <= k_max" if dash else f"{smallest} to {algorithm.k_max}, or k-k_max"
+        raise InputError(f"k is {size!r} in {text!r}; allowed: {limit}")
+    return int(first), int(largest)
 
 
 def equal_groups(groups: Groups) -> Tensor:

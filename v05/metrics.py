@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an update."""
+"""metrics.jsonl, one line an update, and times.jsonl, one an evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from typing import Any
 from v05.checkpoint import write_text
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, or of times.jsonl: the updates' processor seconds at each evaluation."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -33,7 +33,7 @@ def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     )
 
 
-def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Add a line to metrics.jsonl."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a file."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")

@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from v05.interquartile import interquartile_mean
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from v05.train_report import Trained
 
 COLOURS: Final = ("#0b6e99", "#d9730d", "#6f42a8", "#448361", "#c14c8a", "#9b6b43", "#5f6b7a", "#cb912f")
 INK: Final = "#24292f"
@@ -61,6 +65,35 @@ def plot_comparison(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], file
     seeds = max(len(shares) for _, shares in curves.values())
     _label(axes[0], f"Held-out accuracy, mean and range of {seeds} seed{'s' * (seeds > 1)}", "% right, sampled")
     axes[0].legend(frameon=False, loc="upper left", ncols=2)
+    _save(figure, file)
+
+
+def plot_training(trained: "Sequence[Trained]", target: float, file: Path) -> None:
+    """Draw a study of training: interquartile mean of accuracy against rollouts, and against processor seconds.
+
+    Args:
+        trained: the runs of each algorithm.
+        target: accuracy of the reference at the end, from 0 to 1.
+        file: PNG to write.
+    """
+    figure, axes = _figure(2)
+    figure.set_size_inches(13.0, 5.4)
+    for index, each in enumerate(trained):
+        mean = 100 * interquartile_mean(each.curve.accuracy)
+        style: dict[str, Any] = dict(
+            color=COLOURS[index % len(COLOURS)], lw=1.8, ls="-" if index < len(COLOURS) else "--", label=each.curve.name
+        )
+        axes[0].plot(each.curve.rollouts, mean, **style)
+        axes[1].plot(each.seconds.mean(axis=0), mean, **style)
+        low, high = 100 * each.curve.accuracy.min(axis=0), 100 * each.curve.accuracy.max(axis=0)
+        axes[0].fill_between(each.curve.rollouts, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.06, lw=0)
+    for panel in axes:
+        panel.axhline(100 * target, color=INK, lw=0.8, ls=":")
+    _label(axes[0], f"Held-out accuracy, interquartile mean and range of {len(trained[0].seconds)} seeds", "% right")
+    _label(axes[1], "the same against time", "% right")
+    axes[1].set_xlabel("processor seconds of updates, one thread", color=INK)
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     _save(figure, file)
 
 

@@ -16,25 +16,26 @@ from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint
 from v05.config import TrainConfig, read_settings
 from v05.engines import check_engine, make_engine
 from v05.errors import InputError
-from v05.metrics import accuracies, append_metrics, read_metrics, truncate_metrics
+from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
 from v05.model_config import ModelConfig
 from v05.plots import plot_run
 from v05.policy import check_size
+from v05.priors import check_prior, make_prior
 from v05.ranks import ALONE, Ranks
 from v05.sampler_gap import GapWatch
 from v05.tasks import make_task
 from v05.trainer import Trainer
 from v05.user_model import load_user_model
-from v05.value.context import PolicyContext
-from v05.value.embedder import sentence_folder
-from v05.value.history import HistoryPrior
-from v05.value.model import V0
-from v05.value.past import WithPast
-from v05.value.prior import Middle, Prior, RunningMean
-from v05.value.v0_prior import V0Prior
 from v05.warm_start import warm_start
 
-FILES = ("config.json", "model.json", "metrics.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
+FILES = (
+    "config.json",
+    "model.json",
+    "metrics.jsonl",
+    "times.jsonl",
+    "summary.json",
+    "curves.png",
+)  # beside the folders
 FOLDERS = ("checkpoints", "policy")
 
 
@@ -48,9 +49,10 @@ class Reporter(Protocol):
 
 @dataclass
 class Clock:
-    """Seconds of wall-clock time in a run, over all its sessions."""
+    """Seconds of a run over all its sessions: on the clock, and of the processor's time for updates alone."""
 
     before: float = 0.0
+    updating: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -109,14 +111,16 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
     clock = Clock()
     if checkpoint is None:
         if trainer.ranks.leads:
-            write_text(folder / "metrics.jsonl", "")
-        _evaluate(trainer, folder, {"update": 0, "rollouts": 0})
+            for name in ("metrics.jsonl", "times.jsonl"):
+                write_text(folder / name, "")
+        _evaluate(trainer, folder, {"update": 0, "rollouts": 0}, clock)
         _save(trainer, folder, clock)
     else:
         trainer.load_state(checkpoint.tensors, checkpoint.state["counters"])
-        clock.before = checkpoint.state["seconds"]
+        clock.before, clock.updating = checkpoint.state["seconds"], checkpoint.state["updating"]
         if trainer.ranks.leads:
-            truncate_metrics(folder / "metrics.jsonl", checkpoint.update)
+            for name in ("metrics.jsonl", "times.jsonl"):
+                truncate_metrics(folder / name, checkpoint.update)
     _loop(trainer, folder, clock, stop, report)
     return _finish(trainer, folder, clock)
 
@@ -140,29 +144,6 @@ def make_user_trainer(config: TrainConfig, model: ModelConfig, ranks: Ranks = AL
     engine = make_engine(model.engine, policy, model.sequences_at_once)
     prior = make_prior(config, task.reward_range)
     return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear", ranks=ranks)
-
-
-def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
-    """Return a new prior of the kind that the algorithm and the settings ask for."""
-    kind = parse_algorithm(config.algorithm).prior
-    if kind == "none":
-        return None
-    if kind == "running_mean" or config.prior == "constant":
-        return RunningMean(reward_range)
-    if config.prior == "none":
-        return Middle(reward_range)
-    if config.prior == "history":
-        return WithPast(HistoryPrior(reward_range), reward_range)
-    return WithPast(V0Prior(V0.embedded(), PolicyContext(reward_range)), reward_range)
-
-
-def check_prior(config: TrainConfig) -> None:
-    """Raise InputError where the prior needs a package that is not installed."""
-    if config.prior == "v0" and parse_algorithm(config.algorithm).prior == "configured":
-        try:
-            sentence_folder()
-        except InputError as error:
-            raise InputError(f"{error}, or choose --prior history") from None
 
 
 def prepare_folder(config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None) -> None:
@@ -233,13 +214,15 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
     accuracy = accuracies(read_metrics(folder))[1][-1] if leads else 0.0
     while not trainer.done:
         before = counters.rollouts
+        started = time.process_time()
         metrics = trainer.update()
+        clock.updating += time.process_time() - started
         if leads:
             watch.see(metrics)
         if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
-            accuracy = _evaluate(trainer, folder, metrics)
+            accuracy = _evaluate(trainer, folder, metrics, clock)
         else:
-            _note(trainer, folder, metrics)
+            _note(trainer, folder / "metrics.jsonl", metrics)
         report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
         stopping = trainer.ranks.broadcast(stop.requested)
         if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
@@ -248,20 +231,23 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
 
 
-def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> float:
+def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock: Clock) -> float:
+    """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
     right, total = trainer.evaluate()
-    _note(trainer, folder, {**metrics, "heldout_right": right, "heldout_total": total})
+    _note(trainer, folder / "metrics.jsonl", {**metrics, "heldout_right": right, "heldout_total": total})
+    when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
+    _note(trainer, folder / "times.jsonl", when)
     return right / total
 
 
-def _note(trainer: Trainer, folder: Path, metrics: Mapping[str, Any]) -> None:
+def _note(trainer: Trainer, file: Path, line: Mapping[str, Any]) -> None:
     if trainer.ranks.leads:
-        append_metrics(folder, metrics)
+        append_line(file, line)
 
 
 def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:
     tensors, counters = trainer.state()
-    state = {"counters": counters, "seconds": clock.seconds}
+    state = {"counters": counters, "seconds": clock.seconds, "updating": clock.updating}
     if trainer.ranks.leads:
         write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
 

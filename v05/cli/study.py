@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from v05.cli import study_baselines
+from v05.cli import study_baselines, study_train
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
 from v05.prior_study import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
@@ -31,6 +31,7 @@ def _root() -> None:
 
 app.command()(study_baselines.records)
 app.command()(study_baselines.gradient)
+app.command()(study_train.train)
 
 
 @app.command()

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from v05.baseline_plots import plot_baseline_errors, plot_gradients
 from v05.checkpoint import StopRequest, read_tensors, write_tensors
@@ -23,6 +22,7 @@ from v05.records import check_keys, check_number, parse_object, read_blocks
 from v05.records_study import DEFAULT, PRIORS, Cell, RecordsStudy, cells
 from v05.run import make_trainer
 from v05.study_folder import StudyFolder
+from v05.study_table import StudyTable
 
 FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
@@ -93,26 +93,28 @@ def records(
                         folder.add(cell._asdict())
                 progress.advance(task)
     found = [Cell(**row) for row in folder.results.values()]
-    show_cells(found, study)
+    names = ",".join(study.estimators)
+    command = (
+        f"v05 study records --context context.jsonl --output runs/records --estimators {names} --rollouts {rollouts}"
+    )
+    table = cells_table(found, study, command)
+    table.write(output / "table.json")
     plot_baseline_errors(found, output / "baselines.png")
+    Console().print(table.rich())
     Console().print(f"results: {output}", soft_wrap=True)
 
 
-def show_cells(found: list[Cell], study: RecordsStudy) -> None:
-    """Print a line for each prior and group size; the smallest error is bold."""
-    title = f"mean squared error of the baseline, {study.repeats} batches of {study.batch} prompts, ±95 %"
-    table = Table(title=title, title_justify="left")
-    for column in ("prior", "k", *study.estimators):
-        table.add_column(column, justify="left" if column == "prior" else "right", no_wrap=column == "prior")
-    by_key = {cell[:3]: cell for cell in found}
+def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTable:
+    """A line for each prior and group size; the smallest error has a star."""
+    by_key, rows = {cell[:3]: cell for cell in found}, []
     for prior in PRIORS:
         for k in study.rollouts:
             row = [by_key[prior, k, name] for name in study.estimators]
             best = min(cell.error for cell in row)
-            texts = [f"{cell.error:.3f} ±{cell.half_width:.3f}" for cell in row]
-            marked = (f"[bold]{t}[/bold]" if c.error == best else t for t, c in zip(texts, row, strict=True))
-            table.add_row(prior, str(k), *marked)
-    Console().print(table)
+            texts = [f"{cell.error:.3f} ±{cell.half_width:.3f}{' *' * (cell.error == best)}" for cell in row]
+            rows.append([prior, str(k), *texts])
+    title = f"Mean squared error of the baseline, {study.repeats} batches of {study.batch} prompts, ±95 %"
+    return StudyTable(title, command, ["prior", "k", *study.estimators], rows, ["A star marks the smallest error."])
 
 
 def gradient(
@@ -125,35 +127,41 @@ def gradient(
     pool: Annotated[int, typer.Option(help="Rollouts of each that stand for the policy.")] = 4096,
     repeats: Annotated[int, typer.Option(help="Groups drawn of every prompt.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the groups.")] = 0,
+    task: Annotated[str, typer.Option(help="Task whose warm start is the policy.")] = TrainConfig.task,
 ) -> None:
     """Compare gradients from a few rollouts with the gradient of a large pool of them, at the policy's warm start."""
     asked = [drawn_as(name, prior, repeats, seed) for prior in listed(priors) for name in listed(estimators)]
     if prompts < 1 or pool < 2:
         raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
-    settings = dict(prompts=prompts, pool=pool, repeats=repeats, seed=seed)
+    settings = dict(task=task, prompts=prompts, pool=pool, repeats=repeats, seed=seed)
     folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max"))
     with progressing() as progress:
-        sampled = read_pool(output, prompts, pool, progress)
-        task = progress.add_task("estimators", total=len(asked))
+        sampled = read_pool(output, task, prompts, pool, progress)
+        bar = progress.add_task("estimators", total=len(asked))
         for drawn in asked:
             key = dict(estimator=drawn.estimator, prior=drawn.prior, k_init=drawn.k_init, k_max=drawn.k_max)
             if not folder.has(**key):
                 folder.add(quality(sampled, drawn)._asdict())
-            progress.advance(task)
+            progress.advance(bar)
     found = [GradientQuality(**row) for row in folder.results.values()]
-    show_gradients(found)
+    command = (
+        f"v05 study gradient --output runs/gradient --task {task} --prompts {prompts} --pool {pool} --repeats {repeats}"
+    )
+    table = gradients_table(found, f"Gradients on {task} relative to the truth, ±95 %", command)
+    table.write(output / "table.json")
     plot_gradients(found, output / "gradients.png")
+    Console().print(table.rich())
     Console().print(f"results: {output}", soft_wrap=True)
 
 
-def read_pool(output: Path, prompts: int, size: int, progress: Progress) -> Pool:
+def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progress) -> Pool:
     """The pool in a folder, made where it is not there yet."""
     file = output / "pool.safetensors"
     if file.exists():
         return Pool(**read_tensors(file))
     warm = progress.add_task("warm start", total=None)
     trainer = make_trainer(
-        TrainConfig(algorithm="rloo:4"),
+        TrainConfig(algorithm="rloo:4", task=name),
         output / "warm_start",
         StopRequest(),
         lambda what, done, total, note: progress.update(warm, description=what, completed=done, total=total),
@@ -168,22 +176,22 @@ def read_pool(output: Path, prompts: int, size: int, progress: Progress) -> Pool
     return made
 
 
-def show_gradients(found: list[GradientQuality]) -> None:
-    """Print a table for each prior."""
-    for prior in dict.fromkeys(row.prior for row in found):
-        table = Table(title=f"gradients relative to the truth, prior: {prior}, ± 95 %", title_justify="left")
-        table.add_column("estimator")
-        for column in ("k", "rollouts", "factor", "bias^2", "variance", "variance x rollouts"):
-            table.add_column(column, justify="right")
-        for row in (row for row in found if row.prior == prior):
-            k = str(row.k_init) if row.k_init == row.k_max else f"{row.k_init} to {row.k_max}"
-            table.add_row(
-                row.estimator,
-                k,
-                f"{row.rollouts:.2f}",
-                f"{row.factor:.3f}",
-                f"{row.bias:.4f} ±{row.bias_half_width:.4f}",
-                f"{row.variance:.3f} ±{row.variance_half_width:.3f}",
-                f"{row.variance * row.rollouts:.2f}",
-            )
-        Console().print(table)
+def gradients_table(found: list[GradientQuality], title: str, command: str) -> StudyTable:
+    """A line for each estimator, prior by prior."""
+    columns = ["estimator", "prior", "k", "rollouts", "factor", "bias^2", "variance", "variance x rollouts"]
+    rows = [
+        [
+            row.estimator,
+            row.prior,
+            str(row.k_init) if row.k_init == row.k_max else f"{row.k_init} to {row.k_max}",
+            f"{row.rollouts:.2f}",
+            f"{row.factor:.3f}",
+            f"{row.bias:.4f} ±{row.bias_half_width:.4f}",
+            f"{row.variance:.3f} ±{row.variance_half_width:.3f}",
+            f"{row.variance * row.rollouts:.2f}",
+        ]
+        for prior in dict.fromkeys(row.prior for row in found)
+        for row in found
+        if row.prior == prior
+    ]
+    return StudyTable(title, command, columns, rows)

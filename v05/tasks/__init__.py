@@ -6,6 +6,7 @@ from typing import Final, Literal, Protocol
 
 from v05.errors import InputError
 from v05.tasks.arithmetic import Arithmetic
+from v05.tasks.running_sums import RunningSums
 
 Split = Literal["train", "heldout"]
 
@@ -39,7 +40,9 @@ class Demonstrated(Task, Protocol):
         ...
 
 
-TASKS: Final[Mapping[str, Callable[[], Demonstrated]]] = MappingProxyType({"arithmetic": Arithmetic})
+TASKS: Final[Mapping[str, Callable[[], Demonstrated]]] = MappingProxyType(
+    {"arithmetic": Arithmetic, "running_sums": RunningSums}
+)
 
 
 def make_task(name: str) -> Demonstrated:

@@ -22,9 +22,8 @@ class Setting(NamedTuple):
     noise: float
 
 
-SETTINGS: Final = tuple(
-    Setting(linear, noise) for linear in (0.1, 0.5, 0.9) for noise in (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
-)
+LINEAR: Final = (0.1, 0.5, 0.9)
+NOISE: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
 TRAINED_WITH: Final = Setting(0.5, 2.0)
 
 
@@ -34,11 +33,17 @@ def standardised(context: Tensor, features: Tensor) -> Tensor:
     return torch.where(width > 1e-6, (features - centre) / width.clamp(min=1e-6), 0.0)
 
 
+def products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the linear and the Gaussian kernel of standardised features, [A, B] each."""
+    linear = a @ b.T / a.shape[1]
+    squared = (a.square().mean(1)[:, None] + b.square().mean(1) - 2 * linear).clamp(min=0)
+    return linear, torch.exp(-squared / 2)
+
+
 def kernel(a: Tensor, b: Tensor, linear: float) -> Tensor:
     """Return the covariance of standardised features, [A, B]."""
-    product = a @ b.T / a.shape[1]
-    squared = (a.square().mean(1)[:, None] + b.square().mean(1) - 2 * product).clamp(min=0)
-    return linear * product + (1 - linear) * torch.exp(-squared / 2)
+    first, second = products(a, b)
+    return linear * first + (1 - linear) * second
 
 
 def solve(context: Tensor, outcomes: Tensor, features: Tensor, setting: Setting) -> Tensor:
@@ -64,6 +69,21 @@ def log_odds(context: Tensor, outcomes: Tensor, features: Tensor) -> Tensor:
     return torch.logit(mean) + (solve(context, outcomes, features, TRAINED_WITH) - mean) / (mean * (1 - mean))
 
 
+def left_out(values: Tensor, vectors: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+    """Return what remains of each target when it is predicted from all others, under each noise, [K, N].
+
+    In closed form (Rasmussen and Williams 2006, equation 5.12), from one eigendecomposition for all noises.
+
+    Args:
+        values: eigenvalues of the covariance, [N].
+        vectors: its eigenvectors in columns, [N, N].
+        targets: [N].
+        noise: variances, [K].
+    """
+    inverse = 1 / (values + noise[:, None])
+    return ((vectors.T @ targets) * inverse) @ vectors.T / (inverse @ vectors.square().T)
+
+
 class RegressionHead:
     """Kernel regression of success on features [N, F]; hyper-parameters by leave-one-out on the context."""
 
@@ -76,22 +96,27 @@ class RegressionHead:
         """
         check_outcomes(outcomes, len(features), "outcomes")
         self.context, self.outcomes = features.double(), outcomes.double()
-        self.setting = TRAINED_WITH
-        if len(features) < 3:
+        if len(features) < 2:
             return
-        own = standardised(self.context, self.context)
-        centred, best = self.outcomes - self.outcomes.mean(), float("inf")
-        for setting in SETTINGS:
-            full = kernel(own, own, setting.linear) + setting.noise * torch.eye(len(own), dtype=own.dtype)
-            inverse = torch.linalg.inv(full)
-            error = float((inverse @ centred / inverse.diagonal()).square().mean())  # leave-one-out, closed form
-            if error < best:
-                self.setting, best = setting, error
+        self.own = standardised(self.context, self.context)
+        self.mean = self.outcomes.mean()
+        shares, noises = (LINEAR, NOISE) if len(features) > 2 else ((TRAINED_WITH.linear,), (TRAINED_WITH.noise,))
+        targets, noise = self.outcomes - self.mean, torch.tensor(noises, dtype=torch.float64)
+        linear, gaussian = products(self.own, self.own)
+        best = float("inf")
+        for share in shares:
+            values, vectors = torch.linalg.eigh(share * linear + (1 - share) * gaussian)
+            error, index = left_out(values, vectors, targets, noise).square().mean(1).min(0)
+            if float(error) < best:
+                best = float(error)
+                self.setting = Setting(share, noises[int(index)])
+                self.solved = vectors @ (vectors.T @ targets / (values + self.setting.noise))
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the probability of success for each row, [M] float32."""
         if len(self.outcomes) < 2:
             middle = self.outcomes.mean() if len(self.outcomes) else torch.tensor(0.5)
             return middle.float().expand(len(features)).clone()
-        rate = solve(self.context, self.outcomes, features.double(), self.setting)
+        other = standardised(self.context, features.double())
+        rate = self.mean + kernel(other, self.own, self.setting.linear) @ self.solved
         return rate.clamp(LOWEST, 1 - LOWEST).float()
