@@ -40,6 +40,8 @@ def test_exact_match_ignores_white_space_around_and_nothing_else() -> None:
         (r"\frac{\sqrt{3}}{2}", r"\boxed{\sqrt{\frac34}}", True),
         ("12", "The answer is 12.", True),
         ("12", "The answer is 13.", False),
+        ("34", "First 12, then 17.\n\nAnswer: 34", True),
+        ("34", "First 34, then 17.\n\nAnswer: $17$", False),
         ("12", r"\boxed{13}", False),
         ("12", r"\boxed{}", False),
         ("12", r"\boxed{\frac{", False),
