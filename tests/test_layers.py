@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "v05"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray"}
+HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray", "math_verify", "datasets"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -43,7 +43,7 @@ def test_a_file_keeps_the_rules(path):
         assert not ours & {"value", "trainer", "integrations", "cli"}
     if below(path, "integrations"):
         assert "trainer" not in ours
-    if not below(path, "cli"):
+    if not below(path, "cli", "__main__.py"):
         assert "cli" not in ours
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEPT = 2  # checkpoints that stay; older ones are removed
@@ -71,12 +71,16 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write contiguous tensors as safetensors: to a temporary file first, then renamed."""
-    _write(file, save(dict(tensors)))
+    partial = file.with_name(file.name + ".partial")
+    save_file(dict(tensors), partial)
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file."""
-    return dict(load(file.read_bytes()))
+    return dict(load_file(file))
 
 
 def write_text(file: Path, text: str) -> None:
@@ -98,6 +102,10 @@ def _finished(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((entry for entry in folder.iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+
+
+class Interrupted(Exception):
+    """A stop was asked for, and what is needed to go on is saved."""
 
 
 class StopRequest:

@@ -64,15 +64,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), type(field.default))
+            check_type(field.name, getattr(self, field.name), type(field.default))
         whole = ("rollouts", "rollouts_per_update", "epochs", "micro_batches", "eval_every")
         for name in (*whole, "heldout_prompts", "heldout_samples", "checkpoint_every"):
-            _check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
+            check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
         for name in ("seed", "warm_start_seed", "warm_start_steps", "cost"):
-            _check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
+            check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
         for name in ("learning_rate", "temperature"):
-            _check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
-        _check("prior", self.prior, lambda value: value in PRIORS, ", ".join(PRIORS))
+            check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
+        check("prior", self.prior, lambda value: value in PRIORS, ", ".join(PRIORS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by name."""
@@ -83,7 +83,7 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """Return the defaults, overridden by a file, overridden by `given`.
 
     Args:
-        file: a TOML or JSON file of settings; None for none.
+        file: a TOML or JSON file of settings; None for none. Its table `model` is for `v05.model_config`.
         given: settings by name, as on the command line.
 
     Returns:
@@ -95,8 +95,9 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """
     settings: dict[str, Any] = {}
     if file is not None:
-        settings.update(_known(read_settings(file), str(file)))
-    settings.update(_known(given or {}, "the given settings"))
+        found = {name: value for name, value in read_settings(file).items() if name != "model"}
+        settings.update(known(TrainConfig, found, str(file)))
+    settings.update(known(TrainConfig, given or {}, "the given settings"))
     return TrainConfig(**settings)
 
 
@@ -114,20 +115,23 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _known(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
+def known(kind: type[Any], settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the settings, or raise InputError naming the first that the dataclass `kind` does not have."""
+    names = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in names:
             raise InputError(f"unknown key {key!r} in {where}; allowed: {', '.join(names)}")
     return settings
 
 
-def _check(name: str, value: Any, allowed: Callable[[Any], bool], description: str) -> None:
+def check(name: str, value: Any, allowed: Callable[[Any], bool], description: str) -> None:
+    """Raise InputError unless a setting's value is allowed."""
     if not allowed(value):
         raise InputError(f"{name} is {value!r}; allowed: {description}")
 
 
-def _check_type(name: str, value: Any, expected: type) -> None:
+def check_type(name: str, value: Any, expected: type) -> None:
+    """Raise InputError unless a setting's value has its type; a whole number is a float too."""
     accepted = (int, float) if expected is float else (expected,)
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    if (isinstance(value, bool) and expected is not bool) or not isinstance(value, accepted):
         raise InputError(f"{name} is {value!r}; allowed: {expected.__name__}")

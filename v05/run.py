@@ -9,30 +9,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from v05.algorithms import parse_algorithm
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
-from v05.config import TrainConfig, make_config
+from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.config import TrainConfig, read_settings
+from v05.engines import check_engine, make_engine
 from v05.errors import InputError
+from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
+from v05.model_config import ModelConfig
 from v05.plots import plot_run
 from v05.policy import check_size
-from v05.rollout.hf import TransformersEngine
+from v05.priors import check_prior, make_prior
+from v05.ranks import ALONE, Ranks
+from v05.sampler_gap import GapWatch
 from v05.tasks import make_task
 from v05.trainer import Trainer
-from v05.value.context import PolicyContext
-from v05.value.embedder import sentence_folder
-from v05.value.history import HistoryPrior
-from v05.value.model import V0
-from v05.value.past import WithPast
-from v05.value.prior import Middle, Prior, RunningMean
-from v05.value.v0_prior import V0Prior
+from v05.user_model import load_user_model
 from v05.warm_start import warm_start
 
-FILES = ("config.json", "metrics.jsonl", "times.jsonl", "summary.json", "curves.png")  # of a run, beside its folders
+FILES = (
+    "config.json",
+    "model.json",
+    "metrics.jsonl",
+    "times.jsonl",
+    "summary.json",
+    "curves.png",
+)  # beside the folders
 FOLDERS = ("checkpoints", "policy")
-
-
-class Interrupted(Exception):
-    """A stop was asked for and the run is saved."""
 
 
 class Reporter(Protocol):
@@ -58,7 +62,15 @@ class Clock:
 
 
 def train_run(
-    config: TrainConfig, folder: Path, cache: Path, stop: StopRequest, report: Reporter, *, resume: bool = False
+    config: TrainConfig,
+    folder: Path,
+    cache: Path,
+    stop: StopRequest,
+    report: Reporter,
+    *,
+    resume: bool = False,
+    model: ModelConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
 
@@ -69,6 +81,8 @@ def train_run(
         stop: looked at after every update.
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
+        model: a model and data of the user's; None for the task and the small policy that `config` names.
+        ranks: processes that train a model of the user's together; the first of them writes.
 
     Returns:
         The summary, as in `summary.json`.
@@ -78,22 +92,35 @@ def train_run(
         InputError: an unknown name; the folder has a run and `resume` is false; or `config` differs from the settings
             of the run to resume.
     """
-    prepare_folder(config, folder, resume)
-    if (folder / "summary.json").exists():
+    if ranks.count > 1 and model is None:
+        raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
+    if ranks.leads:
+        prepare_folder(config, folder, resume, model)
+    if ranks.broadcast((folder / "summary.json").exists()):
         return read_summary(folder)
-    trainer = make_trainer(config, cache, stop, report)
+    trainer = make_trainer(config, cache, stop, report) if model is None else make_user_trainer(config, model, ranks)
+    try:
+        return _train(trainer, folder, stop, report)
+    finally:
+        trainer.grader.close()
+
+
+def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
+    """Go on from the newest checkpoint, or start, and return the summary."""
     checkpoint = read_checkpoint(folder / "checkpoints")
     clock = Clock()
     if checkpoint is None:
-        for name in ("metrics.jsonl", "times.jsonl"):
-            write_text(folder / name, "")
+        if trainer.ranks.leads:
+            for name in ("metrics.jsonl", "times.jsonl"):
+                write_text(folder / name, "")
         _evaluate(trainer, folder, {"update": 0, "rollouts": 0}, clock)
         _save(trainer, folder, clock)
     else:
         trainer.load_state(checkpoint.tensors, checkpoint.state["counters"])
         clock.before, clock.updating = checkpoint.state["seconds"], checkpoint.state["updating"]
-        for name in ("metrics.jsonl", "times.jsonl"):
-            truncate_metrics(folder / name, checkpoint.update)
+        if trainer.ranks.leads:
+            for name in ("metrics.jsonl", "times.jsonl"):
+                truncate_metrics(folder / name, checkpoint.update)
     _loop(trainer, folder, clock, stop, report)
     return _finish(trainer, folder, clock)
 
@@ -108,54 +135,44 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
 
     task = make_task(config.task)
     policy = warm_start(config, task, cache, on_step)
-    return Trainer(config, policy, task, TransformersEngine(policy), make_prior(config, task.reward_range))
+    return Trainer(config, policy, task, make_engine("hf", policy), make_prior(config, task.reward_range))
 
 
-def make_prior(config: TrainConfig, reward_range: tuple[float, float]) -> Prior | None:
-    """Return a new prior of the kind that the algorithm and the settings ask for."""
-    kind = parse_algorithm(config.algorithm).prior
-    if kind == "none":
-        return None
-    if kind == "running_mean" or config.prior == "constant":
-        return RunningMean(reward_range)
-    if config.prior == "none":
-        return Middle(reward_range)
-    if config.prior == "history":
-        return WithPast(HistoryPrior(reward_range), reward_range)
-    return WithPast(V0Prior(V0.embedded(), PolicyContext(reward_range)), reward_range)
+def make_user_trainer(config: TrainConfig, model: ModelConfig, ranks: Ranks = ALONE) -> Trainer:
+    """Return a trainer of the user's model on the user's data."""
+    policy, task, grader = load_user_model(model)
+    engine = make_engine(model.engine, policy, model.sequences_at_once)
+    prior = make_prior(config, task.reward_range)
+    return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear", ranks=ranks)
 
 
-def check_prior(config: TrainConfig) -> None:
-    """Raise InputError where the prior needs a package that is not installed."""
-    if config.prior == "v0" and parse_algorithm(config.algorithm).prior == "configured":
-        try:
-            sentence_folder()
-        except InputError as error:
-            raise InputError(f"{error}, or choose --prior history") from None
-
-
-def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+def prepare_folder(config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None) -> None:
     """Make the folder of a run, or check that the run in it is the one to resume.
 
     Raises:
-        InputError: an unknown algorithm, task or policy; the folder has a run and `resume` is false; or `config`
-            differs from the settings of that run.
+        InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
+            settings differ from those of that run.
     """
     parse_algorithm(config.algorithm)
     make_task(config.task)
     check_size(config.policy)
     check_prior(config)
-    file = folder / "config.json"
-    if not file.exists():
+    if model is not None:
+        check_engine(model.engine)
+    settings = {"config.json": config.to_dict(), "model.json": {} if model is None else model.to_dict()}
+    if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(config.to_dict(), indent=2) + "\n")
+        for name in reversed([name for name, values in settings.items() if values]):
+            write_text(folder / name, json.dumps(settings[name], indent=2) + "\n")
         return
     if not resume:
         raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
-    saved = make_config(file).to_dict()
-    for name, value in config.to_dict().items():
-        if value != saved[name]:
-            raise InputError(f"{name} is {value!r}; allowed when resuming {folder}: {saved[name]!r}")
+    for file, values in settings.items():
+        saved = read_settings(folder / file) if (folder / file).exists() else {}
+        for name in {**saved, **values}:
+            if values.get(name) != saved.get(name):
+                given, allowed = values.get(name), saved.get(name)
+                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
 
 
 def remove_run(folder: Path) -> None:
@@ -171,31 +188,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return the summary of a finished run."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
-
-
-def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, or of times.jsonl: the updates' processor seconds at each evaluation."""
-    lines = (folder / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def truncate_metrics(file: Path, update: int) -> None:
-    """Remove the lines of later updates than `update`, and a line that was cut off in writing."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["update"] > update:
-            break
-        kept.append(line)
-    write_text(file, "".join(kept))
-
-
-def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return rollouts spent and held-out accuracy at each evaluation."""
-    evaluated = [line for line in metrics if line.get("heldout_right") is not None]
-    return (
-        [line["rollouts"] for line in evaluated],
-        [line["heldout_right"] / line["heldout_total"] for line in evaluated],
-    )
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:
@@ -218,48 +210,58 @@ def binomial_interval(right: int, total: int) -> tuple[float, float]:
 def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:
     """Update until all rollouts are spent, evaluating, saving and reporting on the way."""
     config, counters = trainer.config, trainer.counters
-    accuracy = accuracies(read_metrics(folder))[1][-1]
+    leads, watch = trainer.ranks.leads, GapWatch()
+    accuracy = accuracies(read_metrics(folder))[1][-1] if leads else 0.0
     while not trainer.done:
         before = counters.rollouts
         started = time.process_time()
         metrics = trainer.update()
         clock.updating += time.process_time() - started
+        if leads:
+            watch.see(metrics)
         if trainer.done or counters.rollouts // config.eval_every > before // config.eval_every:
             accuracy = _evaluate(trainer, folder, metrics, clock)
         else:
-            _append(folder / "metrics.jsonl", metrics)
+            _note(trainer, folder / "metrics.jsonl", metrics)
         report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
-        if trainer.done or stop.requested or counters.update % config.checkpoint_every == 0:
+        stopping = trainer.ranks.broadcast(stop.requested)
+        if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
-        if stop.requested and not trainer.done:
+        if stopping and not trainer.done:
             raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
 
 
 def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock: Clock) -> float:
     """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
     right, total = trainer.evaluate()
-    _append(folder / "metrics.jsonl", {**metrics, "heldout_right": right, "heldout_total": total})
+    _note(trainer, folder / "metrics.jsonl", {**metrics, "heldout_right": right, "heldout_total": total})
     when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
-    _append(folder / "times.jsonl", when)
+    _note(trainer, folder / "times.jsonl", when)
     return right / total
 
 
-def _append(file: Path, line: Mapping[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line, allow_nan=False) + "\n")
+def _note(trainer: Trainer, file: Path, line: Mapping[str, Any]) -> None:
+    if trainer.ranks.leads:
+        append_line(file, line)
 
 
 def _save(trainer: Trainer, folder: Path, clock: Clock) -> None:
     tensors, counters = trainer.state()
     state = {"counters": counters, "seconds": clock.seconds, "updating": clock.updating}
-    write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
+    if trainer.ranks.leads:
+        write_checkpoint(folder / "checkpoints", Checkpoint(trainer.counters.update, tensors, state))
 
 
 def _finish(trainer: Trainer, folder: Path, clock: Clock) -> dict[str, Any]:
     """Export the policy, draw the curves, and write and return the summary."""
+    weights = trainer.learner.weights()
+    return trainer.ranks.broadcast(_export(trainer, folder, clock, weights) if trainer.ranks.leads else {})
+
+
+def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     counters, metrics = trainer.counters, read_metrics(folder)
     evaluated = [line for line in metrics if line.get("heldout_right") is not None]
-    trainer.policy.save(folder / "policy")
+    trainer.policy.save(folder / "policy", weights)
     summary = {
         "algorithm": trainer.algorithm.name,
         "seed": trainer.config.seed,

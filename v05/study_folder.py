@@ -31,7 +31,10 @@ class StudyFolder:
         file = path / "settings.json"
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if file.exists() and file.read_text(encoding="utf-8") != text:
-            raise InputError(f"{path} has a study with other settings; allowed: the same ones, or another folder")
+            saved, asked = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+            name = next(name for name in sorted({*saved, *asked}) if saved.get(name) != asked.get(name))
+            values = f"{name} is {asked.get(name)!r} and was {saved.get(name)!r}"
+            raise InputError(f"{path} has a study with other settings: {values}; allowed: the same, or another folder")
         if not file.exists():
             write_text(file, text)
         self.results: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -52,9 +55,11 @@ class StudyFolder:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a result; it is on the disk when this returns."""
-        whole = not self._file.exists() or self._file.read_bytes()[-1:] in (b"", b"\n")
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(("" if whole else "\n") + json.dumps(row) + "\n")
+        with self._file.open("ab+") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 1))
+            cut_off = stream.read(1) not in (b"", b"\n")
+            stream.write((("\n" if cut_off else "") + json.dumps(row) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
         self.results[self._key(row)] = dict(row)

@@ -1,7 +1,7 @@
 """The loop: prior, first rollouts, test, more where planned, advantage, log-probs, loss, step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,24 +12,36 @@ from v05.algorithms import equal_groups, parse_algorithm
 from v05.batch import Groups, PackedTokens
 from v05.config import TrainConfig
 from v05.counters import Counters
-from v05.kernels import policy_loss, shrinkage, token_logprob
+from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
+from v05.learner import Learner
 from v05.policy import Policy
+from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
 from v05.rollout.scheduler import Sample, first_rollouts, share_out
 from v05.seeds import seed_of
 from v05.tasks import Task
+from v05.tasks.grading import Grader, InlineGrader
+from v05.team import Team
 from v05.value.prior import Prior
-
-GRADIENT_NORM = 1.0  # gradients are scaled down to this norm
-WARM_UP = 10  # updates of linearly rising learning rate, while Adam's averages fill
 
 
 class Trainer:
     """One run of one algorithm, update by update; the same settings give the same bits."""
 
-    def __init__(self, config: TrainConfig, policy: Policy, task: Task, engine: Engine, prior: Prior | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        task: Task,
+        engine: Engine,
+        prior: Prior | None,
+        *,
+        grader: Grader | None = None,
+        linear: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Set up an optimiser over `policy`.
 
         Args:
@@ -38,16 +50,30 @@ class Trainer:
             task: prompts and rewards.
             engine: generates rollouts; gets the policy's weights before each use.
             prior: expected rewards; None for an algorithm without.
+            grader: gives rewards; None for the task's verifier, in this process.
+            linear: go from hidden states to the loss, without logits in memory.
+            ranks: processes that train together, each with a trainer of its own that is called in the same order.
 
         Raises:
             ValueError: the algorithm needs a prior and none is given.
         """
-        self.config, self.policy, self.task, self.engine, self.prior = config, policy, task, engine, prior
+        self.config, self.policy, self.task, self.prior, self.ranks = config, policy, task, prior, ranks
+        self.team = Team(engine, ranks)
+        self.engine: Engine = engine if ranks.count == 1 else self.team
         self.algorithm = parse_algorithm(config.algorithm)
         if self.algorithm.prior != "none" and prior is None:
             raise ValueError(f"prior is None; allowed for {self.algorithm.name}: a prior")
-        self.learning_rate = self.algorithm.learning_rate or config.learning_rate
-        self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.999))
+        self.grader = grader or InlineGrader(task.verify, task.reward_range[0])
+        self.learner = Learner(
+            policy,
+            self.algorithm,
+            learning_rate=self.algorithm.learning_rate or config.learning_rate,
+            temperature=config.temperature,
+            epochs=config.epochs,
+            micro_batches=config.micro_batches,
+            linear=linear,
+            ranks=ranks,
+        )
         self.counters = Counters()
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
@@ -58,14 +84,14 @@ class Trainer:
 
     def update(self) -> dict[str, Any]:
         """Sample rollouts, learn from them once, and return this update's metrics by name."""
-        self.engine.update_weights(self.policy.model.state_dict())
-        sample, first_conflicts = self._sample()
+        self.engine.update_weights(self.learner.weights())
+        sample, first_conflicts = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
         learnt = self._learn(batch, advantages) if rollouts else {}
-        if self.prior is not None:
+        if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
         self._count(sample, first_conflicts)
         return self._metrics(sample, groups, prior, advantages, learnt, first_conflicts)
@@ -75,9 +101,13 @@ class Trainer:
 
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
-        self.engine.update_weights(self.policy.model.state_dict())
+        self.engine.update_weights(self.learner.weights())
+        return self.team.lead(self._right)
+
+    def _right(self) -> tuple[int, int]:
+        """Sample and judge the held-out answers with the engine's present weights."""
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
-        right = 0
+        tickets: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
             answers = self.engine.generate(
@@ -87,12 +117,10 @@ class Trainer:
                 temperature=1.0,
                 max_new_tokens=self.task.max_answer_length,
             )
-            best = self.task.reward_range[1]
-            rewards = [
-                [self._reward(prompt, answer) for answer in row] for prompt, row in zip(part, answers, strict=True)
-            ]
-            right += sum(reward == best for row in rewards for reward in row)
-        return right, len(prompts) * self.config.heldout_samples
+            tickets += self._submit(part, answers)
+        best = self.task.reward_range[1]
+        rewards = [reward for row in self._collect(tickets) for reward in row]
+        return sum(reward == best for reward in rewards), len(rewards)
 
     def _sample(self) -> tuple[Sample, int]:
         """Spend this update's rollouts; return the groups and how many first tests found a conflict."""
@@ -130,15 +158,19 @@ class Trainer:
             temperature=self.config.temperature,
             max_new_tokens=self.task.max_answer_length,
         )
-        rewards = [
-            [self._reward(prompt, rollout) for rollout in row]
-            for prompt, row in zip(sample.prompts, rollouts, strict=True)
-        ]
-        sample.add(rollouts, rewards)
+        sample.add(rollouts, self._collect(self._submit(sample.prompts, rollouts)))
 
-    def _reward(self, prompt: str, rollout: Rollout) -> float:
-        """Return the verifier's reward, or the smallest one for an answer without an end."""
-        return self.task.verify(prompt, rollout.text) if rollout.finished else self.task.reward_range[0]
+    def _submit(self, prompts: Sequence[str], rollouts: Sequence[Sequence[Rollout]]) -> list[list[int]]:
+        """Ask for the rewards of every prompt's rollouts and return their tickets."""
+        return [
+            [self.grader.submit(prompt, rollout.text, rollout.finished) for rollout in row]
+            for prompt, row in zip(prompts, rollouts, strict=True)
+        ]
+
+    def _collect(self, tickets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the rewards of every prompt's tickets."""
+        rewards = iter(self.grader.collect([ticket for row in tickets for ticket in row]))
+        return [[next(rewards) for _ in row] for row in tickets]
 
     def _test(self, groups: Groups, prior: Tensor) -> Shrinkage:
         """Return what the shrinkage test says of every group."""
@@ -169,44 +201,8 @@ class Trainer:
         return int((self._test(sample.groups, sample.prior).deviation[started:] > 0).sum())
 
     def _learn(self, batch: PackedTokens, advantages: Tensor) -> dict[str, float]:
-        """Take one step per epoch, the gradient summed over micro-batches; return sums of metrics."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, (self.counters.update + 1) / WARM_UP)
-        old_logprobs: list[Tensor] = []
-        totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
-        for epoch in range(self.config.epochs):
-            self.optimizer.zero_grad(set_to_none=True)
-            for part, (sequences, tokens) in enumerate(batch.split(self.config.micro_batches)):
-                logprobs, entropy = self._logprobs(tokens)
-                if epoch == 0:
-                    old_logprobs.append(logprobs.detach())
-                    totals["entropy"] += float(entropy.detach().sum())
-                    gap = (old_logprobs[part] - tokens.logprobs).abs().max()
-                    totals["sampler_gap"] = max(totals["sampler_gap"], float(gap))
-                loss, metrics = policy_loss(
-                    logprobs,
-                    old_logprobs[part],
-                    advantages[sequences],
-                    tokens.weights,
-                    sequence_offsets=tokens.sequence_offsets,
-                    clip_low=self.algorithm.clip_low,
-                    clip_high=self.algorithm.clip_high,
-                )
-                loss.backward()
-                totals["loss"] += float(loss.detach())
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), GRADIENT_NORM)
-            totals["gradient_norm"] = float(norm)
-            self.optimizer.step()
-        totals["entropy"] /= len(batch.tokens)
-        return totals
-
-    def _logprobs(self, batch: PackedTokens) -> tuple[Tensor, Tensor]:
-        """Return log-probability and entropy of every response token under the policy, [T] each."""
-        logits = self.policy.response_logits(batch.prompts, batch.tokens, batch.sequence_offsets)
-        logprobs, entropy = token_logprob(logits, batch.tokens, temperature=self.config.temperature)
-        return logprobs, entropy
+        """Learn from this update's batch; return sums of metrics."""
+        return self.learner.learn(batch, advantages, self.counters.update)
 
     def _count(self, sample: Sample, first_conflicts: int) -> None:
         """Add an update to the counters."""
@@ -243,7 +239,9 @@ class Trainer:
             **learnt,
         }
         counts = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
+        troubles = self.grader.take_troubles()
         whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": first_conflicts}
+        whole |= {"reward_failures": troubles.failures, "reward_timeouts": troubles.timeouts}
         return {**counts, **whole, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -252,12 +250,7 @@ class Trainer:
         Every random draw is a function of seed, update and round, so that the counters are the generators' state.
         """
         tensors = {
-            "policy": {name: value.contiguous() for name, value in self.policy.model.state_dict().items()},
-            "optimizer": {
-                f"{index}.{name}": value
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            },
+            **self.learner.state(),
             "prior": {} if self.prior is None else self.prior.state_dict(),
             "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
@@ -265,12 +258,7 @@ class Trainer:
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Go on from a state that `state` returned."""
-        self.policy.model.load_state_dict(dict(tensors["policy"]))
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors["optimizer"].items():
-            index, _, name = key.partition(".")
-            entries.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+        self.learner.load_state(tensors)
         if self.prior is not None:
             self.prior.load_state_dict(tensors["prior"])
         self.mixture = tensors.get("mixture", {}).get("state")

@@ -13,7 +13,7 @@ from v05.batch import offsets_from_lengths
 from v05.checkpoint import read_tensors, write_tensors
 from v05.config import TrainConfig
 from v05.policy import Policy, make_policy
-from v05.tasks import Task
+from v05.tasks import Demonstrated
 
 BATCH: Final = 128  # demonstrations per step
 MUON_RATE: Final = 0.02  # peak learning rate of the matrices inside the layers
@@ -23,7 +23,7 @@ VERSION: Final = 1  # part of the cache key: raise it when the recipe changes
 
 
 def warm_start(
-    config: TrainConfig, task: Task, cache: Path, on_step: Callable[[int, int, float], None] | None = None
+    config: TrainConfig, task: Demonstrated, cache: Path, on_step: Callable[[int, int, float], None] | None = None
 ) -> Policy:
     """Return the policy that all runs with these settings start from, from the cache where it is there.
 
@@ -61,7 +61,7 @@ def cache_key(config: TrainConfig) -> str:
 
 
 def imitate(
-    policy: Policy, task: Task, steps: int, seed: int, on_step: Callable[[int, int, float], None] | None = None
+    policy: Policy, task: Demonstrated, steps: int, seed: int, on_step: Callable[[int, int, float], None] | None = None
 ) -> None:
     """Train `policy` in place on demonstrations.
 
@@ -101,7 +101,7 @@ def make_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
     ]
 
 
-def imitation_loss(policy: Policy, task: Task, seed: int, start: int, count: int) -> Tensor:
+def imitation_loss(policy: Policy, task: Demonstrated, seed: int, start: int, count: int) -> Tensor:
     """Return the mean negative log-probability of demonstrations `start .. start + count - 1`, in nats per token."""
     prompts = task.prompts(seed, start, count)
     answers = policy.encode([task.demonstration(prompt, seed, start + row) for row, prompt in enumerate(prompts)])

@@ -9,6 +9,7 @@ import typer
 from v05 import __version__
 from v05.cli import study
 from v05.cli.doctor import doctor
+from v05.cli.evaluate import evaluate_command
 from v05.cli.fit_adapter import fit_adapter
 from v05.cli.fuse import fuse
 from v05.cli.predict import predict
@@ -37,6 +38,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 app.command()(train)
 app.command()(fuse)
 app.command()(predict)
+app.command("evaluate")(evaluate_command)
 app.command("fit-adapter")(fit_adapter)
 app.command()(doctor)
 app.add_typer(study.app, name="study")

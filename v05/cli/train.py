@@ -11,8 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from v05.config import PRIORS, TrainConfig, make_config
+from v05.cli.quiet import quiet_transformers
+from v05.config import PRIORS, TrainConfig, make_config, read_settings
 from v05.errors import InputError
+from v05.model_config import ModelConfig, make_model_config
+
+MODEL_RATE = 1e-6  # learning rate of a user's model where none is given
 
 
 class RateColumn(ProgressColumn):
@@ -48,8 +52,18 @@ def train(
     compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
     rollouts: Annotated[int | None, typer.Option(help="Rollouts to spend.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam; 1e-6 with --model.")] = None,
     prior: Annotated[str | None, typer.Option(help=f"{', '.join(PRIORS)}.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of a language model of yours.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --model: .jsonl or .parquet file, or a data set.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="With --model: math, exact, module:function.")] = None,
+    engine: Annotated[str | None, typer.Option(help="With --model: what samples; hf.")] = None,
+    template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="With --model: longest answer.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --model: bfloat16 or float32.")] = None,
+    loss: Annotated[str | None, typer.Option(help="With --model: linear, or logits, which keeps them.")] = None,
+    rollouts_per_update: Annotated[int | None, typer.Option(help="Rollouts that one step learns from.")] = None,
+    micro_batches: Annotated[int | None, typer.Option(help="Parts of a batch in memory one after the other.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
     heldout_seed: Annotated[int | None, typer.Option(help="Chooses the held-out prompts.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,
@@ -57,8 +71,9 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; a finished warm start is kept.")] = False,
     threads: Annotated[int, typer.Option(help="Processor threads; the bits depend on it.")] = 1,
 ) -> None:
-    """Train a small policy by reinforcement learning, or compare algorithms on it."""
+    """Train a small policy, or a model of yours on your data, by reinforcement learning; or compare algorithms."""
     from v05.checkpoint import StopRequest
+    from v05.ranks import join_ranks, leave_ranks
     from v05.run import Interrupted
 
     given = {
@@ -68,39 +83,65 @@ def train(
         "prior": prior,
         "seed": seed,
         "heldout_seed": heldout_seed,
+        "rollouts_per_update": rollouts_per_update,
+        "micro_batches": micro_batches,
     }
-    settings = _settings(config, {name: value for name, value in given.items() if value is not None}, output, resume)
+    own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
+    own |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
+    settings, user = _settings(config, _given(given), _given(own), output, resume)
+    if user is not None and compare is not None:
+        raise InputError("--compare is given with --model; allowed: one of them")
     if seeds is not None and compare is None:
         raise InputError("--seeds is given without --compare; allowed: both, or --seed")
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
     _set_threads(threads)
-    console = Console()
+    if user is not None:
+        quiet_transformers()
+    ranks = join_ranks()
+    if ranks.count > 1 and compare is not None:
+        raise InputError(f"{ranks.count} processes are given; allowed with --compare: 1")
+    console = Console(quiet=not ranks.leads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
     late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
     try:
         with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
             reporter = ProgressReporter(progress)
             if compare is None:
-                table = _one(settings, output, stop, reporter, resume, overwrite)
+                table = _one(settings, user, output, stop, reporter, resume, overwrite, ranks)
             else:
                 table = _several(settings, compare, seeds, output, stop, reporter, overwrite)
     except Interrupted as interrupted:
         again = "run the same command again" if compare else f"v05 train --output {output} --resume"
         console.print(f"Stopped: {interrupted}. To go on: {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from interrupted
+    finally:
+        leave_ranks()
     console.print(table)
     console.print(f"files: {output}", soft_wrap=True, highlight=False)
 
 
-def _settings(config: Path | None, given: dict[str, Any], output: Path, resume: bool) -> TrainConfig:
-    """Return the settings of a new run, or those of the run to resume."""
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _settings(
+    config: Path | None, given: dict[str, Any], own: dict[str, Any], output: Path, resume: bool
+) -> tuple[TrainConfig, ModelConfig | None]:
+    """Return the settings of a new run, or those of the run to resume, and those of the user's model, if any."""
     saved = output / "config.json"
     if resume and config is None and saved.exists():
-        return make_config(saved, given)
+        model = output / "model.json"
+        tables = read_settings(model) if model.exists() else {}
+        return make_config(saved, given), make_model_config(tables, own, str(model))
     if config is not None and not config.exists():
         raise InputError(f"--config is {config}, which does not exist")
-    return make_config(config, given)
+    tables = {} if config is None else read_settings(config)
+    user = make_model_config(tables.get("model", {}), own, str(config))
+    if user is not None and "learning_rate" not in {**tables, **given}:
+        given = {**given, "learning_rate": MODEL_RATE}
+    return make_config(config, given), user
 
 
 def _set_threads(threads: int) -> None:
@@ -112,14 +153,22 @@ def _set_threads(threads: int) -> None:
 
 
 def _one(
-    settings: TrainConfig, output: Path, stop: Any, reporter: ProgressReporter, resume: bool, overwrite: bool
+    settings: TrainConfig,
+    user: ModelConfig | None,
+    output: Path,
+    stop: Any,
+    reporter: ProgressReporter,
+    resume: bool,
+    overwrite: bool,
+    ranks: Any,
 ) -> Table:
     """Train once; return what to print."""
     from v05.run import binomial_interval, remove_run, train_run
 
-    if overwrite:
+    if overwrite and ranks.leads:
         remove_run(output)
-    summary = train_run(settings, output, output / "warm_start", stop, reporter, resume=resume)
+    options: dict[str, Any] = {"resume": resume, "model": user, "ranks": ranks}
+    summary = train_run(settings, output, output / "warm_start", stop, reporter, **options)
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -127,7 +176,8 @@ def _one(
         right, total = summary[key]
         low, high = binomial_interval(right, total)
         table.add_row(label, f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
-    samples = f"{settings.heldout_prompts:,} prompts, {settings.heldout_samples} answers each, temperature 1"
+    answers = settings.heldout_samples
+    samples = f"{summary['heldout_after'][1] // answers:,} prompts, {answers} answers each, temperature 1"
     table.add_row("held out", samples)
     table.add_row("rollouts spent", f"{summary['rollouts']:,}")
     if summary["dropped"]:
@@ -135,7 +185,7 @@ def _one(
     if summary["conflicts"] is not None:
         table.add_row("conflicts found", f"{summary['conflicts']:,} in {summary['prompts']:,} prompts")
     table.add_row("mean rollouts per prompt", f"{summary['rollouts_per_prompt']:.2f}")
-    table.add_row("seconds after the warm start", f"{summary['seconds']:.0f}")
+    table.add_row("seconds" if user else "seconds after the warm start", f"{summary['seconds']:.0f}")
     table.add_row("written", "metrics.jsonl, curves.png, summary.json, checkpoints, policy")
     return table
 

@@ -1,0 +1,266 @@
+"""mean@n and pass@k: the estimators, the loaders, and runs that go on after a stop."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_chat import write_model
+from typer.testing import CliRunner
+
+from v05.checkpoint import Interrupted, StopRequest
+from v05.cli import app
+from v05.errors import InputError
+from v05.estimates import over_prompts, pass_at_k, powers
+from v05.evaluate import Sampling, digest, evaluate, fingerprint
+from v05.rollout.engine import Rollout
+from v05.tasks.data import BENCHMARKS, Source, read_data
+from v05.tasks.pool import RewardPool
+
+
+def test_pass_at_k_counts_the_draws_that_hold_a_right_answer() -> None:
+    for samples, right in ((1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (6, 6)):
+        answers = [number < right for number in range(samples)]
+        for k in range(1, samples + 1):
+            draws = [any(draw) for draw in itertools.combinations(answers, k)]
+            assert pass_at_k(samples, right, k) == pytest.approx(np.mean(draws))
+            assert pass_at_k(samples, right, k) == pytest.approx(
+                1 - math.comb(samples - right, k) / math.comb(samples, k)
+            )
+    assert pass_at_k(100_000, 3, 50_000) == pytest.approx(0.875, abs=1e-4)
+    for bad in ((4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1)):
+        with pytest.raises(ValueError, match="allowed"):
+            pass_at_k(*bad)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(120):
+        chances = rng.beta(1, 2, size=40)
+        low, high = over_prompts(rng.binomial(8, chances) / 8, seed=trial)[1:]
+        covered += low <= 1 / 3 <= high
+    assert 0.88 <= covered / 120 <= 0.99
+    assert math.isnan(over_prompts([0.5]).low)
+    assert over_prompts([1.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert powers(16) == [1, 2, 4, 8, 16]
+    assert powers(6) == [1, 2, 4, 6]
+    assert powers(1) == [1]
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "dapo_math_17k"])
+def test_benchmarks_are_read_in_the_format_that_the_hub_has(name: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    source = BENCHMARKS[name]
+    answers: list[Any] = [["2", "-2"], ["$3$"]] if name == "olympiad_bench" else ["204", r"\frac{1}{2}"]
+    if name == "amc_2023":
+        answers = [27.0, 36.0]
+    columns = {source.prompt_key: ["What is $1+1$?", "And then?"], source.answer_key: answers, "url": ["a", "b"]}
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(columns).to_parquet(tmp_path / "data" / f"{source.split}-00000-of-00001.parquet")
+    local = Source(str(tmp_path), source.split, source.prompt_key, source.answer_key, source.template)
+    records = read_data(local)
+    assert records[0]["prompt"].startswith("What is $1+1$?\n\nPlease reason step by step")
+    assert "\\boxed{}" in records[0]["prompt"]
+    expected = {"olympiad_bench": ["2, -2", "$3$"], "amc_2023": ["27", "36"]}.get(name, ["204", r"\frac{1}{2}"])
+    assert [record["answer"] for record in records] == expected
+    assert records[1]["url"] == "b"
+    with pytest.raises(InputError, match="cannot be loaded"):
+        read_data(Source(str(tmp_path), "nowhere", source.prompt_key, source.answer_key))
+
+
+def test_the_training_set_is_read_in_the_format_that_the_hub_has(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    turns = [[{"content": f"What is {number}?", "role": "user"}] for number in (1, 2, 1)]
+    models = [{"ground_truth": str(number), "style": "rule"} for number in (1, 2, 1)]
+    rows = {"data_source": ["math"] * 3, "prompt": turns, "reward_model": models}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    source = replace(BENCHMARKS["dapo_math_17k"], place=str(tmp_path / "train.parquet"))
+    found = [(record["prompt"], record["answer"], record["data_source"]) for record in read_data(source)]
+    assert found == [("What is 1?", "1", "math"), ("What is 2?", "2", "math")]
+    several = write_lines(tmp_path / "bad.jsonl", [{"prompt": [*turns[0], *turns[1]], "answer": 1}])
+    with pytest.raises(InputError, match="allowed: text, or one turn of a conversation"):
+        read_data(Source(str(several)))
+
+
+def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "x", "weight": 2}, {"prompt": "a", "answer": "1"}]
+    file = write_lines(tmp_path / "data.jsonl", rows)
+    assert read_data(Source(str(file))) == [
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "answer": "x", "weight": 2},
+    ]
+    Dataset.from_list([{"q": "a", "answer": "1"}]).to_parquet(tmp_path / "data.parquet")
+    source = Source(str(tmp_path / "data.parquet"), prompt_key="q", template="Q: {prompt}")
+    assert read_data(source) == [{"q": "a", "prompt": "Q: a", "answer": "1"}]
+    for content, message in (
+        ([{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}], "a prompt with the answers '1' and '2'"),
+        ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
+        ([{"question": "a"}], "bad.jsonl:1: key 'prompt' is missing"),
+        ([{"prompt": 3, "answer": 1}], "prompt is 3; allowed: text"),
+        ([], "has no problem"),
+    ):
+        bad = write_lines(tmp_path / "bad.jsonl", content)
+        with pytest.raises(InputError, match=message):
+            read_data(Source(str(bad)))
+    assert read_data(Source(str(write_lines(bad, [{"prompt": "a"}]))), needs_answer=False) == [{"prompt": "a"}]
+    for source, message in (
+        (Source("missing.jsonl"), "No such file"),
+        (Source("missing.parquet"), "no such file"),
+        (Source(str(file), template="none"), "allowed: text with {prompt}"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_data(source)
+
+
+class Scripted:
+    """Answers each prompt with numbers that follow from prompt and seed, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def generate(
+        self, prompts: list[str], counts: list[int], *, seed: int, temperature: float, max_new_tokens: int
+    ) -> list[list[Rollout]]:
+        """Return answers, the last of them cut off."""
+        self.asked += prompts
+        return [
+            [
+                Rollout((0,), (1, 2), (-1.0, -1.0), str((seed // 7 + len(prompt) + row) % 3), row < count - 1)
+                for row in range(count)
+            ]
+            for prompt, count in zip(prompts, counts, strict=True)
+        ]
+
+    def update_weights(self, weights: Any) -> None:
+        """Do nothing."""
+
+
+RECORDS = [{"prompt": "p" * (number + 1), "answer": "1"} for number in range(7)]
+
+
+def test_a_stopped_evaluation_goes_on_and_repeats_no_finished_problem(tmp_path: Path) -> None:
+    sampling = Sampling(samples=4, batch=2)
+    with RewardPool("exact") as pool:
+        whole = evaluate(Scripted(), RECORDS, pool, sampling, tmp_path / "whole", {}, StopRequest())
+        stop, engine = StopRequest(), Scripted()
+
+        def stop_after_two(done: int, total: int) -> None:
+            stop.requested = done >= 2
+
+        with pytest.raises(Interrupted, match="4 of 7 problems"):
+            evaluate(engine, RECORDS, pool, sampling, tmp_path / "part", {}, stop, stop_after_two)
+        results = tmp_path / "part" / "results.jsonl"
+        lines = results.read_text().splitlines(keepends=True)
+        results.write_text("".join(lines[:3]) + lines[3][:20])  # as after a crash while a line was written
+        engine = Scripted()
+        again = evaluate(engine, RECORDS, pool, sampling, tmp_path / "part", {}, StopRequest())
+        assert engine.asked == [record["prompt"] for record in RECORDS[2:]]
+        assert again == whole
+        rows = [
+            [
+                json.loads(line)
+                for line in (tmp_path / name / "results.jsonl").read_text().splitlines()
+                if line[-1] == "}"
+            ]
+            for name in ("whole", "part")
+        ]
+        assert rows[0] == rows[1]
+        assert [row["problem"] for row in rows[0]] == list(range(7))
+        engine = Scripted()
+        assert evaluate(engine, RECORDS, pool, sampling, tmp_path / "part", {}, StopRequest()) == whole
+        assert engine.asked == []
+        with pytest.raises(InputError, match="samples is 5 and was 4"):
+            evaluate(engine, RECORDS, pool, Sampling(samples=5, batch=2), tmp_path / "part", {}, StopRequest())
+        with pytest.raises(InputError, match="problems is"):
+            evaluate(engine, RECORDS[:6], pool, sampling, tmp_path / "part", {}, StopRequest())
+
+
+def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:
+    with RewardPool("exact", (-1.0, 1.0)) as pool:
+        found = evaluate(Scripted(), RECORDS, pool, Sampling(samples=4), tmp_path, {}, StopRequest())
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        expected = [
+            1.0 if text == "1" and done else -1.0
+            for text, done in zip(row["completions"], row["finished"], strict=True)
+        ]
+        assert row["rewards"] == expected
+        assert row["finished"] == [True, True, True, False]
+    right = [row["rewards"].count(1.0) for row in rows]
+    assert found.right == tuple(right)
+    assert found.mean.value == pytest.approx(np.mean([row["rewards"] for row in rows]))
+    assert found.passed[1].value == pytest.approx(np.mean(right) / 4)
+    assert found.passed[4].value == pytest.approx(np.mean([count > 0 for count in right]))
+    assert (found.unfinished, found.tokens, found.failures) == (0.25, 2.0, 0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["pass@4"][0] == found.passed[4].value
+
+
+def test_digests_change_with_what_they_name(tmp_path: Path) -> None:
+    assert digest(RECORDS) != digest(RECORDS[::-1])
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("owner/name") == "owner/name"
+
+
+def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    rows = [{"prompt": f"{word} plus one", "answer": "two"} for word in ("one", "two", "three")]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    command = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    command += ["--samples", "8", "--max-new-tokens", "3", "--verifier", "exact", "--device", "cpu", "--batch", "2"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert "mean@8" in first.output
+    assert "pass@8" in first.output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [len(row["completions"]) for row in rows] == [8, 8, 8]
+    assert (tmp_path / "out" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(app, command)
+    assert [line for line in again.output.splitlines() if "@" in line] == [
+        line for line in first.output.splitlines() if "@" in line
+    ]
+    long = CliRunner().invoke(app, [*command, "--max-new-tokens", "62"])
+    assert "64 positions, of which the longest prompt takes 5" in str(long.exception)
+    other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
+    assert isinstance(other.exception, InputError)
+    assert "temperature is 0.5 and was 1.0" in str(other.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "cannot be loaded"),
+        (["--model", "./nowhere"], "model is './nowhere', no folder"),
+        (["--engine", "magic"], "allowed: hf"),
+        (["--dtype", "int3"], "allowed: float32, bfloat16"),
+        (["--device", "quantum"], "allowed: auto, cpu"),
+        (["--verifier", "magic"], "allowed: exact, math"),
+        (["--samples", "0"], "samples is 0"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--data", "missing.jsonl"], "No such file"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one", "answer": "two"}])
+    command = ["evaluate", "--model", str(tmp_path), "--data", str(data), "--output", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,44 @@
+"""Causal language models of random weights with a tokenizer of words and a chat template, made at test time."""
+
+from pathlib import Path
+
+import torch
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "<user>", "<assistant>", "plus", "is", "?")
+
+
+def write_model(folder: Path, kind: str = "qwen3", *, chat: bool = True, tied: bool = False, seed: int = 0) -> Path:
+    """Write a model of two layers with its tokenizer, and return its folder.
+
+    Args:
+        folder: made where missing.
+        kind: `qwen3`, `llama` or `gpt2`; the last has biases, dropout and learnt positions.
+        chat: whether the tokenizer has a chat template.
+        tied: whether the output layer is the embedding.
+        seed: fixes the weights.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+    vocabulary = {word: number for number, word in enumerate(["<end>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
+    if chat:
+        tokenizer.chat_template = (
+            "{% for message in messages %}<user> {{ message.content }} {% endfor %}"
+            "{% if add_generation_prompt %}<assistant> {% endif %}"
+        )
+    tokenizer.save_pretrained(folder)
+    shared = dict(vocab_size=len(vocabulary), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0)
+    widths = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    widths |= dict(num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2)
+    config = {
+        "qwen3": lambda: Qwen3Config(**shared, **widths, head_dim=8),
+        "llama": lambda: LlamaConfig(**shared, **widths),
+        "gpt2": lambda: GPT2Config(**shared, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2),
+    }[kind]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,53 @@
+"""Verifiers that misbehave, imported by reward workers."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
+    """Do what the completion says; a number is the reward."""
+    match completion.split():
+        case ["hang"]:
+            while True:
+                time.sleep(60)
+        case ["spin"]:
+            while True:
+                pass
+        case ["child", path]:
+            child = subprocess.Popen(["sleep", "1000"])
+            Path(path).write_text(str(child.pid))
+            child.wait()
+        case ["crash"]:
+            os._exit(3)
+        case ["crash_once", path]:
+            if not Path(path).exists():
+                Path(path).touch()
+                os._exit(4)
+            return 0.75
+        case ["raise"]:
+            raise KeyError("nothing here")
+        case ["exit"]:
+            sys.exit("done")
+        case ["none"]:
+            return None  # type: ignore[return-value]
+        case ["memory"]:
+            return float(len(bytearray(64 * 2**30)) > 0)
+        case ["process", _]:
+            return float(os.getpid())
+    return float(completion)
+
+
+not_callable = 3
+
+
+def words(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
+    """Return the share of words that are the answer; `five` is too much for this verifier."""
+    found = completion.split()
+    if "five" in found:
+        raise ValueError("five")
+    return found.count(record["answer"]) / max(1, len(found))

@@ -1,0 +1,68 @@
+"""What samples of a model say about it: mean@n, pass@k, and intervals over prompts."""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+RESAMPLES: Final = 10_000  # of the bootstrap
+LEVEL: Final = 0.95  # of the intervals
+
+
+class Estimate(NamedTuple):
+    """A mean over prompts with its 95 % interval; the bounds are nan for fewer than two prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that at least one of `k` answers is right.
+
+    Args:
+        samples: answers sampled to one prompt, `n`.
+        right: how many of them are right, `c`, 0 to `n`.
+        k: 1 to `n`.
+
+    Returns:
+        `1 - C(n - c, k) / C(n, k)`.
+
+    Raises:
+        ValueError: a number that is not allowed.
+
+    Source: Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374), equation 1.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k is {k}; allowed: 1 to {samples}")
+    if not 0 <= right <= samples:
+        raise ValueError(f"right is {right}; allowed: 0 to {samples}")
+    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - right + 1, samples + 1)))
+
+
+def over_prompts(values: npt.ArrayLike, seed: int = 0) -> Estimate:
+    """Return the mean over prompts with a percentile bootstrap interval that resamples the prompts.
+
+    Prompts are the independent units: the interval holds both their spread and the chance in their samples.
+
+    Args:
+        values: one number a prompt, [P], P at least 1.
+        seed: fixes the resamples.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Estimate(mean, float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    shares = np.full(len(numbers), 1 / len(numbers))
+    means = np.concatenate(
+        [rng.multinomial(len(numbers), shares, size=500) @ numbers / len(numbers) for _ in range(RESAMPLES // 500)]
+    )
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, float(low), float(high))
+
+
+def powers(samples: int) -> list[int]:
+    """Return 1, 2, 4 and so on up to `samples`, which is always the last."""
+    doubled = [2**power for power in range(samples.bit_length()) if 2**power < samples]
+    return [*doubled, samples]

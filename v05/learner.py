@@ -1,0 +1,237 @@
+"""Learning from a batch: log-probs, loss, gradients summed over micro-batches and ranks, a step."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from v05.algorithms import Algorithm
+from v05.batch import PackedTokens
+from v05.errors import InputError
+from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
+from v05.policy import Policy
+from v05.ranks import ALONE, Ranks
+from v05.sharding import shard, split_as, whole
+
+GRADIENT_NORM: Final = 1.0  # gradients are scaled down to this norm
+WARM_UP: Final = 10  # updates of linearly rising learning rate, while Adam's averages fill
+LARGEST: Final = ("sampler_gap",)  # metrics that micro-batches combine by their maximum; all others are sums
+
+
+class Step(torch.nn.Module):
+    """One micro-batch from tokens to loss, in one module, so that what shards its parameters gathers them for all."""
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, temperature: float, linear: bool) -> None:
+        """Hold what every micro-batch needs.
+
+        Args:
+            policy: what is trained.
+            algorithm: gives the bounds of the ratio.
+            temperature: divides the logits.
+            linear: go from hidden states to the loss, without logits in memory.
+        """
+        super().__init__()
+        self.model = policy.model
+        self.policy, self.temperature, self.linear = policy, temperature, linear
+        self.bounds = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+
+    def forward(
+        self, batch: PackedTokens, advantages: Tensor, old_logprobs: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        """Return the loss of a micro-batch.
+
+        Args:
+            batch: N sequences with T response tokens, on the CPU.
+            advantages: [N] float32.
+            old_logprobs: [T] float32 on the policy's device; None to take the policy's own, as it is now.
+
+        Returns:
+            The loss, differentiable; metrics, sums and counts; the log-probs that the ratio refers to, [T]; and the
+            entropy summed over the tokens, 0 where `old_logprobs` was given.
+        """
+        device = self.policy.device
+        targets, weights, offsets, advantages = (
+            value.to(device) for value in (batch.tokens, batch.weights, batch.sequence_offsets, advantages)
+        )
+        place = (batch.prompts, batch.tokens, batch.sequence_offsets)
+        options: dict[str, Any] = {"sequence_offsets": offsets, **self.bounds}
+        silence = torch.zeros((), device=device)
+        if not self.linear:
+            logits = self.policy.response_logits(*place)
+            logprobs, entropy = token_logprob(logits, targets, temperature=self.temperature)
+            old = logprobs.detach() if old_logprobs is None else old_logprobs
+            result = policy_loss(logprobs, old, advantages, weights, **options)
+            return result.loss, result.metrics, old, entropy.detach().sum() if old_logprobs is None else silence
+        hidden = self.policy.response_hidden(*place)
+        weight, bias = self.policy.output_layer
+        layer: dict[str, Any] = {"bias": bias, "temperature": self.temperature}
+        if old_logprobs is None:
+            with torch.no_grad():
+                old_logprobs, entropies = linear_logprob(hidden, weight, targets, **layer)
+            silence = entropies.sum()
+        result = linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, weights, **layer, **options)
+        metrics = {name: value for name, value in result.metrics.items() if name != "entropy_sum"}
+        return result.loss, metrics, old_logprobs, silence
+
+
+class Learner:
+    """The policy with its optimiser."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        *,
+        learning_rate: float,
+        temperature: float,
+        epochs: int,
+        micro_batches: int,
+        linear: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Set up Adam over the policy's parameters, split among the ranks where there are several.
+
+        Args:
+            policy: what is trained, in place.
+            algorithm: gives the bounds of the ratio.
+            learning_rate: of Adam, after the warm-up.
+            temperature: of sampling and of log-probabilities.
+            epochs: passes over each batch.
+            micro_batches: parts that a batch is split into; the gradient does not depend on it.
+            linear: go from hidden states to the loss, without logits in memory.
+            ranks: all of them make a learner of an equal policy, and call the same methods with equal arguments.
+
+        Raises:
+            InputError: `linear`, and the policy's logits are not those of its output layer alone.
+        """
+        self.policy, self.learning_rate, self.epochs, self.micro_batches = policy, learning_rate, epochs, micro_batches
+        self.ranks = ranks
+        if linear:
+            check_linear(policy)
+        self.step = Step(policy, algorithm, temperature, linear)
+        if ranks.count > 1:
+            shard(self.step, policy, ranks)
+        self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.999))
+
+    def learn(self, batch: PackedTokens, advantages: Tensor, update: int) -> dict[str, float]:
+        """Take one step per epoch, the gradient summed over micro-batches.
+
+        Args:
+            batch: N sequences, weighted over the whole batch.
+            advantages: [N] float32.
+            update: updates before this one.
+
+        Returns:
+            Sums of the loss's metrics; `loss`, `gradient_norm`; `entropy` in nats, the mean over the tokens; and how
+            far trainer and sampler are apart in log-probability, in nats: `sampler_gap`, the largest, and
+            `sampler_gap_mean`.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (update + 1) / WARM_UP)
+        parts = share(batch, self.micro_batches, self.ranks)
+        old_logprobs: list[Tensor] = []
+        totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "sampler_gap_mean": 0.0}
+        for epoch in range(self.epochs):
+            self.optimizer.zero_grad(set_to_none=True)
+            for part, (sequences, tokens, counts) in enumerate(parts):
+                known = old_logprobs[part] if epoch else None
+                loss, metrics, old, entropy = self.step(tokens, advantages[sequences], known)
+                (loss * self.ranks.count).backward()  # sharded gradients are averaged over the ranks
+                if epoch == 0:
+                    old_logprobs.append(old)
+                    gaps = (old.cpu() - tokens.logprobs).abs()
+                    metrics |= {"entropy": entropy, "sampler_gap": gaps.max(), "sampler_gap_mean": gaps.sum()}
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    _add(totals, name, float(value) if counts else 0.0)
+            norm = self._clip()
+            self.optimizer.step()
+        totals = {**self.ranks.combine(totals, LARGEST), "gradient_norm": norm}
+        for name in ("entropy", "sampler_gap_mean"):
+            totals[name] /= len(batch.tokens)
+        return totals
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the policy's weights by parameter name, whole, for an engine or a file; all ranks call this."""
+        return {name: whole(value) for name, value in self.policy.model.state_dict().items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit."""
+        tied = self._tied()
+        return {
+            "policy": {name: value.contiguous() for name, value in self.weights().items() if name not in tied},
+            "optimizer": {
+                f"{index}.{name}": whole(value)
+                for index, entry in self.optimizer.state_dict()["state"].items()
+                for name, value in entry.items()
+            },
+        }
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from a state that `state` returned.
+
+        Raises:
+            RuntimeError: a name is missing or unknown.
+        """
+        own = self.policy.model.state_dict()
+        given = {name: split_as(value, own.get(name, value)) for name, value in tensors["policy"].items()}
+        missing, unknown = self.policy.model.load_state_dict(given, strict=False)
+        if unknown or set(missing) - self._tied():
+            raise RuntimeError(f"the checkpoint lacks {missing} and has {unknown}; allowed: the policy's own names")
+        entries: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.policy.model.parameters())
+        for key, value in tensors["optimizer"].items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = split_as(value, parameters[int(index)])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
+
+    def _clip(self) -> float:
+        """Scale the gradient down to `GRADIENT_NORM` and return its norm before."""
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), GRADIENT_NORM)))
+
+    def _tied(self) -> set[str]:
+        """Return the names of parameters that are others under another name."""
+        model = self.policy.model
+        own = {name for name, _ in model.named_parameters()}
+        return {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
+
+
+def share(batch: PackedTokens, micro_batches: int, ranks: Ranks) -> list[tuple[slice, PackedTokens, bool]]:
+    """Return this rank's micro-batches, as many on every rank, since all have to gather parameters together.
+
+    Args:
+        batch: N sequences, 1 or more.
+        micro_batches: on each rank, at most.
+        ranks: split the parts among themselves.
+
+    Returns:
+        The slice of the sequences, the sequences, and whether they count: a rank that has a part less than the others
+        gets one of weight 0 that does not.
+    """
+    parts = [(*part, True) for part in batch.split(micro_batches * ranks.count)]
+    own = parts[ranks.rank :: ranks.count]
+    if len(own) * ranks.count < len(parts):
+        first, tokens = next(batch.split(len(batch.prompts)))
+        own.append((first, dataclasses.replace(tokens, weights=torch.zeros_like(tokens.weights)), False))
+    return own
+
+
+def check_linear(policy: Policy) -> None:
+    """Raise InputError unless a policy's logits are its output layer's product with its last hidden states."""
+    prompt = [policy.end_ids[0]]
+    token, offsets = torch.tensor([policy.end_ids[0]]), torch.tensor([0, 1])
+    with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
+        exact = dataclasses.replace(policy, dtype=torch.float32)
+        logits = exact.response_logits([prompt], token, offsets)
+        product = torch.nn.functional.linear(exact.response_hidden([prompt], token, offsets), *exact.output_layer)
+    gap, size = float((logits - product).abs().max()), float(logits.abs().max())
+    if not gap <= 1e-3 * max(size, 1.0):
+        raise InputError(
+            f"the model does more to its logits than its output layer (they differ by {gap:.3g} of {size:.3g}); "
+            "allowed for it: loss = logits"
+        )
+
+
+def _add(totals: dict[str, float], name: str, value: float) -> None:
+    totals[name] = max(totals.get(name, 0.0), value) if name in LARGEST else totals.get(name, 0.0) + value

@@ -1,0 +1,39 @@
+"""metrics.jsonl, one line an update, and times.jsonl, one an evaluation."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from v05.checkpoint import write_text
+
+
+def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, or of times.jsonl: the updates' processor seconds at each evaluation."""
+    lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def truncate_metrics(file: Path, update: int) -> None:
+    """Remove the lines of later updates than `update`, and a line that was cut off in writing."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["update"] > update:
+            break
+        kept.append(line)
+    write_text(file, "".join(kept))
+
+
+def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Return rollouts spent and held-out accuracy at each evaluation."""
+    evaluated = [line for line in metrics if line.get("heldout_right") is not None]
+    return (
+        [line["rollouts"] for line in evaluated],
+        [line["heldout_right"] / line["heldout_total"] for line in evaluated],
+    )
+
+
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a file."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")

@@ -1,0 +1,97 @@
+"""Policies from a folder or a hub: any causal language model that transformers can load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+
+from v05.errors import InputError
+from v05.policy import Policy
+
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    train: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """Return the model and the tokenizer in a folder, or of a name on the hub.
+
+    Args:
+        name: folder or hub name.
+        dtype: of the products, one of `DTYPES`. Parameters that are trained are float32 whatever it is, as steps of
+            Adam are lost in bfloat16; others have it too.
+        device: where the model goes; `auto` is the GPU where there is one.
+        train: whether the parameters will be trained.
+        gradient_checkpointing: make the activations of a layer again in the backward pass instead of keeping them.
+
+    Returns:
+        The policy, without dropout: what is learnt from must be what was sampled.
+
+    Raises:
+        InputError: an unknown dtype or device, or nothing that transformers can load as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    place = check_device(device)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(f"model is {name!r}, no folder; allowed: a folder, or a name on the hub")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if train else DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+    if model.get_output_embeddings() is None:
+        raise InputError(f"model {name!r} has no output layer; allowed: a causal language model")
+    without_dropout(model)
+    model.to(place).train(train).requires_grad_(train)
+    if gradient_checkpointing and train:
+        keep_no_activations(model)
+    policy = Policy(model, tokenizer, DTYPES[dtype])
+    if not policy.end_ids:
+        raise InputError(f"model {name!r} has no end token; allowed: a tokenizer or generation settings with one")
+    return policy
+
+
+def keep_no_activations(model: Any) -> None:
+    """Have a model make the activations of every layer again in the backward pass."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    if newer is not None:
+        newer()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def check_device(device: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        InputError: torch does not know it, or it is not there.
+    """
+    try:
+        chosen = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        )
+    except RuntimeError:
+        raise InputError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:0 and so on") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r}; allowed here: auto, cpu; GPUs found: {torch.cuda.device_count()}")
+    return chosen
+
+
+def without_dropout(model: Any) -> None:
+    """Set every probability of dropout in a model to 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
