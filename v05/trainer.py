@@ -17,9 +17,10 @@ from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
+from v05.rollout.budget import share_out
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
-from v05.rollout.scheduler import Sample, first_rollouts, share_out
+from v05.rollout.sample import Sample, first_rollouts
 from v05.seeds import seed_of
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader

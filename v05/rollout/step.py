@@ -1,0 +1,150 @@
+"""A step while its groups are being filled, and what its rollouts met on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v05.batch import Groups
+from v05.rollout.engine import Rollout
+
+
+@dataclass
+class Group:
+    """One prompt of a step.
+
+    Attributes:
+        position: of the prompt in the stream of prompts.
+        prompt: its text.
+        prior: expected reward.
+        requested: rollouts asked for so far, finished or not, given up ones included.
+        given_up: rollouts that were asked for and never came.
+        rollouts: finished ones, in the order in which they were asked for.
+        rewards: theirs.
+        prompt_ids: token ids of the prompt, once an answer has brought them.
+        grown: whether it was given more than its first rollouts.
+        done: whether the group wants no more.
+    """
+
+    position: int
+    prompt: str
+    prior: float
+    requested: int = 0
+    given_up: int = 0
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    rewards: dict[int, float] = field(default_factory=dict)
+    prompt_ids: tuple[int, ...] = ()
+    grown: bool = False
+    done: bool = False
+
+    @property
+    def waiting(self) -> int:
+        """Return how many rollouts are asked for and neither rewarded nor given up."""
+        return self.requested - self.given_up - len(self.rewards)
+
+    @property
+    def in_order(self) -> list[int]:
+        """Return the places of finished rollouts, in the order of asking, whatever order they finished in."""
+        return sorted(self.rewards)
+
+
+@dataclass
+class Step:
+    """The groups of one update.
+
+    Attributes:
+        number: of the step, from 0.
+        groups: in the order of the stream.
+        version: of the policy's weights when the step was started.
+        extra: rollouts given beyond the first ones.
+        conflicts: groups that wanted more after their first rollouts.
+    """
+
+    number: int
+    groups: list[Group]
+    version: int
+    extra: int = 0
+    conflicts: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Return whether every group wants no more and waits for none."""
+        return all(group.done for group in self.groups)
+
+    @property
+    def rollouts(self) -> list[list[Rollout]]:
+        """Return the finished rollouts of every group."""
+        return [[group.rollouts[place] for place in group.in_order] for group in self.groups]
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of finished rollouts."""
+        return sum(len(rollout.token_ids) for group in self.groups for rollout in group.rollouts.values())
+
+    @property
+    def outcome(self) -> Groups:
+        """Return the rewards of all groups."""
+        rewards = [[group.rewards[place] for place in group.in_order] for group in self.groups]
+        return Groups.from_lists(
+            [group.prompt for group in self.groups], [group.position for group in self.groups], rewards
+        )
+
+    @property
+    def prior(self) -> Tensor:
+        """Return the expected rewards, [G] float32."""
+        return torch.tensor([group.prior for group in self.groups], dtype=torch.float32)
+
+    def staleness(self, version: int) -> list[int]:
+        """Return, for every rollout whose engine counts versions, how many its oldest token is behind `version`."""
+        return [version - min(r.versions) for group in self.groups for r in group.rollouts.values() if r.versions]
+
+    def state(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Step:
+        """Return the step of a `state`; what was asked for and had not come is to be asked for again."""
+        groups = []
+        for entry in state["groups"]:
+            rollouts = {int(place): _rollout(values) for place, values in entry["rollouts"].items()}
+            rewards = {int(place): value for place, value in entry["rewards"].items()}
+            changed = {"rollouts": rollouts, "rewards": rewards, "prompt_ids": tuple(entry["prompt_ids"])}
+            groups.append(Group(**{**entry, **changed}))
+        return cls(**{**state, "groups": groups})
+
+
+def _rollout(values: Mapping[str, Any]) -> Rollout:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Rollout(**fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Trouble:
+    """How often something went wrong; each is mended and counted once.
+
+    Attributes:
+        failed: requests that the engine answered with an error.
+        timed_out: requests that took longer than allowed and were taken back.
+        garbage: answers that cannot be right: lengths that differ, log-probs above 0 or nan, another prompt.
+        unknown: answers to no request that waits, such as a second one or one that was taken back.
+        restarts: of an engine that died.
+        resubmitted: requests asked again, for any of these reasons.
+        given_up: rollouts that never came although asked for again.
+    """
+
+    failed: int = 0
+    timed_out: int = 0
+    garbage: int = 0
+    unknown: int = 0
+    restarts: int = 0
+    resubmitted: int = 0
+    given_up: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
