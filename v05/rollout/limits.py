@@ -24,7 +24,7 @@ class Limits:
         tokens: of a step: once finished rollouts have so many nobody gets more; None for no cap.
         temperature: of sampling.
         max_new_tokens: of an answer.
-        seconds: that a request may take, by the scheduler's clock.
+        seconds: that a request may take, by the scheduler's clock, waiting in the engine's queue included.
         attempts: at a rollout before it is given up, 1 or more.
         restarts: of an engine that dies, without a finished rollout in between, before it counts as lost.
     """

@@ -235,9 +235,7 @@ class Scheduler:
         prior = torch.tensor([group.prior for group in ready], dtype=torch.float32)
         ask = self.rule.more(flat, offsets_from_lengths([len(row) for row in rewards]), prior)
         more = ask.more.tolist()
-        step.conflicts += sum(
-            count > 0 and group.requested == len(row) for count, group, row in zip(more, ready, rewards, strict=True)
-        )
+        step.conflicts += sum(count > 0 and not group.grown for count, group in zip(more, ready, strict=True))
         if self.limits.mode in ("barrier", "async"):
             more = [min(count, 1) for count in more]
         given = share_out(more, ask.gain.tolist(), self._left(step, sum(more)))

@@ -1,0 +1,132 @@
+"""A scheduler over a simulated engine, and engines that fail in chosen ways."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from v05.rollout.budget import BudgetRule
+from v05.rollout.engine import Rollout
+from v05.rollout.limits import Limits
+from v05.rollout.scheduler import Scheduler
+from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.streaming import EngineDied, Outcome, Request, StreamingEngine
+
+
+class Signs:
+    """Judges at once: 1 for `1`, else -1."""
+
+    def __init__(self) -> None:
+        self.rewards: dict[int, float] = {}
+        self.asked: list[tuple[str, str]] = []
+
+    def submit(self, prompt: str, text: str, finished: bool) -> int:
+        self.asked.append((prompt, text))
+        self.rewards[len(self.asked)] = 1.0 if text == "1" and finished else -1.0
+        return len(self.asked)
+
+    def ready(self, ticket: int) -> bool:
+        return True
+
+    def collect(self, tickets: Sequence[int]) -> list[float]:
+        return [self.rewards.pop(ticket) for ticket in tickets]
+
+
+def success(prompt: str) -> float:
+    """How likely an answer to prompt number `prompt` is right; a fifth of prompts are certain, either way."""
+    return (0.0, 0.2, 0.5, 0.8, 1.0)[int(prompt) % 5]
+
+
+def source(first: int, count: int) -> tuple[list[str], Tensor]:
+    """Prompts `first`, `first + 1`, ... and what is expected: right for most, far off for every third."""
+    prompts = [str(first + row) for row in range(count)]
+    expected = [2 * success(prompt) - 1 if int(prompt) % 3 else 0.9 for prompt in prompts]
+    return prompts, torch.tensor(expected)
+
+
+def short(draw: random.Random) -> int:
+    """Lengths from 1 to 40 tokens."""
+    return draw.randint(1, 40)
+
+
+def scheduler(
+    rule: BudgetRule, limits: Limits, engine: StreamingEngine | None = None, slots: int = 8, seed: int = 0
+) -> Scheduler:
+    """A scheduler whose clock is its simulated engine's."""
+    engine = engine or SimulatedEngine(slots, success, short)
+    return Scheduler(engine, source, Signs(), rule, limits, seed, engine.clock)  # type: ignore[attr-defined]
+
+
+class Faulty:
+    """A simulated engine whose answers go wrong at random; every kind of fault that is asked for comes up."""
+
+    def __init__(self, inner: SimulatedEngine, faults: Mapping[str, float], seed: int = 0) -> None:
+        self.inner, self.faults, self.draw = inner, faults, random.Random(seed)
+        self.clock = inner.clock
+        self.swallowed: set[int] = set()
+        self.pushed: list[int] = []
+        self.deaths = 0
+
+    def _happens(self, fault: str) -> bool:
+        return self.draw.random() < self.faults.get(fault, 0.0)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        if self._happens("dies"):
+            self._die()
+        self.inner.submit(requests)
+
+    def _die(self) -> None:
+        self.deaths += 1
+        self.inner.restart()
+        raise EngineDied("its process is gone")
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        if self._happens("dies"):
+            self._die()
+        outcomes: list[Outcome] = []
+        for outcome in self.inner.wait(timeout):
+            if self._happens("silent"):
+                continue  # never answered: its request is late one day
+            if self._happens("error"):
+                outcome = Outcome(outcome.number, None, "out of memory")
+            elif self._happens("garbage"):
+                outcome = replace(outcome, rollout=spoilt(outcome.rollout, self.draw))
+            outcomes.append(outcome)
+            if self._happens("twice"):
+                outcomes.append(outcome)
+            if self._happens("stranger"):
+                outcomes.append(Outcome(10**9, outcome.rollout))
+        return outcomes
+
+    def abort(self, numbers: Sequence[int]) -> None:
+        self.inner.abort(numbers)
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.pushed.append(version)
+        self.inner.update_weights(weights, version)
+
+    def restart(self) -> None:
+        self.inner.restart()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def spoilt(rollout: Rollout | None, draw: random.Random) -> Rollout:
+    """An answer that cannot be right."""
+    assert rollout is not None
+    return draw.choice(
+        [
+            replace(rollout, logprobs=rollout.logprobs[1:]),
+            replace(rollout, logprobs=(float("nan"), *rollout.logprobs[1:])),
+            replace(rollout, logprobs=(0.5, *rollout.logprobs[1:])),
+            replace(rollout, logprobs=(float("-inf"), *rollout.logprobs[1:])),
+            replace(rollout, token_ids=(), logprobs=(), versions=()),
+            replace(rollout, versions=(*rollout.versions, 0)),
+            replace(rollout, token_ids=(0,) * 999, logprobs=(-1.0,) * 999, versions=()),
+        ]
+    )

@@ -1,0 +1,297 @@
+"""The streaming scheduler: by hand on small schedules, and that nothing is lost or counted twice whatever happens."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.simulated_rollouts import Faulty, Signs, scheduler, short, source, success
+from v05.kernels import shrinkage
+from v05.rollout.budget import Fixed, LookAhead
+from v05.rollout.limits import MODES, Limits
+from v05.rollout.scheduler import Scheduler
+from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.step import Step
+from v05.rollout.streaming import EngineDied, Request
+from v05.seeds import seed_of
+
+LONG = 1e9
+
+
+def limits(mode: str = "stream", **changes: object) -> Limits:
+    return Limits(**{"prompts": 6, "mode": mode, "max_new_tokens": 64, "seconds": LONG, **changes})  # type: ignore[arg-type]
+
+
+def steps_of(made: Scheduler, count: int) -> list[Step]:
+    found = []
+    for version in range(count):
+        step = made.next_step()
+        assert step is not None
+        found.append(step)
+        made.push({}, version + 1)
+    return found
+
+
+def rewards_of(steps: list[Step]) -> list[list[list[float]]]:
+    return [[[group.rewards[place] for place in group.in_order] for group in step.groups] for step in steps]
+
+
+def check_whole(steps: list[Step], k_max: int) -> None:
+    """Steps in order; groups in order; every rollout that was asked for is there once, or given up."""
+    assert [step.number for step in steps] == list(range(len(steps)))
+    positions = [group.position for step in steps for group in step.groups]
+    assert positions == list(range(len(positions)))
+    for step in steps:
+        for group in step.groups:
+            assert group.done
+            assert group.waiting == 0
+            assert group.requested <= k_max
+            assert set(group.rewards) == set(group.rollouts)
+            assert set(group.rewards) <= set(range(group.requested))
+            assert len(group.rewards) == group.requested - group.given_up
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_ends_where_the_test_says_stop(mode: str) -> None:
+    steps = steps_of(scheduler(LookAhead(), limits(mode)), 4)
+    check_whole(steps, 16)
+    assert any(group.requested > 4 for step in steps for group in step.groups)
+    for step in steps:
+        outcome = step.outcome
+        test = shrinkage(outcome.rewards, outcome.offsets, step.prior)
+        assert not test.roll_out_more.any()
+        assert step.extra == int((outcome.counts - 4).sum())
+        assert step.conflicts == sum(group.requested > 4 for group in step.groups)
+
+
+@pytest.mark.parametrize("first", MODES)
+def test_a_rollout_is_the_same_in_every_mode_and_at_any_time(first: str) -> None:
+    by_seed: dict[tuple[int, int], str] = {}
+    for mode, slots in ((first, 8), ("stream", 3)):
+        for step in steps_of(scheduler(LookAhead(), limits(mode), slots=slots), 3):
+            for group in step.groups:
+                for place, rollout in group.rollouts.items():
+                    assert by_seed.setdefault((group.position, place), rollout.text) == rollout.text
+    assert len(by_seed) >= 18 * 4
+
+
+def test_streams_repeat_bit_for_bit() -> None:
+    first, again = (rewards_of(steps_of(scheduler(LookAhead(), limits()), 5)) for _ in range(2))
+    assert first == again
+    assert first != rewards_of(steps_of(scheduler(LookAhead(), limits(), seed=1), 5))
+
+
+class Lengths:
+    """Answers whose length is looked up by seed, 1 where it is not named."""
+
+    def __init__(self, by_place: dict[tuple[int, int], int]) -> None:
+        self.by_first = {}
+        for (position, place), length in by_place.items():
+            draw = random.Random(seed_of("rollout", 0, position, place))
+            draw.random()
+            self.by_first[draw.random()] = length
+
+    def __call__(self, draw) -> int:  # type: ignore[no-untyped-def]
+        return self.by_first.get(draw.random(), 1)
+
+
+def by_hand(mode: str, window: int = 1) -> list[float]:
+    """When four steps of two prompts with two rollouts each leave; one answer of prompt 0 takes 10, all others 1."""
+    engine = SimulatedEngine(4, success, Lengths({(0, 1): 10}))
+    made = Scheduler(engine, source, Signs(), Fixed(2), limits(mode, prompts=2, window=window), 0, engine.clock)
+    times = []
+    for step in range(4):
+        made.next_step()
+        times.append(engine.now)
+        made.push({}, step + 1)
+    return times
+
+
+def test_a_straggler_holds_up_its_own_step_alone() -> None:
+    assert by_hand("planned") == [10, 11, 12, 13]
+    # Three slots go on: 4 answers of a step take 4/3 on average, two steps ahead at most.
+    assert by_hand("stream", window=3) == [10, 10, 10, 11]
+    assert by_hand("stream", window=1) == [10, 11, 12, 13]
+
+
+def test_staleness_is_bounded_by_the_window() -> None:
+    for window in (1, 2, 4):
+        worst = 0
+        made = scheduler(LookAhead(), limits(window=window))
+        for version in range(8):
+            step = made.next_step()
+            assert step is not None
+            assert len(made.steps) < window
+            worst = max(worst, *step.staleness(version))
+            made.push({}, version + 1)
+        assert worst <= window - 1
+        assert (worst > 0) == (window > 1)
+
+
+def test_extra_rollouts_go_first() -> None:
+    order: list[tuple[int, bool]] = []
+
+    class Watched(SimulatedEngine):
+        def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
+            order.extend((request.number, request.urgent) for request in requests)
+            super().submit(requests)
+
+    engine = Watched(2, success, short)
+    steps_of(scheduler(LookAhead(), limits(window=2), engine), 2)
+    assert {urgent for _, urgent in order} == {True, False}
+    engine = SimulatedEngine(1, success, Lengths({}))
+    for number in (1, 2, 3):
+        engine.submit([Request(number, "0", number, 1.0, 8, urgent=number == 3)])
+    assert [engine.wait(LONG)[0].number for _ in range(3)] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cap", [24, 27, 40])
+def test_a_cap_on_rollouts_is_never_passed_and_goes_to_the_largest_gains(mode: str, cap: int) -> None:
+    steps = steps_of(scheduler(LookAhead(), limits(mode, rollouts=cap)), 4)
+    check_whole(steps, 16)
+    spent = [sum(group.requested for group in step.groups) for step in steps]
+    assert max(spent) <= cap
+    if cap == 24:
+        assert spent == [24] * 4
+    free = steps_of(scheduler(LookAhead(), limits(mode)), 4)
+    assert any(sum(group.requested for group in step.groups) > cap for step in free) == (cap < 40 or max(spent) == cap)
+
+
+def test_a_cap_below_the_first_rollouts_starts_fewer_prompts() -> None:
+    (step,) = steps_of(scheduler(LookAhead(), limits(rollouts=10)), 1)
+    assert [group.requested for group in step.groups] == [4, 4, 2, 0, 0, 0]
+    assert step.outcome.counts.tolist() == [4, 4, 2, 0, 0, 0]
+
+
+def test_a_cap_on_tokens_stops_growth() -> None:
+    free = steps_of(scheduler(LookAhead(), limits("planned")), 3)
+    few = steps_of(scheduler(LookAhead(), limits("planned", tokens=1)), 3)
+    assert all(step.extra == 0 for step in few)
+    assert any(step.extra > 0 for step in free)
+
+
+def test_the_calibrated_rule_learns_from_finished_steps() -> None:
+    rule = LookAhead(k_init=1, fusion="calibrated", cost=1 / 64)
+    steps = steps_of(scheduler(rule, limits(prompts=40)), 3)
+    check_whole(steps, 16)
+    assert rule.state is not None
+    assert torch.isfinite(rule.state).all()
+
+
+FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "dies": 0.01}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("mode", ["barrier", "stream"])
+def test_faults_change_nothing_but_the_counts(fault: str, mode: str) -> None:
+    clean = rewards_of(steps_of(scheduler(LookAhead(), limits(mode)), 6))
+    engine = Faulty(SimulatedEngine(8, success, short), {fault: FAULTS[fault]}, seed=3)
+    patience = 500 if fault == "silent" else LONG
+    made = scheduler(LookAhead(), limits(mode, attempts=50, restarts=50, seconds=patience), engine)  # type: ignore[arg-type]
+    steps = steps_of(made, 6)
+    check_whole(steps, 16)
+    assert rewards_of(steps) == clean
+    counts = made.trouble.counts()
+    seen = {"error": "failed", "twice": "unknown", "stranger": "unknown", "silent": "timed_out", "dies": "restarts"}
+    assert counts.pop(seen.get(fault, "garbage")) > 0
+    resubmitted = counts.pop("resubmitted")
+    assert (resubmitted > 0) == (fault not in ("twice", "stranger"))
+    assert not any(counts.values())
+    if fault == "dies":
+        assert made.trouble.restarts == engine.deaths
+
+
+def test_what_never_comes_is_given_up_and_named() -> None:
+    engine = Faulty(SimulatedEngine(8, success, short), {"error": 1.0})
+    made = scheduler(LookAhead(), limits(attempts=3), engine)  # type: ignore[arg-type]
+    step = made.next_step()
+    assert step is not None
+    assert step.outcome.counts.tolist() == [0] * 6
+    assert all(group.given_up == 4 for group in step.groups)
+    assert {"0", "1", "2", "3", "4", "5"} <= set(made.given_up)
+    assert made.trouble.failed >= 3 * 24
+    assert made.trouble.given_up == len(made.given_up)
+
+
+def test_an_engine_that_keeps_dying_is_reported() -> None:
+    engine = Faulty(SimulatedEngine(8, success, short), {"dies": 1.0})
+    with pytest.raises(EngineDied, match="3 times without a finished rollout"):
+        scheduler(LookAhead(), limits(restarts=2), engine).next_step()  # type: ignore[arg-type]
+
+
+def test_a_restarted_engine_gets_the_weights_again() -> None:
+    engine = Faulty(SimulatedEngine(8, success, short), {})
+    made = scheduler(LookAhead(), limits(window=1), engine)  # type: ignore[arg-type]
+    made.push({"w": torch.ones(1)}, 7)
+    engine.faults = {"dies": 1.0}
+    with pytest.raises(EngineDied):
+        made.next_step()
+    assert engine.pushed == [7] * (1 + made.limits.restarts)
+
+
+@pytest.mark.parametrize("when", [0, 1, 5, 17, 40])
+def test_a_stop_keeps_everything_that_had_finished(when: int) -> None:
+    clean = rewards_of(steps_of(scheduler(LookAhead(), limits()), 5))
+    first, looks = scheduler(LookAhead(), limits()), iter(range(10**6))
+    found = []
+    while (step := first.next_step(lambda: next(looks) >= when)) is not None:
+        found.append(step)
+        first.push({}, len(found))
+        if len(found) == 5:
+            return
+    saved = json.loads(json.dumps(first.state()))
+    kept = {(g.position, place) for step in first.steps for g in step.groups for place in g.rewards}
+    second = scheduler(LookAhead(), limits())
+    second.load_state(saved)
+    assert {(g.position, place) for step in second.steps for g in step.groups for place in g.rewards} == kept
+    gone = len(found)
+    while len(found) < 5:
+        step = second.next_step()
+        assert step is not None
+        found.append(step)
+        second.push({}, len(found))
+    check_whole(found, 16)
+    assert rewards_of(found) == clean
+    judged = sum(len(group.rewards) for step in (*found[gone:], *second.steps) for group in step.groups)
+    assert len(second.judge.asked) == judged - len(kept)  # type: ignore[attr-defined]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    faults=st.fixed_dictionaries({fault: st.floats(0, 0.3) for fault in FAULTS if fault != "dies"}),
+    dies=st.floats(0, 0.05),
+    slots=st.integers(1, 20),
+    window=st.integers(1, 5),
+    prompts=st.integers(1, 9),
+    cap=st.none() | st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_nothing_is_lost_or_counted_twice(mode, faults, dies, slots, window, prompts, cap, seed) -> None:  # type: ignore[no-untyped-def]
+    engine = Faulty(SimulatedEngine(slots, success, short), {**faults, "dies": dies}, seed)
+    bounds = dict(prompts=prompts, window=window, rollouts=cap, attempts=2, restarts=10**6, seconds=300)
+    made = scheduler(LookAhead(), limits(mode, **bounds), engine)  # type: ignore[arg-type]
+    steps = steps_of(made, 3)
+    check_whole(steps, 16)
+    if cap is not None:
+        assert all(sum(group.requested - group.given_up for group in step.groups) <= cap for step in steps)
+    pending = [group for step in made.steps for group in step.groups]
+    assert sum(group.waiting for group in pending) == len(made.requests.waiting) + len(made.judged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "eager"}, "allowed: barrier, async, planned, stream"),
+        ({"prompts": 0}, "prompts is 0; allowed: 1 or more"),
+        ({"window": 0}, "window is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed: above 0"),
+    ],
+)
+def test_limits_that_are_not_allowed(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        limits(**change)  # type: ignore[arg-type]
