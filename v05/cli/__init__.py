@@ -13,6 +13,7 @@ from v05.cli.evaluate import evaluate_command
 from v05.cli.fit_adapter import fit_adapter
 from v05.cli.fuse import fuse
 from v05.cli.predict import predict
+from v05.cli.simulate import simulate
 from v05.cli.train import train
 from v05.errors import InputError
 
@@ -40,6 +41,7 @@ app.command()(fuse)
 app.command()(predict)
 app.command("evaluate")(evaluate_command)
 app.command("fit-adapter")(fit_adapter)
+app.command()(simulate)
 app.command()(doctor)
 app.add_typer(study.app, name="study")
 
