@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ class Simulation:
     window: int = 6
     prior_sd: float = 0.3
     seed: int = 0
-    length: Callable[[random.Random], int] = LogNormal()
+    length: Callable[[random.Random], int] = field(default_factory=LogNormal)
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that are not allowed."""
@@ -81,9 +81,9 @@ class Result(NamedTuple):
         name: of the contender.
         mode: of the scheduler.
         rollouts: per prompt.
-        tokens: decoded.
+        tokens: of the step's rollouts.
         time: in decode steps, from the start to the end of the last step, per step.
-        over_ideal: the time over what the decoded tokens take with every slot busy.
+        over_ideal: the time over what all tokens decoded meanwhile, for later steps too, take with every slot busy.
         busy: share of the slots' time that was used between the ends of the first and of the last step.
         error_mean: mean squared error of the group mean against the truth; of -1 and 1.
         error_v05: of V0.5's fused baseline.
@@ -150,7 +150,7 @@ def run(simulation: Simulation, contender: Contender, rollouts: float | None = N
     for number in range(simulation.steps):
         step = scheduler.next_step()
         assert step is not None
-        steps.append(replace(step))
+        steps.append(step)
         ends.append((engine.now, engine.busy))
         stale += step.staleness(number)
         scheduler.push({}, number + 1)
@@ -175,7 +175,9 @@ def _result(
         last[0] / simulation.steps,
         last[0] * simulation.slots / last[1],
         (last[1] - first[1]) / ((last[0] - first[0]) * simulation.slots),
-        *errors,
+        errors[0],
+        errors[1],
+        errors[2],
         sum(stale) / max(1, len(stale)),
         max(stale, default=0),
     )

@@ -25,7 +25,9 @@ def plot_simulation(results: Sequence[Result], file: Path) -> None:
     colours = [COLOURS[kinds.index(result.mode)] for result in results]
     left.barh(range(len(results)), [result.over_ideal for result in results], color=colours, height=0.7)
     for row, result in enumerate(results):
-        left.annotate(f"{result.over_ideal:.2f}", (result.over_ideal, row), (4, 0), textcoords="offset points", va="center")
+        left.annotate(
+            f"{result.over_ideal:.2f}", (result.over_ideal, row), (4, 0), textcoords="offset points", va="center"
+        )
     left.set_yticks(range(len(results)), names)
     left.invert_yaxis()
     left.set_xscale("log")

@@ -24,7 +24,9 @@ def simulate(
     slots: Annotated[int, typer.Option(help="Answers that the engine decodes at once.")] = 1024,
     steps: Annotated[int, typer.Option(help="Steps to learn from; learning takes no time.")] = 8,
     window: Annotated[int, typer.Option(help="Steps in flight at most where rollouts stream.")] = 6,
-    prior_sd: Annotated[float, typer.Option(help="Standard deviation of the prior's error; rewards are -1 and 1.")] = 0.3,
+    prior_sd: Annotated[
+        float, typer.Option(help="Standard deviation of the prior's error; rewards are -1 and 1.")
+    ] = 0.3,
     lengths: Annotated[
         Path | None, typer.Option(help="File with the length of an answer in tokens a line; lognormal without.")
     ] = None,
@@ -70,7 +72,7 @@ def table_of(results: list[Result], simulation: Simulation) -> Table:
     title = f"{simulation.steps} steps of {simulation.prompts} prompts, {simulation.slots} slots"
     table = Table(title=title, title_justify="left")
     table.caption = (
-        "Time in decode steps, by step; ideal: tokens over slots. Error: of the baseline, squared, from the group's "
+        "Time in decode steps, by step; ideal: all tokens decoded meanwhile over slots. Error: of the baseline, squared, from the group's "
         "mean, V0.5's fusion and the calibrated one. Stale: updates that rollouts are behind."
     )
     table.add_column("rule")
@@ -79,6 +81,12 @@ def table_of(results: list[Result], simulation: Simulation) -> Table:
         table.add_column(column, justify="right")
     for r in results:
         errors = (f"{error:.3f}" for error in (r.error_mean, r.error_v05, r.error_calibrated))
-        numbers = (f"{r.rollouts:.2f}", f"{r.tokens / 1e6:.2f}", f"{r.time:,.0f}", f"{r.over_ideal:.2f}", f"{r.busy:.0%}")
+        numbers = (
+            f"{r.rollouts:.2f}",
+            f"{r.tokens / 1e6:.2f}",
+            f"{r.time:,.0f}",
+            f"{r.over_ideal:.2f}",
+            f"{r.busy:.0%}",
+        )
         table.add_row(r.name, r.mode, *numbers, *errors, f"{r.stale:.1f}", str(r.stalest))
     return table
