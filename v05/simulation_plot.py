@@ -31,6 +31,8 @@ def plot_simulation(results: Sequence[Result], file: Path) -> None:
     left.set_yticks(range(len(results)), names)
     left.invert_yaxis()
     left.set_xscale("log")
+    left.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    left.minorticks_off()
     left.axvline(1, color=INK, lw=0.8, ls=":")
     left.set_xlim(0.9, 1.8 * max(result.over_ideal for result in results))
     left.set_title("Time over ideal (tokens / slots)", loc="left", fontsize=11, color=INK)
@@ -38,7 +40,7 @@ def plot_simulation(results: Sequence[Result], file: Path) -> None:
         rows = [result for result in results if result.mode == mode]
         right.scatter([r.tokens / 1e6 for r in rows], [r.error_v05 for r in rows], color=colour, label=mode, s=36)
     for result in results:
-        if result.mode in ("stream", "barrier"):
+        if result.mode == "stream":
             at = (result.tokens / 1e6, result.error_v05)
             right.annotate(result.name, at, (5, 4), textcoords="offset points", fontsize=8)
     right.set_title("Mean squared error of V0.5's baseline", loc="left", fontsize=11, color=INK)

@@ -72,8 +72,8 @@ def table_of(results: list[Result], simulation: Simulation) -> Table:
     title = f"{simulation.steps} steps of {simulation.prompts} prompts, {simulation.slots} slots"
     table = Table(title=title, title_justify="left")
     table.caption = (
-        "Time in decode steps, by step; ideal: all tokens decoded meanwhile over slots. Error: of the baseline, squared, from the group's "
-        "mean, V0.5's fusion and the calibrated one. Stale: updates that rollouts are behind."
+        "Time in decode steps a step; ideal: all tokens decoded meanwhile over slots. Error: of the baseline, squared: "
+        "from the group's mean, V0.5's fusion and the calibrated one. Stale: updates that rollouts are behind."
     )
     table.add_column("rule")
     table.add_column("mode")
