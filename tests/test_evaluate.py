@@ -16,9 +16,9 @@ from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
-from v05.evaluate import Sampling, digest, evaluate, fingerprint
+from v05.evaluate import Sampling, evaluate, fingerprint
 from v05.rollout.engine import Rollout
-from v05.tasks.data import BENCHMARKS, Source, read_data
+from v05.tasks.data import BENCHMARKS, Source, digest, read_data
 from v05.tasks.pool import RewardPool
 
 

@@ -233,6 +233,11 @@ def test_a_users_run_learns_and_goes_on_bit_for_bit(loss: str, data: Path, tmp_p
         other = dataclasses.replace(model, **wrong)
         with pytest.raises(InputError, match=message):
             train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=other)
+    lines = data.read_text()
+    data.write_text(lines.replace("one plus two", "five plus two"))
+    with pytest.raises(InputError, match="has changed since the run"):
+        train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=model)
+    data.write_text(lines)
     with pytest.raises(InputError, match="allowed when resuming"):
         train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True)
     train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=model)
@@ -243,10 +248,10 @@ def test_a_users_run_learns_and_goes_on_bit_for_bit(loss: str, data: Path, tmp_p
     for name, value in ends[0].tensors["policy"].items():
         assert torch.equal(value, ends[1].tensors["policy"][name])
     assert summary["heldout_before"][1] == 4
-    lines = read_metrics(whole)[1:]
-    assert any(line["reward_failures"] for line in lines)
-    assert all(line["sampler_gap"] < 1e-5 for line in lines)
-    assert sum(line["reward"] for line in lines[-3:]) > 0.2 + sum(line["reward"] for line in lines[:3])
+    updates = read_metrics(whole)[1:]
+    assert any(line["reward_failures"] for line in updates)
+    assert all(line["sampler_gap"] < 1e-5 for line in updates)
+    assert sum(line["reward"] for line in updates[-3:]) > 0.2 + sum(line["reward"] for line in updates[:3])
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     after = AutoModelForCausalLM.from_pretrained(whole / "policy").state_dict()
     assert before.keys() == after.keys()
@@ -268,7 +273,7 @@ def test_the_command_trains_a_users_model_and_resumes(data: Path, tmp_path: Path
     assert isinstance(result.exception, InputError), result.output
     assert "0 problems" in str(result.exception)  # a chat of one word has 3 tokens
     config.write_text(config.read_text().replace("tokens = 2\n", "tokens = 5\n"))
-    result = CliRunner().invoke(app, [*command, "--overwrite"])
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "rollouts spent" in result.output
     assert json.loads((output / "config.json").read_text())["learning_rate"] == 1e-6

@@ -13,6 +13,7 @@ from v05.estimates import Estimate, over_prompts, pass_at_k, powers
 from v05.rollout.engine import Engine, Rollout
 from v05.seeds import seed_of
 from v05.study_folder import StudyFolder
+from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
 
@@ -148,12 +149,6 @@ def summarise(rows: Sequence[Mapping[str, Any]], reward_range: tuple[float, floa
         timeouts=sum(row["timeouts"] for row in rows),
         right=tuple(right),
     )
-
-
-def digest(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a name that changes with any prompt or answer, or their order."""
-    text = json.dumps([[record["prompt"], record.get("answer")] for record in records])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(model: str) -> str:

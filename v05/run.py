@@ -28,14 +28,15 @@ from v05.trainer import Trainer
 from v05.user_model import load_user_model
 from v05.warm_start import warm_start
 
-FILES = (
+FILES = (  # of a run, beside its folders
     "config.json",
     "model.json",
+    "data.json",
     "metrics.jsonl",
     "times.jsonl",
     "summary.json",
     "curves.png",
-)  # beside the folders
+)
 FOLDERS = ("checkpoints", "policy")
 
 
@@ -98,7 +99,15 @@ def train_run(
         prepare_folder(config, folder, resume, model)
     if ranks.broadcast((folder / "summary.json").exists()):
         return read_summary(folder)
-    trainer = make_trainer(config, cache, stop, report) if model is None else make_user_trainer(config, model, ranks)
+    if model is None:
+        trainer = make_trainer(config, cache, stop, report)
+    else:
+        try:
+            trainer = make_user_trainer(config, model, folder, ranks)
+        except InputError:
+            if ranks.leads and not (folder / "checkpoints").exists():
+                remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+            raise
     try:
         return _train(trainer, folder, stop, report)
     finally:
@@ -138,9 +147,15 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
     return Trainer(config, policy, task, make_engine("hf", policy), make_prior(config, task.reward_range))
 
 
-def make_user_trainer(config: TrainConfig, model: ModelConfig, ranks: Ranks = ALONE) -> Trainer:
-    """Return a trainer of the user's model on the user's data."""
+def make_user_trainer(config: TrainConfig, model: ModelConfig, folder: Path, ranks: Ranks = ALONE) -> Trainer:
+    """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
+    file, found = folder / "data.json", {"problems": len(task), "digest": task.digest}
+    before = ranks.broadcast(read_settings(file) if file.exists() else found)
+    if before != found:
+        raise InputError(f"{model.data} has changed since the run in {folder} began; allowed: the same problems")
+    if ranks.leads:
+        write_text(file, json.dumps(found) + "\n")
     engine = make_engine(model.engine, policy, model.sequences_at_once)
     prior = make_prior(config, task.reward_range)
     return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear", ranks=ranks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from v05.policy import Policy
-from v05.rollout.engine import Rollout
+from v05.rollout.engine import Rollout, check_request
 from v05.seeds import seed_of
 
 
@@ -56,7 +56,7 @@ class TransformersEngine:
         Raises:
             ValueError: lengths differ, or a number is outside what is allowed.
         """
-        _check_request(prompts, counts, temperature, max_new_tokens)
+        check_request(prompts, counts, temperature, max_new_tokens)
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         for number, (first, part) in enumerate(pieces(counts, self.sequences_at_once or sum(counts))):
             own = seed if number == 0 else seed_of("piece", seed, number)
@@ -143,15 +143,3 @@ def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[int, list[int]]]
             first = index + 1
     if part:
         yield first, part
-
-
-def _check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:
-    if len(prompts) != len(counts):
-        raise ValueError(f"{len(prompts)} prompts with {len(counts)} counts; allowed: one count per prompt")
-    for index, count in enumerate(counts):
-        if count < 0:
-            raise ValueError(f"counts[{index}] is {count}; allowed: 0 or more")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed: above 0")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")

@@ -1,7 +1,8 @@
 """Problems to answer, as records of `prompt`, `answer` and more: from files, or data sets of the hub by name."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -75,6 +76,12 @@ def read_data(source: Source, needs_answer: bool = True) -> list[dict[str, Any]]
     if not records:
         raise InputError(f"{source.place} has no problem; allowed: one or more")
     return list(records.values())
+
+
+def digest(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a name that changes with any prompt or answer, or their order."""
+    text = json.dumps([[record["prompt"], record.get("answer")] for record in records])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _record(row: Mapping[str, Any], source: Source, needs_answer: bool, where: str) -> dict[str, Any]:

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from v05.errors import InputError
+from v05.tasks.data import digest
 from v05.tasks.verifiers import make_verifier
 
 
 class Problems:
-    """Records in an endless stream, shuffled anew in every pass, and a share of them held out."""
+    """Records in an endless stream, shuffled anew in every pass, and a share of them held out.
+
+    Attributes:
+        name, reward_range, max_answer_length: see `v05.tasks.Task`.
+        digest: changes with any prompt or answer.
+    """
 
     def __init__(
         self,
@@ -38,11 +44,16 @@ class Problems:
         if len(records) < 2:
             raise InputError(f"{name} has {len(records)} problems; allowed: 2 or more, one of them to be held out")
         self.name, self.reward_range, self.max_answer_length = name, reward_range, max_answer_length
+        self.digest = digest(records)
         self._verify = make_verifier(verifier, reward_range)
         self._records = {str(record["prompt"]): record for record in records}
         ordered = sorted(self._records, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
         heldout = min(max(1, round(heldout_share * len(ordered))), len(ordered) - 1)
         self._splits = {"heldout": ordered[:heldout], "train": ordered[heldout:]}
+
+    def __len__(self) -> int:
+        """Return how many problems there are, held-out ones included."""
+        return len(self._records)
 
     def prompts(self, seed: int, start: int, count: int, split: Literal["train", "heldout"] = "train") -> list[str]:
         """Return prompts `start .. start + count - 1` of a stream.
