@@ -58,7 +58,8 @@ def scheduler(
 ) -> Scheduler:
     """A scheduler whose clock is its simulated engine's."""
     engine = engine or SimulatedEngine(slots, success, short)
-    return Scheduler(engine, source, Signs(), rule, limits, seed, engine.clock)  # type: ignore[attr-defined]
+    clock = engine.clock  # type: ignore[attr-defined]
+    return Scheduler(engine, source, Signs(), rule, limits, seed, clock, encode=lambda prompt: (1,))
 
 
 class Faulty:
@@ -67,7 +68,7 @@ class Faulty:
     def __init__(self, inner: SimulatedEngine, faults: Mapping[str, float], seed: int = 0) -> None:
         self.inner, self.faults, self.draw = inner, faults, random.Random(seed)
         self.clock = inner.clock
-        self.swallowed: set[int] = set()
+        self.held: list[tuple[float, Outcome]] = []
         self.pushed: list[int] = []
         self.deaths = 0
 
@@ -87,8 +88,13 @@ class Faulty:
     def wait(self, timeout: float) -> list[Outcome]:
         if self._happens("dies"):
             self._die()
-        outcomes: list[Outcome] = []
-        for outcome in self.inner.wait(timeout):
+        answers = self.inner.wait(timeout)
+        outcomes = [outcome for time, outcome in self.held if time <= self.clock()]
+        self.held = [entry for entry in self.held if entry[0] > self.clock()]
+        for outcome in answers:
+            if self._happens("late"):
+                self.held.append((self.clock() + 600, outcome))
+                continue
             if self._happens("silent"):
                 continue  # never answered: its request is late one day
             if self._happens("error"):
@@ -121,7 +127,9 @@ def spoilt(rollout: Rollout | None, draw: random.Random) -> Rollout:
     assert rollout is not None
     return draw.choice(
         [
+            replace(rollout, prompt_ids=(0, 0)),
             replace(rollout, logprobs=rollout.logprobs[1:]),
+            replace(rollout, logprobs=(float("nan"), float("inf"), float("-inf")), token_ids=(0,) * 3, versions=()),
             replace(rollout, logprobs=(float("nan"), *rollout.logprobs[1:])),
             replace(rollout, logprobs=(0.5, *rollout.logprobs[1:])),
             replace(rollout, logprobs=(float("-inf"), *rollout.logprobs[1:])),

@@ -143,6 +143,7 @@ def run(simulation: Simulation, contender: Contender, rollouts: float | None = N
         rollouts=None if rollouts is None else round(rollouts * simulation.prompts),
         max_new_tokens=LONGEST,
         seconds=float("inf"),
+        poll=float("inf"),
     )
     grader = InlineGrader(lambda prompt, text: RANGE[int(text)], RANGE[0])
     scheduler = Scheduler(engine, simulation.source, grader, contender.rule, limits, simulation.seed, engine.clock)

@@ -201,19 +201,24 @@ class Variance(_Forgetful):
 
 @dataclass
 class ReinforceAda(_Forgetful):
-    """Rounds of rollouts until a group holds both outcomes (Reinforce-Ada, arXiv 2510.04996, sequential sampling).
+    """Rounds of rollouts until a group holds the outcomes it needs (Reinforce-Ada, arXiv 2510.04996, sequential).
+
+    What its authors do to the rollouts afterwards, thinning groups to one size and taking statistics over all rounds,
+    is a matter of the advantage and not done here.
 
     Attributes:
         round: rollouts of a round.
         largest: rollouts of a prompt at most.
         reward_range: smallest and largest reward; a reward in its upper half is a success.
-        each: how many of either outcome end it: 1, or more for balanced groups.
+        each: how many of either outcome end it: 1, or half a group for the paper's balanced variant.
+        positive: the paper's positive variant: `each` successes end it, whatever failures there are.
     """
 
     round: int = 4
     largest: int = 16
     reward_range: tuple[float, float] = (-1.0, 1.0)
     each: int = 1
+    positive: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that are not allowed."""
@@ -230,7 +235,8 @@ class ReinforceAda(_Forgetful):
         counts = offsets.diff()
         group = torch.repeat_interleave(torch.arange(len(counts)), counts)
         solved = torch.zeros(len(counts)).index_add_(0, group, (rewards > sum(self.reward_range) / 2).float())
-        lacking = (self.each - torch.minimum(solved, counts - solved)).clamp(min=0)
+        rarer = solved if self.positive else torch.minimum(solved, counts - solved)
+        lacking = (self.each - rarer).clamp(min=0)
         more = torch.minimum(torch.full_like(counts, self.round), (self.largest - counts).clamp(min=0))
         return Ask(torch.where(lacking > 0, more, 0), lacking / counts.clamp(min=1))
 

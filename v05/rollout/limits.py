@@ -21,12 +21,14 @@ class Limits:
         window: steps in flight at most, 1 or more; with `stream` a rollout is at most `window - 1` updates old when
             its step is learnt from, with the other modes it is 1.
         rollouts: of a step at most, first ones included; None for no cap.
-        tokens: of a step: once finished rollouts have so many nobody gets more; None for no cap.
+        tokens: of a step: what is asked for beyond the first rollouts keeps under it, if answers that have not come
+            are as long as the step's others on average; None for no cap.
         temperature: of sampling.
         max_new_tokens: of an answer.
         seconds: that a request may take, by the scheduler's clock, waiting in the engine's queue included.
         attempts: at a rollout before it is given up, 1 or more.
         restarts: of an engine that dies, without a finished rollout in between, before it counts as lost.
+        poll: seconds, by the same clock, that the engine may be silent before a stop is looked for.
     """
 
     prompts: int
@@ -39,6 +41,7 @@ class Limits:
     seconds: float = 600.0
     attempts: int = 3
     restarts: int = 3
+    poll: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is not allowed."""
@@ -47,7 +50,7 @@ class Limits:
         for name in ("prompts", "window", "attempts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        for name in ("temperature", "seconds"):
+        for name in ("temperature", "seconds", "poll"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0")
 

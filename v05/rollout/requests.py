@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
@@ -36,6 +36,7 @@ class Requests:
         self.limits, self.seed, self.clock = limits, seed, clock
         self.waiting: dict[int, Asked] = {}
         self.numbers = 0
+        self.withdrawn: set[int] = set()  # numbers whose answers, should they come, are late
 
     def new(self, step: Step, group: Group, place: int, urgent: bool) -> Request:
         """Return a request for one rollout, entered in the book."""
@@ -61,6 +62,7 @@ class Requests:
     def take_all(self) -> list[Asked]:
         """Return everything that waits, and forget it."""
         everything = list(self.waiting.values())
+        self.withdrawn |= self.waiting.keys()
         self.waiting.clear()
         return everything
 
@@ -79,15 +81,27 @@ class Requests:
             found.append(asked)
         for asked in found:
             del self.waiting[asked.request.number]
+            self.withdrawn.add(asked.request.number)
         return found
 
-    def fair(self, asked: Asked, rollout: Rollout) -> bool:
-        """Return whether an answer can be right: its lengths, its log-probs, and the prompt its group answers."""
-        tokens, logprobs = rollout.token_ids, rollout.logprobs
-        if not 0 < len(tokens) <= asked.request.max_new_tokens or len(logprobs) != len(tokens):
-            return False
-        if len(rollout.versions) not in (0, len(tokens)) or not isinstance(rollout.text, str):
-            return False
-        if max(logprobs) > ROUNDING or not math.isfinite(math.fsum(logprobs)):
-            return False
-        return asked.group.prompt_ids in ((), tuple(rollout.prompt_ids))
+    def stray(self, number: int) -> Literal["late", "duplicates", "unknown"]:
+        """Return what an answer is that nobody waits for: taken back before, a second one, or to no request at all."""
+        if number in self.withdrawn:
+            self.withdrawn.discard(number)
+            return "late"
+        return "duplicates" if 1 <= number <= self.numbers else "unknown"
+
+    def fault(self, asked: Asked, rollout: Rollout) -> str:
+        """Return why an answer cannot be right: its lengths, its log-probs, another prompt; empty where it can."""
+        tokens, logprobs, longest = len(rollout.token_ids), rollout.logprobs, asked.request.max_new_tokens
+        if not 0 < tokens <= longest:
+            return f"it has {tokens} tokens; allowed: 1 to {longest}"
+        if len(logprobs) != tokens or len(rollout.versions) not in (0, tokens):
+            return f"it has {tokens} tokens, {len(logprobs)} log-probs and {len(rollout.versions)} versions"
+        if not isinstance(rollout.text, str):
+            return f"its text is a {type(rollout.text).__name__}"
+        if not all(map(math.isfinite, logprobs)) or max(logprobs) > ROUNDING:
+            return "a log-prob is above 0 or not finite"
+        if asked.group.prompt_ids not in ((), tuple(rollout.prompt_ids)):
+            return "it answers another prompt than the group's other rollouts"
+        return ""

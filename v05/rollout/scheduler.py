@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
 from v05.rollout.budget import BudgetRule, share_out
 from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
+from v05.rollout.partners import Judge, Source
 from v05.rollout.requests import Asked, Requests
+from v05.rollout.revived import RevivedEngine
+from v05.rollout.rules import Rules
 from v05.rollout.step import Group, Step, Trouble
-from v05.rollout.streaming import EngineDied, Outcome, StreamingEngine
+from v05.rollout.streaming import Outcome, StreamingEngine
+
+logger = logging.getLogger(__name__)
 
 GLANCE: Final = 0.05  # seconds between looks at rewards that are being judged
 
 
-class Source(Protocol):
-    """The endless stream of prompts, with what is expected of each."""
+class Wish(NamedTuple):
+    """What a group wants: `more` rollouts, 0 to stop, the next of which is worth `gain`."""
 
-    def __call__(self, first: int, count: int) -> tuple[Sequence[str], Tensor]:
-        """Return `count` prompts from position `first` on, and their expected rewards [count] float32."""
-        ...
-
-
-class Judge(Protocol):
-    """Says what answers are worth, now or later; see `v05.tasks.grading`."""
-
-    def submit(self, prompt: str, text: str, finished: bool) -> int:
-        """Ask for a reward and return its ticket."""
-        ...
-
-    def ready(self, ticket: int) -> bool:
-        """Return whether `collect` would not wait."""
-        ...
-
-    def collect(self, tickets: Sequence[int]) -> list[float]:
-        """Return the rewards of these tickets, waiting where they are not there yet."""
-        ...
+    group: Group
+    more: int
+    gain: float
 
 
 @dataclass
@@ -58,6 +46,10 @@ class Scheduler:
         seed: of the run; a rollout's own seed follows from it, the prompt's position and its place in the group, so
             that it is the same whatever else is going on.
         clock: seconds; the simulated engine brings its own.
+        rule_of: returns the rule of a prompt that has sizes or a price of its own; None for `rule` throughout. Gains
+            are compared, so they must have one unit.
+        encode: returns the token ids that the engine must have read for a prompt; None to ask only that all rollouts
+            of a group agree on them.
     """
 
     engine: StreamingEngine
@@ -67,25 +59,28 @@ class Scheduler:
     limits: Limits
     seed: int = 0
     clock: Callable[[], float] = time.monotonic
+    rule_of: Callable[[str], BudgetRule] | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
     position: int = 0
     next_number: int = 0
     version: int = 0
     steps: list[Step] = field(default_factory=list)
     trouble: Trouble = field(default_factory=Trouble)
-    given_up: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Set up the book of requests."""
         self.requests = Requests(self.limits, self.seed, self.clock)
-        self.weights: Mapping[str, Tensor] | None = None
-        self.deaths = 0
+        self.rules = Rules(self.rule, self.rule_of)
+        self.revived = RevivedEngine(self.engine, self.requests, self.trouble, self.limits.restarts)
+        self.wishes: dict[int, list[Wish]] = {}  # by number of the step: who waits for the step's other first tests
+        self.expected = 2.0  # decayed mean of what a group wants at its first test
         self.judged: dict[int, tuple[Asked, Rollout]] = {}  # by ticket: what waits for its reward
         self.changed: dict[int, list[Group]] = {}  # by number of the step: groups that something came for
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Give the engine the policy's weights; what is being answered goes on with them."""
-        self.weights, self.version = weights, version
-        self._alive(lambda: self.engine.update_weights(weights, version))
+        self.version = version
+        self.revived.push(weights, version)
 
     def next_step(self, stopped: Callable[[], bool] = lambda: False) -> Step | None:
         """Return the next step once all its groups are finished.
@@ -104,21 +99,25 @@ class Scheduler:
             if self.steps and self.steps[0].done:
                 return self._leave()
             if stopped():
+                self._reward(list(self.judged))
                 return None
             self._collect()
             self._test()
 
     def _start(self) -> None:
         """Start steps while they may be in flight."""
+        encode = self.encode or (lambda prompt: ())
         while len(self.steps) < self.limits.in_flight:
             prompts, prior = self.source(self.position, self.limits.prompts)
-            first = self.rule.first(prior).tolist()
+            groups = [
+                Group(self.position + row, prompt, expected, prompt_ids=tuple(encode(prompt)))
+                for row, (prompt, expected) in enumerate(zip(prompts, prior.tolist(), strict=True))
+            ]
+            first = self.rules.first(groups)
             if self.limits.rollouts is not None:
                 first = share_out(first, [0.0] * len(first), self.limits.rollouts)
-            groups = [
-                Group(self.position + row, prompt, expected, done=count == 0)
-                for row, (prompt, expected, count) in enumerate(zip(prompts, prior.tolist(), first, strict=True))
-            ]
+            for group, count in zip(groups, first, strict=True):
+                group.tested = group.done = count == 0
             step = Step(self.next_number, groups, self.version)
             self.position += len(groups)
             self.next_number += 1
@@ -128,8 +127,7 @@ class Scheduler:
     def _leave(self) -> Step:
         """Take the oldest step off the list."""
         step = self.steps.pop(0)
-        outcome = step.outcome
-        self.rule.learn(outcome.rewards, outcome.offsets, step.prior)
+        self.rules.learn(step.groups)
         return step
 
     def _ask(self, step: Step, groups: Sequence[Group], counts: Sequence[int], urgent: bool) -> None:
@@ -140,82 +138,72 @@ class Scheduler:
         ]
         for group, count in zip(groups, counts, strict=True):
             group.requested += count
-        self._alive(lambda: self.engine.submit(requests))
+        self.revived.submit(requests)
 
     def _collect(self) -> None:
         """Wait for outcomes, check them, and have them judged or asked for again; take the rewards that are there."""
-        again: list[Asked] = []
+        again: list[tuple[Asked, str]] = []
         if self.requests.waiting:
-            patience = self.requests.patience()
-            outcomes = self._alive(lambda: self.engine.wait(min(patience, GLANCE) if self.judged else patience))
-            for outcome in outcomes or ():
+            patience = min(self.requests.patience(), self.limits.poll)
+            for outcome in self.revived.wait(min(patience, GLANCE) if self.judged else patience):
                 again += self._receive(outcome)
         late = self.requests.late()
         if late:
             self.trouble.timed_out += len(late)
-            self._alive(lambda: self.engine.abort([asked.request.number for asked in late]))
-        self._again([*again, *late])
+            self.revived.abort([asked.request.number for asked in late])
+        self._again([*again, *((asked, f"no answer in {self.limits.seconds:g} s") for asked in late)])
         tickets = [ticket for ticket in self.judged if self.judge.ready(ticket)]
-        if not tickets and not self.requests.waiting:
-            tickets = list(self.judged)
+        self._reward(tickets if tickets or self.requests.waiting else list(self.judged))
+
+    def _reward(self, tickets: Sequence[int]) -> None:
+        """Enter the rewards of these tickets, waiting where they are not there yet."""
+        low, high = self.rule.reward_range
         for ticket, reward in zip(tickets, self.judge.collect(tickets), strict=True):
             asked, rollout = self.judged.pop(ticket)
+            if not low <= reward <= high:
+                self.trouble.bad_rewards += 1
+                self._lose(asked, f"its reward is {reward}; allowed: {low:g} to {high:g}")
+                continue
             asked.group.rollouts[asked.place], asked.group.rewards[asked.place] = rollout, float(reward)
             self.changed.setdefault(asked.step.number, []).append(asked.group)
 
-    def _receive(self, outcome: Outcome) -> list[Asked]:
-        """Have an answer judged; return its request where it has to be asked again."""
+    def _receive(self, outcome: Outcome) -> list[tuple[Asked, str]]:
+        """Have an answer judged; return its request where it has to be asked again, and why."""
         asked = self.requests.waiting.pop(outcome.number, None)
         if asked is None:
-            self.trouble.unknown += 1
+            kind = self.requests.stray(outcome.number)
+            setattr(self.trouble, kind, getattr(self.trouble, kind) + 1)
             return []
         rollout = outcome.rollout
-        if rollout is None or not self.requests.fair(asked, rollout):
-            self.trouble.failed += rollout is None
-            self.trouble.garbage += rollout is not None
-            return [asked]
-        self.deaths = 0
+        if rollout is None:
+            self.trouble.failed += 1
+            return [(asked, outcome.error or "it failed without a reason")]
+        if fault := self.requests.fault(asked, rollout):
+            self.trouble.garbage += 1
+            return [(asked, fault)]
+        self.revived.lived()
         ticket = self.judge.submit(asked.group.prompt, rollout.text, rollout.finished)
         self.judged[ticket] = (asked, rollout)
         asked.group.prompt_ids = asked.group.prompt_ids or tuple(rollout.prompt_ids)
         return []
 
-    def _again(self, asked: Sequence[Asked]) -> None:
+    def _again(self, asked: Sequence[tuple[Asked, str]]) -> None:
         """Ask again, with the same seed, unless it was tried often enough."""
         requests = []
-        for each in asked:
+        for each, reason in asked:
             if each.attempt < self.limits.attempts:
                 requests.append(self.requests.again(each))
-                continue
-            each.group.given_up += 1
-            self.changed.setdefault(each.step.number, []).append(each.group)
-            self.trouble.given_up += 1
-            self.given_up.append(each.group.prompt)
+            else:
+                self._lose(each, reason)
         self.trouble.resubmitted += len(requests)
-        if requests:
-            self._alive(lambda: self.engine.submit(requests))
+        self.revived.submit(requests)
 
-    def _alive(self, act: Callable[[], Any]) -> Any:
-        """Use the engine; where it has died, start it again and give it everything it had."""
-        try:
-            return act()
-        except EngineDied:
-            unfinished = self.requests.take_all()
-        while True:
-            self.deaths += 1
-            self.trouble.restarts += 1
-            if self.deaths > self.limits.restarts:
-                raise EngineDied(f"the engine died {self.deaths} times without a finished rollout in between")
-            try:
-                self.engine.restart()
-                if self.weights is not None:
-                    self.engine.update_weights(self.weights, self.version)
-                again = [self.requests.renumbered(asked) for asked in unfinished]
-                self.trouble.resubmitted += len(again)
-                self.engine.submit(again)
-                return None
-            except EngineDied:
-                unfinished = self.requests.take_all() or unfinished
+    def _lose(self, asked: Asked, reason: str) -> None:
+        """Give a rollout up and say so; its group goes on with what it has."""
+        asked.group.lost[asked.place] = reason
+        self.changed.setdefault(asked.step.number, []).append(asked.group)
+        self.trouble.given_up += 1
+        logger.warning("rollout %d of prompt %r is given up: %s", asked.place, asked.group.prompt, reason)
 
     def _test(self) -> None:
         """Test the groups whose rollouts are all in, by one call for every step, and ask for what they get."""
@@ -226,46 +214,66 @@ class Scheduler:
             ready = list({group.position: group for group in changed if not group.done and not group.waiting}.values())
             for group in ready:
                 group.done = group.given_up > 0  # what could not be had once is not asked for more of
+                group.tested = group.tested or group.done
             if ready := [group for group in ready if not group.done]:
                 self._grow(step, ready)
+            if step.number in self.wishes:
+                self._divide(step)
 
     def _grow(self, step: Step, ready: Sequence[Group]) -> None:
-        rewards = [[group.rewards[place] for place in group.in_order] for group in ready]
-        flat = torch.tensor([value for row in rewards for value in row], dtype=torch.float32)
-        prior = torch.tensor([group.prior for group in ready], dtype=torch.float32)
-        ask = self.rule.more(flat, offsets_from_lengths([len(row) for row in rewards]), prior)
-        more = ask.more.tolist()
-        step.conflicts += sum(count > 0 and not group.grown for count, group in zip(more, ready, strict=True))
-        if self.limits.mode in ("barrier", "async"):
-            more = [min(count, 1) for count in more]
-        given = share_out(more, ask.gain.tolist(), self._left(step, sum(more)))
-        for group, count in zip(ready, given, strict=True):
-            group.done, group.grown = count == 0, group.grown or count > 0
-        step.extra += sum(given)
-        self._ask(step, ready, given, urgent=True)
+        wishes = self.wishes.setdefault(step.number, [])
+        for group, (more, gain) in zip(ready, self.rules.more(ready), strict=True):
+            step.conflicts += more > 0 and not group.grown
+            if not group.tested:
+                group.tested, self.expected = True, 0.98 * self.expected + 0.02 * more
+            wishes.append(Wish(group, min(more, 1) if self.limits.mode in ("barrier", "async") else more, gain))
 
-    def _left(self, step: Step, wanted: int) -> int:
-        """Return how many more rollouts a step may have."""
-        if self.limits.tokens is not None and step.tokens >= self.limits.tokens:
-            return 0
-        if self.limits.rollouts is None:
-            return wanted
-        return max(0, self.limits.rollouts - sum(group.requested - group.given_up for group in step.groups))
+    def _divide(self, step: Step) -> None:
+        """Give groups what they want; where a cap may bind, once all of the step are tested, largest gains first."""
+        wishes = self.wishes.pop(step.number)
+        wanted = [wish.more for wish in wishes]
+        left = self._left(step)
+        untested = sum(not group.tested for group in step.groups) if left is not None else 0
+        if left is None:
+            given = wanted
+        elif untested and sum(wanted) + self.expected * untested > left:
+            self.wishes[step.number] = [wish for wish in wishes if wish.more]
+            wishes, given = [wish for wish in wishes if not wish.more], [0] * wanted.count(0)
+        else:
+            given = share_out(wanted, [wish.gain for wish in wishes], max(0, left))
+        for wish, count in zip(wishes, given, strict=True):
+            wish.group.done, wish.group.grown = count == 0, wish.group.grown or count > 0
+        step.extra += sum(given)
+        self._ask(step, [wish.group for wish in wishes], given, urgent=True)
+
+    def _left(self, step: Step) -> int | None:
+        """Return how many more rollouts a step may have; None for no cap."""
+        left = []
+        if self.limits.rollouts is not None:
+            left.append(self.limits.rollouts - sum(group.requested - group.given_up for group in step.groups))
+        if self.limits.tokens is not None:
+            tokens, finished = step.tokens, sum(len(group.rollouts) for group in step.groups)
+            waiting = sum(group.waiting for group in step.groups)
+            left.append(int((self.limits.tokens - tokens) * finished / tokens) - waiting if tokens else 0)
+        return min(left) if left else None
 
     def state(self) -> dict[str, Any]:
         """Return everything that has finished and is not learnt from yet, as JSON can hold it."""
         steps = [step.state() for step in self.steps]
-        return {"position": self.position, "next_number": self.next_number, "version": self.version, "steps": steps}
+        counts = {"position": self.position, "next_number": self.next_number, "version": self.version}
+        return {**counts, "expected": self.expected, "trouble": self.trouble.counts(), "steps": steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; rollouts that had not finished are asked for again, with the same seeds."""
         self.position, self.next_number, self.version = state["position"], state["next_number"], state["version"]
+        self.expected = state["expected"]
+        for name, count in state["trouble"].items():
+            setattr(self.trouble, name, count)
         self.steps = [Step.from_state(entry) for entry in state["steps"]]
         requests = []
         for step in self.steps:
             self.changed[step.number] = list(step.groups)
             for group in step.groups:
-                lost = [place for place in range(group.requested) if place not in group.rewards]
-                for place in lost[group.given_up :]:
+                for place in group.missing:
                     requests.append(self.requests.new(step, group, place, urgent=True))
-        self._alive(lambda: self.engine.submit(requests))
+        self.revived.submit(requests)

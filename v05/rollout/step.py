@@ -22,10 +22,11 @@ class Group:
         prompt: its text.
         prior: expected reward.
         requested: rollouts asked for so far, finished or not, given up ones included.
-        given_up: rollouts that were asked for and never came.
+        lost: places of rollouts that were asked for and never came, with the reason.
         rollouts: finished ones, in the order in which they were asked for.
         rewards: theirs.
         prompt_ids: token ids of the prompt, once an answer has brought them.
+        tested: whether its first rollouts have been in.
         grown: whether it was given more than its first rollouts.
         done: whether the group wants no more.
     """
@@ -34,17 +35,28 @@ class Group:
     prompt: str
     prior: float
     requested: int = 0
-    given_up: int = 0
+    lost: dict[int, str] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     rewards: dict[int, float] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
+    tested: bool = False
     grown: bool = False
     done: bool = False
 
     @property
+    def given_up(self) -> int:
+        """Return how many rollouts were asked for and never came."""
+        return len(self.lost)
+
+    @property
     def waiting(self) -> int:
         """Return how many rollouts are asked for and neither rewarded nor given up."""
-        return self.requested - self.given_up - len(self.rewards)
+        return self.requested - len(self.lost) - len(self.rewards)
+
+    @property
+    def missing(self) -> list[int]:
+        """Return the places of rollouts that are asked for and neither rewarded nor given up."""
+        return [place for place in range(self.requested) if place not in self.rewards and place not in self.lost]
 
     @property
     def in_order(self) -> list[int]:
@@ -86,6 +98,11 @@ class Step:
         return sum(len(rollout.token_ids) for group in self.groups for rollout in group.rollouts.values())
 
     @property
+    def lost(self) -> list[str]:
+        """Return, for every rollout that never came, its prompt and why."""
+        return [f"{group.prompt!r}: {reason}" for group in self.groups for reason in group.lost.values()]
+
+    @property
     def outcome(self) -> Groups:
         """Return the rewards of all groups."""
         rewards = [[group.rewards[place] for place in group.in_order] for group in self.groups]
@@ -113,7 +130,8 @@ class Step:
         for entry in state["groups"]:
             rollouts = {int(place): _rollout(values) for place, values in entry["rollouts"].items()}
             rewards = {int(place): value for place, value in entry["rewards"].items()}
-            changed = {"rollouts": rollouts, "rewards": rewards, "prompt_ids": tuple(entry["prompt_ids"])}
+            lost = {int(place): reason for place, reason in entry["lost"].items()}
+            changed = {"lost": lost, "rollouts": rollouts, "rewards": rewards, "prompt_ids": tuple(entry["prompt_ids"])}
             groups.append(Group(**{**entry, **changed}))
         return cls(**{**state, "groups": groups})
 
@@ -131,7 +149,10 @@ class Trouble:
         failed: requests that the engine answered with an error.
         timed_out: requests that took longer than allowed and were taken back.
         garbage: answers that cannot be right: lengths that differ, log-probs above 0 or nan, another prompt.
-        unknown: answers to no request that waits, such as a second one or one that was taken back.
+        bad_rewards: answers whose reward is no number in the range.
+        duplicates: second answers to a request.
+        late: answers to requests that had been taken back.
+        unknown: answers to no request that was ever made.
         restarts: of an engine that died.
         resubmitted: requests asked again, for any of these reasons.
         given_up: rollouts that never came although asked for again.
@@ -140,6 +161,9 @@ class Trouble:
     failed: int = 0
     timed_out: int = 0
     garbage: int = 0
+    bad_rewards: int = 0
+    duplicates: int = 0
+    late: int = 0
     unknown: int = 0
     restarts: int = 0
     resubmitted: int = 0
