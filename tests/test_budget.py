@@ -95,6 +95,8 @@ def test_reinforce_ada_goes_on_until_both_outcomes_are_there() -> None:
     assert ReinforceAda(each=2).more(rewards, offsets, prior).more.tolist() == [4, 4, 2, 0]
     zero_one = ReinforceAda(reward_range=(0.0, 1.0)).more(*groups([0.0, 1.0], [0.0, 0.0]), prior[:2])
     assert zero_one.more.tolist() == [0, 4]
+    positive = ReinforceAda(positive=True).more(rewards, offsets, prior)
+    assert positive.more.tolist() == [0, 0, 2, 0]  # one success ends it
 
 
 def test_rules_that_never_grow() -> None:

@@ -86,13 +86,14 @@ def test_streaming_reaches_its_ideal_and_a_barrier_does_not() -> None:
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     output = simulate(*SMALL, "--output", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     assert "3 steps of 24 prompts, 32 slots" in output
+    assert "…" not in output  # eighty columns are enough
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["results"]) == contenders()
     assert {row["mode"] for row in found["results"]} == {"barrier", "async", "planned", "stream"}
     assert found["settings"]["length"] == "lognormal"
     rows = {(row["name"], row["mode"]): row for row in found["results"]}
     assert rows["fixed 8", "stream"]["rollouts"] == 8
-    for name in ("utility (V0)", "variance (VIP)", "both outcomes (Reinforce-Ada)"):
+    for name in ("utility", "variance", "reinforce-ada", "its positive"):
         assert rows[name, "stream"]["rollouts"] <= rows["look-ahead", "stream"]["rollouts"] + 0.1
     assert (tmp_path / "out.png").stat().st_size > 1000
     assert simulate(*SMALL, "--output", tmp_path / "again.json") == output

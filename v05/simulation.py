@@ -121,9 +121,10 @@ def fixed() -> list[Contender]:
 def rivals(rollouts: float) -> list[Contender]:
     """Return other rules with the same rollouts per prompt, streaming; what wants more is capped there."""
     return [
-        Contender("utility (V0)", "stream", Utility(rollouts, RANGE)),
-        Contender("variance (VIP)", "stream", Variance(rollouts, RANGE)),
-        Contender("both outcomes (Reinforce-Ada)", "stream", ReinforceAda(4, 16, RANGE)),
+        Contender("utility", "stream", Utility(rollouts, RANGE)),
+        Contender("variance", "stream", Variance(rollouts, RANGE)),
+        Contender("reinforce-ada", "stream", ReinforceAda(4, 16, RANGE)),
+        Contender("its positive", "stream", ReinforceAda(4, 16, RANGE, positive=True)),
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -70,23 +71,27 @@ def read_lengths(file: Path) -> tuple[int, ...]:
 def table_of(results: list[Result], simulation: Simulation) -> Table:
     """A line for each contender."""
     title = f"{simulation.steps} steps of {simulation.prompts} prompts, {simulation.slots} slots"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.padding = 0
     table.caption = (
-        "Time in decode steps a step; ideal: all tokens decoded meanwhile over slots. Error: of the baseline, squared: "
-        "from the group's mean, V0.5's fusion and the calibrated one. Stale: updates that rollouts are behind."
+        "each: rollouts per prompt. Mtok, ktime: million tokens and thousand decode steps of a step. /ideal: the time "
+        "over that of all tokens decoded meanwhile with every slot busy. busy: share of the slots after the first "
+        "step. mean, v05, calib: squared error of the group's mean, V0.5's fusion and the calibrated one. "
+        "stale: updates that rollouts are behind, mean and largest."
     )
-    table.add_column("rule")
-    table.add_column("mode")
-    for column in ("rollouts", "Mtokens", "time", "/ ideal", "busy", "mean", "v05", "calibrated", "stale", "max"):
-        table.add_column(column, justify="right")
+    table.caption_justify = "left"
+    table.add_column("rule", no_wrap=True)
+    table.add_column("mode", no_wrap=True)
+    for column in ("each", "Mtok", "ktime", "/ideal", "busy", "mean", "v05", "calib", "stale"):
+        table.add_column(column, justify="right", no_wrap=True)
     for r in results:
-        errors = (f"{error:.3f}" for error in (r.error_mean, r.error_v05, r.error_calibrated))
+        errors = (f"{error:.3f}".removeprefix("0") for error in (r.error_mean, r.error_v05, r.error_calibrated))
         numbers = (
             f"{r.rollouts:.2f}",
-            f"{r.tokens / 1e6:.2f}",
-            f"{r.time:,.0f}",
+            f"{r.tokens / 1e6:.1f}",
+            f"{r.time / 1e3:.1f}",
             f"{r.over_ideal:.2f}",
             f"{r.busy:.0%}",
         )
-        table.add_row(r.name, r.mode, *numbers, *errors, f"{r.stale:.1f}", str(r.stalest))
+        table.add_row(r.name, r.mode, *numbers, *errors, f"{r.stale:.1f} {r.stalest}")
     return table

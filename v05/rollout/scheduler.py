@@ -232,7 +232,7 @@ class Scheduler:
         """Give groups what they want; where a cap may bind, once all of the step are tested, largest gains first."""
         wishes = self.wishes.pop(step.number)
         wanted = [wish.more for wish in wishes]
-        left = self._left(step)
+        left = self._left(step) if any(wanted) else None
         untested = sum(not group.tested for group in step.groups) if left is not None else 0
         if left is None:
             given = wanted
