@@ -39,10 +39,14 @@ def plot_simulation(results: Sequence[Result], file: Path) -> None:
     for mode, colour in zip(kinds, COLOURS, strict=False):
         rows = [result for result in results if result.mode == mode]
         right.scatter([r.tokens / 1e6 for r in rows], [r.error_v05 for r in rows], color=colour, label=mode, s=36)
+    named: list[tuple[float, float]] = []
+    widest, highest = max(r.tokens / 1e6 for r in results), max(r.error_v05 for r in results)
     for result in results:
         if result.mode == "stream":
             at = (result.tokens / 1e6, result.error_v05)
-            right.annotate(result.name, at, (5, 4), textcoords="offset points", fontsize=8)
+            close = any(abs(at[0] - x) < 0.1 * widest and abs(at[1] - y) < 0.03 * highest for x, y in named)
+            named.append(at)
+            right.annotate(result.name, at, (5, -10 if close else 4), textcoords="offset points", fontsize=8)
     right.set_title("Mean squared error of V0.5's baseline", loc="left", fontsize=11, color=INK)
     right.set_xlabel("million tokens a step")
     right.set_ylim(bottom=0)
