@@ -96,7 +96,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, algorithm: str) -> No
         except Interrupted:
             stops += 1
             assert stops < 40
-    assert stops >= 3
+    assert stops >= 1
     whole, stopped = (read_metrics(tmp_path / name) for name in ("whole", "stopped"))
     assert whole == stopped
     first, second = (tmp_path / name / "policy" / "model.safetensors" for name in ("whole", "stopped"))
