@@ -51,3 +51,19 @@ class Engine(Protocol):
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the policy's weights, by parameter name; the next `generate` samples from them."""
         ...
+
+def check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:
+    """Check what `Engine.generate` was asked.
+
+    Raises:
+        ValueError: lengths differ, or a number is outside what is allowed.
+    """
+    if len(prompts) != len(counts):
+        raise ValueError(f"{len(prompts)} prompts with {len(counts)} counts; allowed: one count per prompt")
+    for index, count in enumerate(counts):
+        if count < 0:
+            raise ValueError(f"counts[{index}] is {count}; allowed: 0 or more")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed: above 0")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")

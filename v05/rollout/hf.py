@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from v05.policy import Policy
-from v05.rollout.engine import Rollout
+from v05.rollout.engine import Rollout, check_request
 
 
 class TransformersEngine:
@@ -47,7 +47,7 @@ class TransformersEngine:
         Raises:
             ValueError: lengths differ, or a number is outside what is allowed.
         """
-        _check_request(prompts, counts, temperature, max_new_tokens)
+        check_request(prompts, counts, temperature, max_new_tokens)
         if sum(counts) == 0:
             return [[] for _ in prompts]
         prompt_ids = self.policy.encode(prompts)
@@ -102,15 +102,3 @@ class TransformersEngine:
             output = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
             logits, position = output.logits[:, -1], position + 1
         return torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)
-
-
-def _check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:
-    if len(prompts) != len(counts):
-        raise ValueError(f"{len(prompts)} prompts with {len(counts)} counts; allowed: one count per prompt")
-    for index, count in enumerate(counts):
-        if count < 0:
-            raise ValueError(f"counts[{index}] is {count}; allowed: 0 or more")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed: above 0")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
