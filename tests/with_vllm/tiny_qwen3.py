@@ -9,7 +9,9 @@ from torch import Tensor
 from v05.rollout.engine import Rollout
 
 LETTERS = ["<pad>", "<eos>", *"0123456789+=abcdefghijklmnopqrstuvwxyz:"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}:{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}:{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
 
 
 def make_model(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

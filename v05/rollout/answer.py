@@ -45,7 +45,9 @@ def make_rollout(
     versions: list[int] = []
     for name, start, end in spans or ():
         if start != len(versions):
-            raise ValueError(f"version {name!r} starts at token {start}; allowed: {len(versions)}, where the last ended")
+            raise ValueError(
+                f"version {name!r} starts at token {start}; allowed: {len(versions)}, where the last ended"
+            )
         versions += [0 if name == INITIAL else int(name)] * (end - start)
     if spans is not None and len(versions) != len(token_ids):
         raise ValueError(f"{len(versions)} tokens have a version, of {len(token_ids)}; allowed: all")

@@ -20,7 +20,9 @@ class Codec:
             ValueError: `chat` with a tokenizer that has no chat template.
         """
         if chat and not getattr(tokenizer, "chat_template", None):
-            raise ValueError("chat is True, but the tokenizer has no chat template; allowed: False, or another tokenizer")
+            raise ValueError(
+                "chat is True, but the tokenizer has no chat template; allowed: False, or another tokenizer"
+            )
         self.tokenizer, self.chat = tokenizer, chat
 
     @classmethod

@@ -15,7 +15,7 @@ from v05.rollout.batches import Batches
 from v05.rollout.codec import Codec
 from v05.rollout.engine import Rollout
 from v05.rollout.streaming import EngineDied, Outcome, Request
-from v05.rollout.weights_file import weights_file
+from v05.rollout.weights_file import check_weights, weights_file
 
 T = TypeVar("T")
 
@@ -23,10 +23,11 @@ T = TypeVar("T")
 class ConcurrentEngine(Batches):
     """What the engines that answer in coroutines share; a subclass says how to start, answer, push and stop."""
 
-    def __init__(self, codec: Codec, weights_folder: str | Path | None = None) -> None:
+    def __init__(self, model: str | Path, chat: bool, weights_folder: str | Path | None = None) -> None:
         """Start the loop; the subclass then calls `_start` in it through `_run`."""
         super().__init__()
-        self.codec, self.version = codec, 0
+        self.codec, self.version = Codec.from_pretrained(model, chat), 0
+        self._model = model
         self._weights_folder = weights_folder
         self._ready: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None wakes `wait` when the engine dies
         self._tasks: dict[int, asyncio.Task[None]] = {}  # touched in the loop's thread alone
@@ -46,7 +47,10 @@ class ConcurrentEngine(Batches):
 
     @abstractmethod
     async def _push(self, path: Path, version: int) -> None:
-        """Load the weights of a safetensors file between two tokens of the requests under way."""
+        """Load the weights of a safetensors file between two tokens of the requests under way.
+
+        Raises NotImplementedError where the engine cannot and nothing has changed.
+        """
 
     @abstractmethod
     async def _stop(self) -> None:
@@ -115,14 +119,19 @@ class ConcurrentEngine(Batches):
             version: their number; None is the last one's successor.
 
         Raises:
+            ValueError: they are not those of the model's architecture; nothing has changed.
             EngineDied: the engine's process is gone.
+            NotImplementedError: the engine takes no weights; it goes on with those that it has.
             RuntimeError: the weights were refused; the engine has to be restarted.
         """
         self._check_alive()
+        check_weights(weights, self._model)
         version = self.version + 1 if version is None else version
         with weights_file(weights, self._weights_folder) as path:
             try:
                 self._run(self._push(path, version))
+            except NotImplementedError:
+                raise
             except EngineDied as error:
                 self._die(str(error))
                 raise

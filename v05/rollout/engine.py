@@ -52,6 +52,7 @@ class Engine(Protocol):
         """Copy the policy's weights, by parameter name; the next `generate` samples from them."""
         ...
 
+
 def check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:
     """Check what `Engine.generate` was asked.
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from v05.rollout import vllm_library
-from v05.rollout.codec import Codec
 from v05.rollout.concurrent import ConcurrentEngine
 from v05.rollout.engine import Rollout
 from v05.rollout.streaming import EngineDied, Request
@@ -22,7 +21,7 @@ class AsyncVllm(ConcurrentEngine):
 
     def __init__(self, settings: VllmSettings) -> None:
         """Start vLLM; raises InputError where it is not installed."""
-        super().__init__(Codec.from_pretrained(settings.model, settings.chat))
+        super().__init__(settings.model, settings.chat)
         self.settings = settings
         self._engine: Any = None
         try:
@@ -60,7 +59,6 @@ class AsyncVllm(ConcurrentEngine):
             await engine.resume_generation()
         except Exception as error:
             raise self._named(error) from error
-
 
     async def _stop(self) -> None:
         engine, self._engine = self._engine, None

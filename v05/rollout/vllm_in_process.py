@@ -12,7 +12,7 @@ from v05.rollout.batches import Batches
 from v05.rollout.codec import Codec
 from v05.rollout.streaming import EngineDied, Outcome, Request
 from v05.rollout.vllm_library import VllmSettings
-from v05.rollout.weights_file import weights_file
+from v05.rollout.weights_file import check_weights, weights_file
 
 
 class InProcessVllm(Batches):
@@ -40,8 +40,8 @@ class InProcessVllm(Batches):
                 self._engine.add_request(
                     str(request.number), prompt, vllm_library.sampling(request), priority=vllm_library.priority(request)
                 )
-            except ValueError as error:
-                self._ready.append(Outcome(request.number, None, str(error)))
+            except Exception as error:  # vLLM's own kinds among them
+                self._ready.append(Outcome(request.number, None, f"{type(error).__name__}: {error}"))
             else:
                 self._waiting[request.number] = request
 
@@ -79,9 +79,11 @@ class InProcessVllm(Batches):
             version: their number; None is the last one's successor.
 
         Raises:
+            ValueError: they are not those of the model's architecture; nothing has changed.
             RuntimeError: vLLM refuses them; the engine has to be restarted.
         """
         self._check_alive()
+        check_weights(weights, self.settings.model)
         version = self.version + 1 if version is None else version
         engine = self._engine
         try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,3 +44,25 @@ def weights_file(weights: Mapping[str, Tensor], folder: str | Path | None = None
         yield path
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def check_weights(weights: Mapping[str, Tensor], model: str | Path) -> None:
+    """Check that `weights` has every tensor of a model's safetensors files, in its shape.
+
+    An engine that fuses matrices would not miss a part of one. A model that is not a local folder is not checked.
+
+    Args:
+        weights: by parameter name.
+        model: folder of the model that the engine was started with.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape.
+    """
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name not in weights:
+                    raise ValueError(f"weights has no {name!r}; allowed: every tensor of {path}")
+                shape, found = tuple(file.get_slice(name).get_shape()), tuple(weights[name].shape)
+                if shape != found:
+                    raise ValueError(f"weights[{name!r}] is {found}; allowed: {shape}, as in {path}")
