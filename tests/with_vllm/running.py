@@ -43,7 +43,8 @@ class Running:
             import psutil
 
             children = psutil.Process().children(recursive=True)
-            (core,) = [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+            alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+            (core,) = [child for child in alive if "EngineCor" in child.name()]
             os.kill(core.pid, signal.SIGKILL)
 
     def revive(self) -> None:

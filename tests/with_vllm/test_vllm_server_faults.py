@@ -186,10 +186,10 @@ def test_a_sick_server_is_a_dead_engine_until_it_is_well(engine: ServerEngine, s
 
 def test_a_server_that_takes_no_weights_says_what_it_needs(engine: ServerEngine) -> None:
     weights = tiny_qwen3.make_model(1).state_dict()
-    with pytest.raises(NotImplementedError, match="takes no weights; allowed: vLLM 0.32 or newer, started with VLLM_"):
+    with pytest.raises(NotImplementedError, match=r"takes no weights; allowed: vLLM 0\.32 or newer, started"):
         engine.update_weights(weights)
-    with pytest.raises(ValueError, match="weights has no"):
-        engine.update_weights({"lm_head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"is \(1,\); allowed: \(41, 64\)"):
+        engine.update_weights(weights | {"lm_head.weight": torch.zeros(1)})
     assert answer(engine).rollout is not None  # it goes on
 
 

@@ -47,22 +47,27 @@ def weights_file(weights: Mapping[str, Tensor], folder: str | Path | None = None
 
 
 def check_weights(weights: Mapping[str, Tensor], model: str | Path) -> None:
-    """Check that `weights` has every tensor of a model's safetensors files, in its shape.
+    """Check that `weights` are the tensors of a model's safetensors files: their names and their shapes.
 
-    An engine that fuses matrices would not miss a part of one. A model that is not a local folder is not checked.
+    An engine that fuses matrices would not miss a part of one, and may be left with half of the weights when it meets
+    a name that it does not know. A model that is not a local folder is not checked.
 
     Args:
-        weights: by parameter name.
+        weights: by parameter name; an output layer tied to the embeddings may be among them or not.
         model: folder of the model that the engine was started with.
 
     Raises:
-        ValueError: a tensor is missing, or has another shape.
+        ValueError: a tensor is missing, unknown, or has another shape.
     """
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(Path(model).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name not in weights:
-                    raise ValueError(f"weights has no {name!r}; allowed: every tensor of {path}")
-                shape, found = tuple(file.get_slice(name).get_shape()), tuple(weights[name].shape)
-                if shape != found:
-                    raise ValueError(f"weights[{name!r}] is {found}; allowed: {shape}, as in {path}")
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"weights has no {name!r}; allowed: every tensor of {model}")
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"weights[{name!r}] is {tuple(weights[name].shape)}; allowed: {shape}, as in {model}")
+    unknown = sorted(weights.keys() - shapes.keys() - {"lm_head.weight"}) if shapes else []
+    if unknown:
+        raise ValueError(f"weights has {unknown[0]!r}; allowed: the tensors of {model}")
