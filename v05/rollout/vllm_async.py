@@ -6,7 +6,7 @@ from typing import Any
 from v05.rollout import vllm_library
 from v05.rollout.concurrent import ConcurrentEngine
 from v05.rollout.engine import Rollout
-from v05.rollout.streaming import EngineDied, Request
+from v05.rollout.streaming import EngineDied, Outcome, Request
 from v05.rollout.vllm_in_process import outcome_of
 from v05.rollout.vllm_library import VllmSettings
 
@@ -35,6 +35,7 @@ class AsyncVllm(ConcurrentEngine):
 
     async def _answer(self, request: Request, prompt_ids: tuple[int, ...]) -> Rollout:
         prompt = {"prompt_token_ids": list(prompt_ids)}
+        outcome = Outcome(request.number, None, "vLLM ended without an answer")
         sampling, priority = vllm_library.sampling(request), vllm_library.priority(request)
         try:
             async for output in self._engine.generate(prompt, sampling, str(request.number), priority=priority):
