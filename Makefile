@@ -75,7 +75,7 @@ test-peers: .venv-peers/.installed
 	@touch $@
 
 test-vllm: .venv-vllm/.installed
-	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	  .venv-vllm/bin/python -m pytest -m vllm tests/with_vllm
 
 lint: $(VENV)/.dev
