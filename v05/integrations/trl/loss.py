@@ -103,16 +103,17 @@ def bias_corrected_kl(scored: Scored, level: str) -> Tensor:
     return torch.where(scored.mask, (gap.exp() - gap - 1) * scored.log_ratio(level).exp(), 0)
 
 
-def packed_advantages(scored: Scored, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def packed_advantages(
+    mask: Tensor, advantages: Tensor, factor: Tensor | None, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return advantages and offsets as `policy_loss` takes them: `[N]`, or `[T]` where a token has its own.
 
     A factor of 0 or more on a token's surrogate is one on its advantage. As many advantages as sequences would be read
     as one per sequence, so an empty sequence goes behind where T is N.
     """
-    if scored.factor is None and scored.advantages.shape[1] == 1:
-        return scored.advantages[:, 0], offsets
-    factor = 1 if scored.factor is None else scored.factor
-    tokens = (scored.advantages * factor).expand(scored.mask.shape)[scored.mask]
+    if factor is None and advantages.shape[1] == 1:
+        return advantages[:, 0], offsets
+    tokens = (advantages * (1 if factor is None else factor)).expand(mask.shape)[mask]
     if len(tokens) == len(offsets) - 1:
         offsets = torch.cat([offsets, offsets[-1:]])
     return tokens, offsets
@@ -133,7 +134,7 @@ def loss_of(args: V05Config, scored: Scored, by: Divisors) -> tuple[PolicyLoss, 
     mask = scored.mask
     weights = token_weights(args, mask, by)
     offsets = offsets_from_lengths(mask.sum(1).tolist()).to(mask.device)
-    advantages, offsets = packed_advantages(scored, offsets)
+    advantages, offsets = packed_advantages(mask, scored.advantages, scored.factor, offsets)
     options: Mapping[str, Any] = kind_of(args)
     own_kl = scored.ref is not None and args.use_bias_correction_kl
     if scored.ref is not None and not own_kl:

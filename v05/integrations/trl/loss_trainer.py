@@ -10,6 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from v05.integrations.trl.config import V05Config
+from v05.integrations.trl.linear_loss import States, linear_loss_of, linear_metrics, why_not_linear
 from v05.integrations.trl.loss import CLIPPED, ROW_MEANS, Divisors, Scored, loss_of, why_not
 from v05.integrations.trl.metrics import sequence_means, step_tensors, token_means
 
@@ -36,21 +37,36 @@ class KernelLossTrainer(GRPOTrainer):
     """
 
     args: V05Config
+    num_generations: int
+    _buffered_inputs: list[dict[str, Tensor]] | None
 
     def choose_loss(self) -> None:
-        """Decide once whose loss runs, and say so where it is not the one asked for."""
-        reason = None if self.args.loss_backend == "trl" else why_not(self.args)
-        self._host_loss = self.args.loss_backend == "trl" or reason is not None
-        if reason is not None:
-            logger.warning(f"v05: TRL's own loss runs instead of {self.args.loss_backend}: {reason}")
+        """Decide once which code computes the loss, and say so where it is not the one asked for."""
+        chosen = self.args.loss_backend
+        if chosen == "linear_policy_loss":
+            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            reason = why_not_linear(self.args, text_config, self.aux_loss_enabled, sharded)
+            chosen = self._instead(chosen, "policy_loss", reason)
+        if chosen == "policy_loss":
+            chosen = self._instead(chosen, "trl", why_not(self.args))
+        self._loss_code = chosen
+
+    def _instead(self, asked: str, other: str, reason: str | None) -> str:
+        if reason is None:
+            return asked
+        logger.warning(f"v05: loss_backend {other!r} runs instead of {asked!r}: {reason}")
+        return other
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return the loss of this step: TRL's value and gradient."""
         by = self._divisors(inputs)
-        if self._host_loss:
+        if self._loss_code == "trl":
             loss = super()._compute_loss(model, inputs)
             share = len(inputs["advantages"]) * by.steps / by.rows  # of this step's mean in that of the batch
             return loss * share if self.loss_type in ROW_MEANS else loss
+        if self._loss_code == "linear_policy_loss":
+            return self._linear_loss(model, inputs, by)
         scored, entropies, auxiliary = self._scored(model, inputs)
         factor, logged = self._factor(inputs, scored, entropies)
         scored = scored._replace(factor=factor)
@@ -62,6 +78,35 @@ class KernelLossTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"]["aux_loss"].append(mean)
         self._log_step(scored, step_tensors(self.args, scored, entropies, kl) | logged)
         return loss
+
+    def _linear_loss(self, model: Any, inputs: dict[str, Any], by: Divisors) -> Tensor:
+        """Return the loss from hidden states; the model is called as a whole, so that wrappers see the call."""
+        inside = inputs["completion_mask"]
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inside], dim=1),
+                output_hidden_states=True,
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        hidden = outputs.hidden_states[-1][:, -inside.size(1) - 1 : -1]
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hidden = hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
+        weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
+        mask = (inside * inputs["tool_mask"] if "tool_mask" in inputs else inside).bool()
+        old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        factor = inputs["importance_sampling_ratio"] if corrected else None
+        states = States(hidden, inputs["completion_ids"], weight, bias, old, mask, advantages, factor)
+        result = linear_loss_of(self.args, states, by)
+        names = list(result.metrics)
+        sums = self.accelerator.reduce(torch.stack([result.metrics[name] for name in names]), reduction="sum")
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in linear_metrics(self.args, dict(zip(names, sums, strict=True))).items():
+            metrics[name].append(value)
+        return result.loss
 
     def _divisors(self, inputs: dict[str, Any]) -> Divisors:
         """Return what TRL divides by; rows are counted over the generation batch."""

@@ -60,25 +60,29 @@ def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum(1) / mask.sum(1)
 
 
-def batch_metrics(rewards: Rewards, prior: Tensor, first: Tensor, test: Shrinkage, conflicts: int) -> dict[str, float]:
+def batch_metrics(
+    rewards: Rewards, prior: Tensor, first: Tensor, first_test: Shrinkage, test: Shrinkage
+) -> dict[str, float]:
     """Return what V0.5 adds to the log.
 
     Args:
         rewards: of N completions of G prompts.
         prior: expected rewards [G].
         first: rewards of the first rollouts; NaN where there is none.
+        first_test: of the groups of the first rollouts.
         test: of the finished groups.
-        conflicts: groups whose first rollouts contradicted the prior.
 
     Returns:
-        By name: share of prompts in conflict, rollouts per prompt, extra rollouts, their share, mean reward of the
-        first rollouts (each prompt counts the same, as under fixed groups), mean trust in the rollouts, mean squared
-        distance of prior and group mean, and mean estimated squared error of the baseline.
+        By name: the share of prompts whose first rollouts contradict the prior; rollouts planned per prompt then;
+        rollouts there are per prompt; those beyond the first; the mean reward of the first (each prompt counts the
+        same, as with fixed groups); the mean weight of the rollouts in the baseline; the mean squared distance of
+        prior and group mean; the mean estimated squared error of the baseline.
     """
     rollouts, groups, seen = len(rewards.values), rewards.groups, test.count > 0
     error = (test.mean - prior)[seen].square().mean() if bool(seen.any()) else torch.tensor(0.0)
     return {
-        "v05/conflicts": conflicts / groups,
+        "v05/conflicts": float((first_test.deviation > 0).float().mean()),
+        "v05/planned": float(first_test.planned.maximum(first_test.count).float().mean()),
         "v05/rollouts_per_prompt": rollouts / groups,
         "v05/extra_rollouts": float(rollouts - first.numel()),
         "v05/first_reward": float(first.nanmean()),

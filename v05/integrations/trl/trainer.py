@@ -201,9 +201,8 @@ class V05Trainer(KernelLossTrainer):
         if self.args.fused:
             start = [column.view(self.accelerator.num_processes, -1)[:, :first].flatten() for column in rewards[:2]]
             begun = Rewards(start[0], start[1], rewards.groups)
-            conflicts = int((self.estimation.test(begun, prior).deviation > 0).sum())
-            test = self.estimation.test(rewards, prior)
-            for name, value in batch_metrics(rewards, prior, begun.values, test, conflicts).items():
+            first_test, test = self.estimation.test(begun, prior), self.estimation.test(rewards, prior)
+            for name, value in batch_metrics(rewards, prior, begun.values, first_test, test).items():
                 metrics[name].append(value)
             self.estimation.observe(texts, rewards, test)
         if self._grows:  # TRL saw groups of one
