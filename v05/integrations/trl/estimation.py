@@ -78,7 +78,7 @@ class Estimation:
             rewards: of the rollouts so far.
             prior: expected rewards [G].
             budget: rollouts there are, over all processes.
-            processes: that share them; the plan is a multiple of it, filled up where the next rollout gains most.
+            processes: that share them; the plan is a multiple of it, filled up where one more rollout gains most.
 
         Returns:
             [G] int64, at most `budget` in all.
@@ -90,8 +90,9 @@ class Estimation:
         gains = test.gain.tolist()
         given = torch.tensor(share_out(wanted.tolist(), gains, budget - budget % processes))
         missing = -int(given.sum()) % processes
-        filled = given + torch.tensor(share_out((room.cpu() - given).tolist(), gains, missing))
-        if int(filled.sum()) % processes:  # no prompt has room left: fewer than planned
+        useful = torch.where(test.gain > 0, room, 0).cpu().maximum(given) - given
+        filled = given + torch.tensor(share_out(useful.tolist(), gains, missing))
+        if int(filled.sum()) % processes:  # no prompt has use for another: fewer than planned
             total = int(given.sum())
             filled = torch.tensor(share_out(given.tolist(), gains, total - total % processes))
         return filled
