@@ -1,9 +1,9 @@
 """Trains for two updates from completions that depend on the prompt alone, and writes weights and log: for `torchrun`."""
 
 import json
+import os
 import sys
 
-import torch
 from safetensors.torch import save_file
 from tiny import make_trainer
 
@@ -41,8 +41,8 @@ def main(folder: str, output: str, rows: int, variants: str) -> None:
             save_file({name: value.contiguous() for name, value in weights.items()}, f"{output}{number}.safetensors")
             with open(f"{output}{number}.json", "w", encoding="utf-8") as file:
                 json.dump(trainer.state.log_history, file)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # when Python frees the trainer, gloo's threads and the interpreter can wait for each other
 
 
 if __name__ == "__main__":
