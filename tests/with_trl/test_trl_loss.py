@@ -33,7 +33,7 @@ def score(trainer, inputs):
 
 
 def batch(trainer, seed=0, drift=0.4):
-    """Ragged rows as TRL's generation step hands them over, one of them masked whole; old log-probs near the policy's."""
+    """Ragged rows as TRL hands them over, one of them masked whole; old log-probs near the policy's."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, WIDTH + 1, (ROWS,), generator=rng)
     inside = torch.arange(WIDTH) < lengths[:, None]

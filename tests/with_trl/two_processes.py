@@ -1,4 +1,4 @@
-"""Trains for two updates from completions that depend on the prompt alone, and writes weights and log: for `torchrun`."""
+"""Trains for two updates on completions that depend on the prompt alone; writes weights and log. For `torchrun`."""
 
 import json
 import os
