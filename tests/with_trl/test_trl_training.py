@@ -31,39 +31,37 @@ def weights_of(trainer):
 @pytest.mark.parametrize("estimator", ["v05", "v05_calibrated"])
 @pytest.mark.parametrize("loss_backend", ["policy_loss", "linear_policy_loss", "trl"])
 def test_training_learns(folder, tmp_path, estimator, loss_backend):
-    options = dict(estimator=estimator, loss_backend=loss_backend, max_steps=25, learning_rate=3e-3)
-    trainer = make_trainer(folder, tmp_path, per_device_train_batch_size=32, log_completions=True, **options)
+    options = dict(estimator=estimator, loss_backend=loss_backend, max_steps=10, learning_rate=3e-3)
+    trainer = make_trainer(folder, tmp_path, per_device_train_batch_size=32, **options)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {f"v05/{name}" for name in OURS} <= log[0].keys()
     assert all(math.isfinite(value) for entry in log for value in entry.values())
-    begun, done = (sum(entry["v05/first_reward"] for entry in part) / 5 for part in (log[:5], log[-5:]))
-    assert done > begun + 0.15
+    assert sum(entry["v05/first_reward"] for entry in log[-3:]) / 3 > log[0]["v05/first_reward"] + 0.15
     assert any(entry["v05/rollouts_per_prompt"] > 4 for entry in log)
     assert all(entry["clip_ratio/region_mean"] == 0 for entry in log)  # on policy
-    assert len(list((tmp_path / "completions").iterdir())) == 25
 
 
 def test_the_log_has_all_that_trl_s_has(folder, tmp_path):
-    ours = make_trainer(folder, tmp_path / "ours", max_steps=1)
+    ours = make_trainer(folder, tmp_path / "ours", max_steps=1, log_completions=True, num_completions_to_print=1)
     theirs = make_trainer(folder, tmp_path / "theirs", trainer=GRPOTrainer, config=GRPOConfig, max_steps=1)
     ours.train()
     theirs.train()
     own, other = (set(trainer.state.log_history[0]) for trainer in (ours, theirs))
     assert own - other == {f"v05/{name}" for name in OURS}
     assert not other - own
+    assert len(list((tmp_path / "ours/completions").iterdir())) == 1
 
 
 def test_without_a_prior_it_is_trl(folder, tmp_path):
     """The same seeds and estimator give the weights that TRL's trainer gives."""
     settings = dict(max_steps=3, loss_type="dapo", num_iterations=2, gradient_accumulation_steps=2)
-    theirs = make_trainer(
-        folder, tmp_path / "a", trainer=GRPOTrainer, config=GRPOConfig, scale_rewards="none", **settings
-    )
-    ours = make_trainer(folder, tmp_path / "b", estimator="dr_grpo", **settings)
+    start = weights_of(make_trainer(folder, tmp_path))
+    own = dict(trainer=GRPOTrainer, config=GRPOConfig, scale_rewards="none")
+    theirs = make_trainer(folder, tmp_path / "theirs", **own, **settings)
     theirs.train()
+    ours = make_trainer(folder, tmp_path / "ours", estimator="dr_grpo", **settings)
     ours.train()
-    start = weights_of(make_trainer(folder, tmp_path / "c"))
     for name, value in weights_of(theirs).items():
         torch.testing.assert_close(weights_of(ours)[name], value, rtol=1e-4, atol=1e-5)
     assert any(not torch.equal(value, start[name]) for name, value in weights_of(ours).items())
@@ -96,15 +94,16 @@ def test_lora(folder, tmp_path, loss_backend, beta):
 
 
 def test_a_run_goes_on_where_it_was_cut_off(folder, tmp_path):
-    options = dict(estimator="v05_calibrated", save_strategy="steps", save_steps=2, max_steps=4)
-    options |= dict(lr_scheduler_type="constant", gradient_accumulation_steps=2)
+    """In the middle of an epoch: at its end TRL itself draws other numbers after a restart."""
+    options = dict(estimator="v05_calibrated", save_strategy="steps", save_steps=1, max_steps=3)
+    options |= dict(lr_scheduler_type="constant", per_device_train_batch_size=4, gradient_accumulation_steps=2)
     whole = make_trainer(folder, tmp_path / "whole", **options)
     whole.train()
-    state = load_file(tmp_path / "whole/checkpoint-2/v05_state.safetensors")
+    state = load_file(tmp_path / "whole/checkpoint-1/v05_state.safetensors")
     assert "mixture" in state
     assert any(name.startswith("prior.past.") for name in state)
     resumed = make_trainer(folder, tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
     for name, value in whole.estimation.state_dict().items():
         assert torch.equal(resumed.estimation.state_dict()[name], value), name
     for name, value in weights_of(whole).items():
@@ -166,7 +165,7 @@ def test_versions():
     for other in ("1.15.2", "0.29.0", "2.0.0", "2.0.0rc1"):
         with pytest.raises(ImportError, match=rf"trl is {other}; .*trl>=1.16.0,<2"):
             check_version(other)
-    with pytest.raises(ImportError, match="needs trl>=1.16.0,<2; install it"):
+    with pytest.raises(ImportError, match=r"needs trl>=1\.16\.0,<2; install it"):
         check_version(None)
 
 

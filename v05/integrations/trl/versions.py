@@ -13,8 +13,8 @@ REQUIRED: Final = f"trl>={LOWEST},<{BELOW}"
 def check_version(found: str | None) -> None:
     """Raise ImportError unless a version of TRL is supported.
 
-    `V05Trainer` overrides methods that TRL does not promise to keep (their names begin with an underscore), so the range
-    is narrow. Tested with 1.16.0.
+    `V05Trainer` overrides methods that TRL does not promise to keep (their names begin with an underscore), so the
+    range is narrow. Tested with 1.16.0.
 
     Args:
         found: what is installed, or None.
