@@ -175,6 +175,13 @@ def test_the_fused_head(folder, tmp_path, loss_type, level):
     assert_same(trainer, inputs, metrics=False)
 
 
+def test_the_fused_head_with_checkpointing(folder, tmp_path):
+    options = dict(loss_backend="linear_policy_loss", gradient_checkpointing=True)
+    trainer = trainer_of(folder, tmp_path, "dapo", **options)
+    trainer.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    assert_same(trainer, batch(trainer), metrics=False)
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_the_fused_head_with_a_sampler_s_ratio(folder, tmp_path, mode):
     options = dict(loss_backend="linear_policy_loss", vllm_importance_sampling_mode=mode)

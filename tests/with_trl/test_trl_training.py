@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import make_trainer, starts_early, write_policy
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from v05.integrations.trl import V05Config, V05Trainer
 from v05.integrations.trl.prompts import prompt_text
@@ -28,8 +28,10 @@ def weights_of(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("estimator", ["v05", "v05_calibrated"])
-@pytest.mark.parametrize("loss_backend", ["policy_loss", "linear_policy_loss", "trl"])
+@pytest.mark.parametrize(
+    ("estimator", "loss_backend"),
+    [("v05", "policy_loss"), ("v05_calibrated", "policy_loss"), ("v05_loo", "linear_policy_loss"), ("v05", "trl")],
+)
 def test_training_learns(folder, tmp_path, estimator, loss_backend):
     options = dict(estimator=estimator, loss_backend=loss_backend, max_steps=10, learning_rate=3e-3)
     trainer = make_trainer(folder, tmp_path, per_device_train_batch_size=32, **options)
@@ -139,6 +141,7 @@ def test_a_prior_without_a_state(folder, tmp_path):
         (dict(advantage_scale="std"), "scale is 'std'"),
         (dict(estimator="grpo", advantage_scale="batch"), "grpo is defined with 'group'"),
         (dict(reward_range=(1.0, 0.0)), "reward_range is"),
+        (dict(reward_range=[1.0]), "reward_range is"),
         (dict(prior="v0"), "prior is 'v0'; allowed: 'history', 'running_mean', 'middle'"),
         (dict(prior_gives="odds"), "prior_gives is 'odds'"),
         (dict(loss_backend="liger"), "loss_backend is 'liger'"),
@@ -157,6 +160,15 @@ def test_trl_s_own_config_is_refused(folder, tmp_path):
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="args is GRPOConfig; allowed: V05Config"):
         V05Trainer(model=folder, reward_funcs=starts_early, args=args)
+
+
+def test_options_on_a_command_line(tmp_path):
+    line = (
+        f"--output_dir {tmp_path} --use_cpu --bf16 False --reward_range -1 1 --estimator v05_loo --max_extra_rollouts 9"
+    )
+    (args,) = TrlParser((V05Config,)).parse_args_and_config(line.split())
+    assert (args.bounds, args.estimator, args.max_extra_rollouts) == ((-1.0, 1.0), "v05_loo", 9)
+    assert args.k_max == 16
 
 
 def test_versions():

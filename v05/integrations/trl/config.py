@@ -33,7 +33,9 @@ class V05Config(GRPOConfig):
 
     estimator: str = field(default="v05", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
     advantage_scale: str = field(default="none", metadata={"help": "none, group, batch or baseline."})
-    reward_range: tuple[float, float] = field(default=(0.0, 1.0), metadata={"help": "Smallest and largest reward."})
+    reward_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Smallest and largest reward."}
+    )
     prior: str = field(default="history", metadata={"help": f"One of {', '.join(PRIORS)}."})
     prior_gives: str = field(default="reward", metadata={"help": "What the prior predicts: reward or probability."})
     k_max: int = field(default=16, metadata={"help": "Rollouts that a prompt may grow to."})
@@ -50,8 +52,7 @@ class V05Config(GRPOConfig):
         """
         super().__post_init__()
         resolve(self.estimator, self.advantage_scale)
-        low, high = self.reward_range = (float(self.reward_range[0]), float(self.reward_range[1]))
-        if not low < high:
+        if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             raise ValueError(f"reward_range is {self.reward_range}; allowed: two numbers, the smaller one first")
         for name, allowed in (("prior", PRIORS), ("prior_gives", ("reward", "probability")), ("loss_backend", LOSSES)):
             if getattr(self, name) not in allowed:
@@ -63,6 +64,11 @@ class V05Config(GRPOConfig):
         if self.multi_objective_aggregation != "sum_then_normalize":
             given = self.multi_objective_aggregation
             raise ValueError(f"multi_objective_aggregation is {given!r}; allowed with V0.5: 'sum_then_normalize'")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest reward."""
+        return float(self.reward_range[0]), float(self.reward_range[1])
 
     @property
     def fused(self) -> bool:

@@ -52,8 +52,8 @@ class Estimation:
     def predict(self, texts: Sequence[str]) -> Tensor:
         """Return the expected reward of each prompt, [G] float32; the middle of the range without a fused estimator."""
         if not self.args.fused:
-            return torch.full((len(texts),), sum(self.args.reward_range) / 2)
-        return expected_rewards(self.prior, texts, self.args.reward_range, self.args.prior_gives)
+            return torch.full((len(texts),), sum(self.args.bounds) / 2)
+        return expected_rewards(self.prior, texts, self.args.bounds, self.args.prior_gives)
 
     def test(self, rewards: Rewards, prior: Tensor) -> Shrinkage:
         """Return what the shrinkage test says of every group."""
@@ -63,7 +63,7 @@ class Estimation:
             values,
             offsets,
             prior,
-            reward_range=self.args.reward_range,
+            reward_range=self.args.bounds,
             cost=self.args.cost,
             k_init=first,
             k_max=max(first, self.args.k_max),
@@ -103,7 +103,7 @@ class Estimation:
         args, found = self.args, torch.zeros_like(rewards.values)
         if args.fusion == "calibrated" and args.advantage_scale == "none":
             options = dict(fusion="calibrated", leave_one_out=args.estimator.endswith("_loo"), state=self.mixture)
-            result = shrinkage(values, offsets, prior, reward_range=args.reward_range, advantages=True, **options)  # type: ignore[arg-type]
+            result = shrinkage(values, offsets, prior, reward_range=args.bounds, advantages=True, **options)  # type: ignore[arg-type]
             assert result.advantages is not None
             found[order] = result.advantages
             return found
@@ -114,7 +114,7 @@ class Estimation:
             prior=prior if args.fused else None,
             scale=args.advantage_scale,
             eps=EPSILON,
-            reward_range=args.reward_range,
+            reward_range=args.bounds,
         )
         return found
 

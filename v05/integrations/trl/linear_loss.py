@@ -7,9 +7,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
 from v05.integrations.trl.config import V05Config
-from v05.integrations.trl.loss import CLIPPED, Divisors, kind_of, packed_advantages, token_weights, why_not
+from v05.integrations.trl.loss import CLIPPED, Divisors, kind_of, packed_advantages, row_offsets, token_weights, why_not
 from v05.kernels import linear_policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
 
@@ -63,7 +62,7 @@ def linear_loss_of(args: V05Config, states: States, by: Divisors) -> PolicyLoss:
     """
     mask = states.mask
     weights = token_weights(args, mask, by)
-    offsets = offsets_from_lengths(mask.sum(1).tolist()).to(mask.device)
+    offsets = row_offsets(mask)
     advantages, offsets = packed_advantages(mask, states.advantages, states.factor, offsets)
     options, old = kind_of(args), torch.zeros_like(weights) if states.old is None else states.old
     if states.old is None:

@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
 from v05.integrations.trl.config import V05Config
 from v05.kernels import policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
@@ -96,6 +95,11 @@ def token_weights(args: V05Config, mask: Tensor, by: Divisors) -> Tensor:
     return kept / by.tokens
 
 
+def row_offsets(mask: Tensor) -> Tensor:
+    """Return where the unmasked tokens of each row of `mask` [B, L] begin and end, packed: [B + 1] int64."""
+    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+
+
 def bias_corrected_kl(scored: Scored, level: str) -> Tensor:
     """Return k3 times the ratio, both with gradient, [B, L]; 0 where masked (arXiv 2512.02556)."""
     assert scored.ref is not None
@@ -133,7 +137,7 @@ def loss_of(args: V05Config, scored: Scored, by: Divisors) -> tuple[PolicyLoss, 
     """
     mask = scored.mask
     weights = token_weights(args, mask, by)
-    offsets = offsets_from_lengths(mask.sum(1).tolist()).to(mask.device)
+    offsets = row_offsets(mask)
     advantages, offsets = packed_advantages(mask, scored.advantages, scored.factor, offsets)
     options: Mapping[str, Any] = kind_of(args)
     own_kl = scored.ref is not None and args.use_bias_correction_kl

@@ -80,7 +80,7 @@ class V05Trainer(KernelLossTrainer):
             environment_factory=environment_factory,
         )
         self.choose_loss()
-        self.estimation = Estimation(args, make_prior(args.prior, args.reward_range) if prior is None else prior)
+        self.estimation = Estimation(args, make_prior(args.prior, args.bounds) if prior is None else prior)
         self._rewards_per_func = torch.zeros(0)  # of the newest batch, on all processes
         self._rollouts: Rollouts | None = None  # finished ones, while TRL makes a batch of them
         self._fixed = "tools are called" if self.tools else "the model takes images" if self._is_vlm else None
@@ -140,7 +140,7 @@ class V05Trainer(KernelLossTrainer):
         groups = int(group.max()) + 1
         if not self.args.fused:
             return Rewards(values, group.flatten(), groups)
-        return Rewards(values, group.flatten(), groups).checked(self.args.reward_range)
+        return Rewards(values, group.flatten(), groups).checked(self.args.bounds)
 
     def _roll_out(self, inputs: list[dict[str, Any]], prior: Tensor, group: Tensor) -> Rollouts:
         """Generate the first rollouts, then more for the prompts whose rollouts contradict their prior."""
@@ -208,7 +208,9 @@ class V05Trainer(KernelLossTrainer):
         if self._grows:  # TRL saw groups of one
             values, offsets, _ = rewards.ragged()
             parts = [part for part in values.split(offsets.diff().tolist()) if len(part)]
-            metrics["frac_reward_zero_std"][-1] = sum(bool((part == part[0]).all()) for part in parts) / len(parts)
+            metrics["frac_reward_zero_std"][-1] = sum(bool((part == part[0]).all()) for part in parts) / max(
+                1, len(parts)
+            )
         return advantages
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
