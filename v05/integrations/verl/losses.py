@@ -172,9 +172,9 @@ def _weighted(packed: Packed, weights: Tensor, kind: Kind) -> Packed:
     """Return tokens whose loss is multiplied by `weights` [T].
 
     Surrogates are linear in a positive factor of the advantage, and there a weight of 0 leaves the token in its
-    sequence's ratio; what is chosen by covariance has a term without advantage, and is chosen already.
+    sequence's ratio; kl_cov alone has a term without advantage, and there a weight of 0 takes the token out.
     """
-    if kind.by_covariance:
+    if kind.surrogate == "kl_cov":
         return packed._replace(weights=packed.weights * weights)
     return packed._replace(advantages=packed.advantages * weights)
 
