@@ -79,6 +79,8 @@ class Layout:
             ValueError: there are not T tokens.
         """
         if packed.shape[:1] != self.positions.shape:
-            raise ValueError(f"packed has shape {list(packed.shape)}; allowed: {len(self.positions)}, then any dimensions")
+            raise ValueError(
+                f"packed has shape {list(packed.shape)}; allowed: {len(self.positions)}, then any dimensions"
+            )
         empty = packed.new_full((self.shape[0] * self.shape[1], *packed.shape[1:]), fill)
         return empty.index_copy(0, self.positions, packed).unflatten(0, self.shape)

@@ -8,7 +8,7 @@ from batches import actor_config, random_batch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import PolicyLossConfig
 
-import v05.integrations.verl  # noqa: F401 - registers
+import v05.integrations.verl
 
 pytestmark = pytest.mark.verl
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
@@ -88,7 +88,7 @@ def test_covariance_losses_are_verls(mode, weighted):
 
 @pytest.mark.parametrize("name", v05.integrations.verl.loss_names())
 def test_split_batches_add_up(name):
-    """With global normalisers the parts' gradients are the whole's; covariances are chosen per micro-batch, as verl's."""
+    """With global normalisers the parts' gradients are the whole's; with room for all, covariance chooses alike."""
     batch = random_batch(10)
     section = PolicyLossConfig(clip_cov_ratio=1.0, clip_cov_lb=-50.0, clip_cov_ub=50.0, kl_cov_ratio=1.0)
     config = actor_config(policy_loss=section)

@@ -1,4 +1,4 @@
-"""`policy_loss` as verl's policy losses: padded tensors and verl's own settings in, one fused pass over packed tokens."""
+"""`policy_loss` as verl's policy losses: padded tensors and its own settings in, one pass over packed tokens."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class Loss:
         layout = Layout.of(response_mask)
         offsets = _without_empty(layout)
         weights = token_weights(_ours(loss_agg_mode), offsets, divisor=_divisor(loss_agg_mode, layout, config))
-        packed = Packed(*map(layout.pack, (log_prob, old_log_prob, advantages)), weights, offsets)
+        values = [layout.pack(padded) for padded in (log_prob, old_log_prob, advantages)]
+        packed = Packed(values[0], values[1], values[2], weights, offsets)
         options = self._options(config)
         if self.kind.by_covariance:
             options["covariance_selected"] = self._selected(packed, config)
@@ -108,7 +109,9 @@ class Loss:
     def _options(self, config: Any) -> dict[str, Any]:
         """Return the settings of `policy_loss` that verl's configuration has."""
         low, high = _clip(config)
-        options: dict[str, Any] = dict(surrogate=self.kind.surrogate, level=self.kind.level, clip_low=low, clip_high=high)
+        options: dict[str, Any] = dict(
+            surrogate=self.kind.surrogate, level=self.kind.level, clip_low=low, clip_high=high
+        )
         if self.kind.dual:
             options["dual_clip"] = float(config.get("clip_ratio_c", 3.0))
         if self.kind.surrogate == "sapo":
@@ -154,7 +157,9 @@ def _divisor(mode: str, layout: Layout, config: Any) -> float:
     info = config.get("global_batch_info", None) or {}
     tokens, sequences = info.get("batch_num_tokens"), info.get("global_batch_size")
     ranks = int(info.get("dp_size") or 1)
-    needed = {"token-mean": ("batch_num_tokens", tokens), "token-sum": ("", 1)}.get(mode, ("global_batch_size", sequences))
+    needed = {"token-mean": ("batch_num_tokens", tokens), "token-sum": ("", 1)}.get(
+        mode, ("global_batch_size", sequences)
+    )
     if needed[1] is None and ranks > 1:
         raise ValueError(f"global_batch_info has no {needed[0]}; needed with dp_size {ranks}")
     if mode == "token-sum":

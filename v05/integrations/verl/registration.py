@@ -12,7 +12,7 @@ def _prefixed(name: str) -> str:
 
 
 def estimator_names() -> dict[str, str]:
-    """Return every estimator's name in verl, with its name in `group_advantage`: `v05` -> `v05`, `v05_grpo` -> `grpo`."""
+    """Return every estimator's name in verl with its name in `group_advantage`: `v05_grpo` -> `grpo`."""
     return {_prefixed(name): name for name in ESTIMATORS}
 
 
