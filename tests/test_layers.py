@@ -45,7 +45,8 @@ def test_a_file_keeps_the_rules(path):
         assert "trainer" not in ours
     if not below(path, "cli"):
         assert "cli" not in ours
-    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+    allowed = {"verl", "ray"} if path == PACKAGE / "integrations/verl/rollouts.py" else set()  # bases of its classes
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & (HEAVY - allowed)
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

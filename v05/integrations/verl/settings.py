@@ -28,11 +28,18 @@ class Settings:
         prior: `"others"`, the mean reward of the batch's other groups, or the full name of a class without arguments
             that has `predict(uids)`, such as `v05.integrations.verl.memory.Recalled`.
         scale: what advantages are divided by; see `group_advantage`.
+        k_init, k_max, cost, fusion: of the look-ahead in `LookAheadManager`; see `shrinkage`.
+        memory: full name of what makes that manager's prior from the reward range.
     """
 
     reward_range: tuple[float, float] = (0.0, 1.0)
     prior: str = OTHERS
     scale: str = "none"
+    k_init: int = 4
+    k_max: int = 16
+    cost: float = 1 / 256
+    fusion: str = "v05"
+    memory: str = "v05.integrations.verl.memory.history"
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -53,18 +60,26 @@ class Settings:
         return cls(reward_range=(ends[0], ends[1]), **given)
 
 
+def load(key: str, name: str) -> Any:
+    """Return what has this full name; `key` is the setting that says so.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"algorithm.v05.{key} is {name!r} ({error}); allowed: a full name") from error
+
+
 def load_prior(name: str) -> GroupPrior:
     """Return an instance of the class with this full name.
 
     Raises:
         ValueError: there is none, or it has no `predict`.
     """
-    module, _, attribute = name.rpartition(".")
-    try:
-        made = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError) as error:
-        allowed = f"{OTHERS!r}, or the full name of a class"
-        raise ValueError(f"algorithm.v05.prior is {name!r} ({error}); allowed: {allowed}") from error
+    made = load("prior", name)()
     if not callable(getattr(made, "predict", None)):
         raise ValueError(f"algorithm.v05.prior is {name!r}, which has no predict(uids)")
     return made
