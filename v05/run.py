@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,33 +10,24 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from v05.algorithms import parse_algorithm
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, read_settings
-from v05.engines import check_engine, make_engine
+from v05.engines import make_engine
 from v05.errors import InputError
 from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
 from v05.model_config import ModelConfig
 from v05.plots import plot_run
-from v05.policy import check_size
-from v05.priors import check_prior, make_prior
+from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
+from v05.rollout.queued import QueuedEngine
+from v05.run_folder import prepare_folder, read_summary, remove_run
 from v05.sampler_gap import GapWatch
+from v05.sampling import Stopped
+from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import make_task
 from v05.trainer import Trainer
 from v05.user_model import load_user_model
 from v05.warm_start import warm_start
-
-FILES = (  # of a run, beside its folders
-    "config.json",
-    "model.json",
-    "data.json",
-    "metrics.jsonl",
-    "times.jsonl",
-    "summary.json",
-    "curves.png",
-)
-FOLDERS = ("checkpoints", "policy")
 
 
 class Reporter(Protocol):
@@ -71,6 +61,7 @@ def train_run(
     *,
     resume: bool = False,
     model: ModelConfig | None = None,
+    stream: StreamConfig = BATCHES,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
@@ -83,6 +74,7 @@ def train_run(
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
+        stream: how rollouts are sampled.
         ranks: processes that train a model of the user's together; the first of them writes.
 
     Returns:
@@ -96,14 +88,14 @@ def train_run(
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
     if ranks.leads:
-        prepare_folder(config, folder, resume, model)
+        prepare_folder(config, folder, resume, model, stream)
     if ranks.broadcast((folder / "summary.json").exists()):
         return read_summary(folder)
     if model is None:
-        trainer = make_trainer(config, cache, stop, report)
+        trainer = make_trainer(config, cache, stop, report, stream)
     else:
         try:
-            trainer = make_user_trainer(config, model, folder, ranks)
+            trainer = make_user_trainer(config, model, folder, stream, ranks)
         except InputError:
             if ranks.leads and not (folder / "checkpoints").exists():
                 remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
@@ -134,7 +126,9 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
     return _finish(trainer, folder, clock)
 
 
-def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Reporter) -> Trainer:
+def make_trainer(
+    config: TrainConfig, cache: Path, stop: StopRequest, report: Reporter, stream: StreamConfig = BATCHES
+) -> Trainer:
     """Return a trainer at the warm start that `config` describes."""
 
     def on_step(done: int, total: int, loss: float) -> None:
@@ -144,10 +138,14 @@ def make_trainer(config: TrainConfig, cache: Path, stop: StopRequest, report: Re
 
     task = make_task(config.task)
     policy = warm_start(config, task, cache, on_step)
-    return Trainer(config, policy, task, make_engine("hf", policy), make_prior(config, task.reward_range))
+    engine = make_engine("hf", policy)
+    prior = make_prior(config, task.reward_range)
+    return Trainer(config, policy, task, QueuedEngine(engine) if stream.streams else engine, prior, stream=stream)
 
 
-def make_user_trainer(config: TrainConfig, model: ModelConfig, folder: Path, ranks: Ranks = ALONE) -> Trainer:
+def make_user_trainer(
+    config: TrainConfig, model: ModelConfig, folder: Path, stream: StreamConfig = BATCHES, ranks: Ranks = ALONE
+) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
     file, found = folder / "data.json", {"problems": len(task), "digest": task.digest}
@@ -158,51 +156,8 @@ def make_user_trainer(config: TrainConfig, model: ModelConfig, folder: Path, ran
         write_text(file, json.dumps(found) + "\n")
     engine = make_engine(model.engine, policy, model.sequences_at_once)
     prior = make_prior(config, task.reward_range)
-    return Trainer(config, policy, task, engine, prior, grader=grader, linear=model.loss == "linear", ranks=ranks)
-
-
-def prepare_folder(config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None) -> None:
-    """Make the folder of a run, or check that the run in it is the one to resume.
-
-    Raises:
-        InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
-            settings differ from those of that run.
-    """
-    parse_algorithm(config.algorithm)
-    make_task(config.task)
-    check_size(config.policy)
-    check_prior(config)
-    if model is not None:
-        check_engine(model.engine)
-    settings = {"config.json": config.to_dict(), "model.json": {} if model is None else model.to_dict()}
-    if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed([name for name, values in settings.items() if values]):
-            write_text(folder / name, json.dumps(settings[name], indent=2) + "\n")
-        return
-    if not resume:
-        raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
-    for file, values in settings.items():
-        saved = read_settings(folder / file) if (folder / file).exists() else {}
-        for name in {**saved, **values}:
-            if values.get(name) != saved.get(name):
-                given, allowed = values.get(name), saved.get(name)
-                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
-
-
-def remove_run(folder: Path) -> None:
-    """Remove the files of a run from `folder`, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the summary of a finished run."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return summary
+    options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
+    return Trainer(config, policy, task, QueuedEngine(engine) if stream.streams else engine, prior, **options)
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:
@@ -227,10 +182,18 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
     config, counters = trainer.config, trainer.counters
     leads, watch = trainer.ranks.leads, GapWatch()
     accuracy = accuracies(read_metrics(folder))[1][-1] if leads else 0.0
+    if trainer.ranks.count == 1:
+        trainer.stopped = lambda: stop.requested
     while not trainer.done:
         before = counters.rollouts
         started = time.process_time()
-        metrics = trainer.update()
+        try:
+            metrics = trainer.update()
+        except Stopped:
+            _save(trainer, folder, clock)
+            raise Interrupted(
+                f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts"
+            ) from None
         clock.updating += time.process_time() - started
         if leads:
             watch.see(metrics)
@@ -243,7 +206,12 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
         if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
         if stopping and not trainer.done:
-            raise Interrupted(f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts")
+            raise Interrupted(progress_of(trainer, folder))
+
+
+def progress_of(trainer: Trainer, folder: Path) -> str:
+    """Return how far a saved run is."""
+    return f"saved in {folder} after {trainer.counters.rollouts:,} of {trainer.config.rollouts:,} rollouts"
 
 
 def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock: Clock) -> float:

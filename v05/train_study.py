@@ -22,7 +22,8 @@ from v05.checkpoint import StopRequest
 from v05.compare import read_curve
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.run import Interrupted, make_trainer, read_metrics, read_summary, train_run
+from v05.run import Interrupted, make_trainer, read_metrics, train_run
+from v05.run_folder import read_summary
 from v05.train_report import Trained
 
 RATES: Final = (1e-4, 2e-4, 4e-4, 8e-4)

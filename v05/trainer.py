@@ -1,9 +1,9 @@
 """The loop: prior, first rollouts, test, more where planned, advantage, log-probs, loss, step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from v05.rollout.budget import share_out
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
+from v05.rollout.streaming import StreamingEngine
+from v05.sampling import StreamSampler
 from v05.seeds import seed_of
+from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
 from v05.team import Team
@@ -41,6 +44,7 @@ class Trainer:
         *,
         grader: Grader | None = None,
         linear: bool = False,
+        stream: StreamConfig = BATCHES,
         ranks: Ranks = ALONE,
     ) -> None:
         """Set up an optimiser over `policy`.
@@ -53,6 +57,7 @@ class Trainer:
             prior: expected rewards; None for an algorithm without.
             grader: gives rewards; None for the task's verifier, in this process.
             linear: go from hidden states to the loss, without logits in memory.
+            stream: how rollouts are sampled; where it streams the engine is a `StreamingEngine` as well.
             ranks: processes that train together, each with a trainer of its own that is called in the same order.
 
         Raises:
@@ -60,7 +65,7 @@ class Trainer:
         """
         self.config, self.policy, self.task, self.prior, self.ranks = config, policy, task, prior, ranks
         self.team = Team(engine, ranks)
-        self.engine: Engine = engine if ranks.count == 1 else self.team
+        self.engine: Engine = engine if ranks.count == 1 or stream.streams else self.team
         self.algorithm = parse_algorithm(config.algorithm)
         if self.algorithm.prior != "none" and prior is None:
             raise ValueError(f"prior is None; allowed for {self.algorithm.name}: a prior")
@@ -73,8 +78,15 @@ class Trainer:
             epochs=config.epochs,
             micro_batches=config.micro_batches,
             linear=linear,
+            behaviour=stream.streams,
             ranks=ranks,
         )
+        self.streams = stream.streams
+        self.sampler: StreamSampler | None = None
+        if stream.streams and ranks.leads:
+            streaming = cast(StreamingEngine, engine)
+            self.sampler = StreamSampler(config, stream, self.algorithm, task, streaming, self.grader, prior)
+        self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
         self.counters = Counters()
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
@@ -84,9 +96,13 @@ class Trainer:
         return self.counters.rollouts >= self.config.rollouts
 
     def update(self) -> dict[str, Any]:
-        """Sample rollouts, learn from them once, and return this update's metrics by name."""
-        self.engine.update_weights(self.learner.weights())
-        sample, first_conflicts = self.team.lead(self._sample)
+        """Sample rollouts, learn from them once, and return this update's metrics by name.
+
+        Raises:
+            Stopped: `stopped` became true before the rollouts were there; everything is as before the call.
+        """
+        self._push()
+        sample, first_conflicts, sampled = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
@@ -95,14 +111,24 @@ class Trainer:
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
         self._count(sample, first_conflicts)
-        return self._metrics(sample, groups, prior, advantages, learnt, first_conflicts)
+        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, first_conflicts)
+
+    def _push(self) -> None:
+        """Give the engine the policy's weights; all ranks call this."""
+        weights = self.learner.weights()
+        if self.sampler is not None:
+            self.sampler.push(weights, self.counters.update)
+        elif self.streams:
+            return
+        else:
+            self.engine.update_weights(weights)
 
     def evaluate(self) -> tuple[int, int]:
         """Return how many sampled held-out answers are right, and how many there were.
 
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
-        self.engine.update_weights(self.learner.weights())
+        self._push()
         return self.team.lead(self._right)
 
     def _right(self) -> tuple[int, int]:
@@ -123,8 +149,10 @@ class Trainer:
         rewards = [reward for row in self._collect(tickets) for reward in row]
         return sum(reward == best for reward in rewards), len(rewards)
 
-    def _sample(self) -> tuple[Sample, int]:
-        """Spend this update's rollouts; return the groups and how many first tests found a conflict."""
+    def _sample(self) -> tuple[Sample, int, dict[str, float]]:
+        """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
+        if self.sampler is not None:
+            return self.sampler.sample(self.counters.update, self.stopped)
         sample, first_conflicts, round_number = Sample(), 0, 0
         left_in_run = self.config.rollouts - self.counters.rollouts
         target = min(self.config.rollouts_per_update, left_in_run)
@@ -139,7 +167,7 @@ class Trainer:
             if self.algorithm.drop_equal:
                 sample.drop(equal_groups(sample.groups))
             round_number += 1
-        return sample, first_conflicts
+        return sample, first_conflicts, {}
 
     def _start_prompts(self, sample: Sample, count: int) -> None:
         """Take `count` prompts off the stream, each with its expected reward."""
@@ -255,7 +283,8 @@ class Trainer:
             "prior": {} if self.prior is None else self.prior.state_dict(),
             "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
-        return tensors, asdict(self.counters)
+        counters = asdict(self.counters)
+        return tensors, counters if self.sampler is None else {**counters, "in_flight": self.sampler.state()}
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Go on from a state that `state` returned."""
@@ -263,4 +292,9 @@ class Trainer:
         if self.prior is not None:
             self.prior.load_state_dict(tensors["prior"])
         self.mixture = tensors.get("mixture", {}).get("state")
-        self.counters = Counters(**counters)
+        known = {name: value for name, value in counters.items() if name != "in_flight"}
+        self.counters = Counters(**known)
+        if self.streams:
+            self._push()
+        if self.sampler is not None:
+            self.sampler.load_state(counters["in_flight"], self.mixture)

@@ -15,6 +15,7 @@ from v05.cli.quiet import quiet_transformers
 from v05.config import PRIORS, TrainConfig, make_config, read_settings
 from v05.errors import InputError
 from v05.model_config import ModelConfig, make_model_config
+from v05.stream_config import StreamConfig, make_stream_config
 
 MODEL_RATE = 1e-6  # learning rate of a user's model where none is given
 
@@ -62,6 +63,11 @@ def train(
     max_new_tokens: Annotated[int | None, typer.Option(help="With --model: longest answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="With --model: bfloat16 or float32.")] = None,
     loss: Annotated[str | None, typer.Option(help="With --model: linear, or logits, which keeps them.")] = None,
+    mode: Annotated[str | None, typer.Option(help="batch; with a scheduler barrier, async, planned, stream.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="With a scheduler, who gets how many: look-ahead, fixed, utility, variance, ...")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Updates in flight at most, with --mode stream.")] = None,
     rollouts_per_update: Annotated[int | None, typer.Option(help="Rollouts that one step learns from.")] = None,
     micro_batches: Annotated[int | None, typer.Option(help="Parts of a batch in memory one after the other.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
@@ -88,7 +94,10 @@ def train(
     }
     own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
     own |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
-    settings, user = _settings(config, _given(given), _given(own), output, resume)
+    sampling = _given({"mode": mode, "rule": rule, "window": window})
+    settings, user, stream = _settings(config, _given(given), _given(own), sampling, output, resume)
+    if stream.streams and compare is not None:
+        raise InputError(f"--mode is {stream.mode} with --compare; allowed there: batch")
     if user is not None and compare is not None:
         raise InputError("--compare is given with --model; allowed: one of them")
     if seeds is not None and compare is None:
@@ -108,7 +117,7 @@ def train(
         with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
             reporter = ProgressReporter(progress)
             if compare is None:
-                table = _one(settings, user, output, stop, reporter, resume, overwrite, ranks)
+                table = _one(settings, user, stream, output, stop, reporter, resume, overwrite, ranks)
             else:
                 table = _several(settings, compare, seeds, output, stop, reporter, overwrite)
     except Interrupted as interrupted:
@@ -127,21 +136,28 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(
-    config: Path | None, given: dict[str, Any], own: dict[str, Any], output: Path, resume: bool
-) -> tuple[TrainConfig, ModelConfig | None]:
-    """Return the settings of a new run, or those of the run to resume, and those of the user's model, if any."""
+    config: Path | None,
+    given: dict[str, Any],
+    own: dict[str, Any],
+    sampling: dict[str, Any],
+    output: Path,
+    resume: bool,
+) -> tuple[TrainConfig, ModelConfig | None, StreamConfig]:
+    """Return the settings of a new run or the one to resume; those of the user's model, if any; and of sampling."""
     saved = output / "config.json"
     if resume and config is None and saved.exists():
         model = output / "model.json"
         tables = read_settings(model) if model.exists() else {}
-        return make_config(saved, given), make_model_config(tables, own, str(model))
+        file = output / "sampling.json"
+        stream = make_stream_config(read_settings(file) if file.exists() else {}, sampling, str(file))
+        return make_config(saved, given), make_model_config(tables, own, str(model)), stream
     if config is not None and not config.exists():
         raise InputError(f"--config is {config}, which does not exist")
     tables = {} if config is None else read_settings(config)
     user = make_model_config(tables.get("model", {}), own, str(config))
     if user is not None and "learning_rate" not in {**tables, **given}:
         given = {**given, "learning_rate": MODEL_RATE}
-    return make_config(config, given), user
+    return make_config(config, given), user, make_stream_config(tables.get("sampling", {}), sampling, str(config))
 
 
 def _set_threads(threads: int) -> None:
@@ -155,6 +171,7 @@ def _set_threads(threads: int) -> None:
 def _one(
     settings: TrainConfig,
     user: ModelConfig | None,
+    stream: StreamConfig,
     output: Path,
     stop: Any,
     reporter: ProgressReporter,
@@ -163,11 +180,12 @@ def _one(
     ranks: Any,
 ) -> Table:
     """Train once; return what to print."""
-    from v05.run import binomial_interval, remove_run, train_run
+    from v05.run import binomial_interval, train_run
+    from v05.run_folder import remove_run
 
     if overwrite and ranks.leads:
         remove_run(output)
-    options: dict[str, Any] = {"resume": resume, "model": user, "ranks": ranks}
+    options: dict[str, Any] = {"resume": resume, "model": user, "stream": stream, "ranks": ranks}
     summary = train_run(settings, output, output / "warm_start", stop, reporter, **options)
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
@@ -201,7 +219,7 @@ def _several(
 ) -> Table:
     """Compare; return what to print."""
     from v05.compare import compare, reference_of
-    from v05.run import remove_run
+    from v05.run_folder import remove_run
 
     algorithms = [settings.algorithm, *(name.strip() for name in names.split(",") if name.strip())]
     chosen = [settings.seed] if seeds is None else _whole_numbers(seeds)

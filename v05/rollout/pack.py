@@ -48,7 +48,7 @@ def token_weights(aggregation: str, sequence_offsets: Tensor, *, divisor: float)
         divisor: the global normaliser, from `normalizer`, above 0.
 
     Returns:
-        Weights [T] float32.
+        Weights [T] float32, on the device of the offsets.
 
     Raises:
         ValueError: unknown aggregation, bad offsets, or `divisor` not above 0.
@@ -59,7 +59,7 @@ def token_weights(aggregation: str, sequence_offsets: Tensor, *, divisor: float)
     total = int(sequence_offsets[-1])
     check_offsets("sequence_offsets", sequence_offsets, total)
     if aggregation != "seq-mean-token-mean":
-        return torch.full((total,), 1.0 / divisor)
+        return torch.full((total,), 1.0 / divisor, device=sequence_offsets.device)
     lengths = sequence_offsets.diff()
     return torch.repeat_interleave(1.0 / (lengths.clamp(min=1).double() * divisor), lengths).float()
 

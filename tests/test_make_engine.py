@@ -1,0 +1,63 @@
+"""Engines by name, and what is said of names and options that do not exist."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from v05.errors import InputError
+from v05.policy import make_policy
+from v05.rollout.hf import TransformersEngine
+from v05.rollout.make import make_engine
+from v05.rollout.weights_file import check_weights, weights_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_policy("0123456789+=", "tiny", 0).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_transformers_samples_what_the_policy_itself_does(folder: Path) -> None:
+    engine = make_engine("hf", folder, dtype="float32")
+    itself = TransformersEngine(make_policy("0123456789+=", "tiny", 0))
+    arguments = dict(seed=1, temperature=1.0, max_new_tokens=5)
+    assert engine.generate(["1+2="], [3], **arguments) == itself.generate(["1+2="], [3], **arguments)
+
+
+def test_what_is_not_allowed(folder: Path) -> None:
+    with pytest.raises(InputError, match="engine is 'sglang'; allowed: hf, vllm, vllm-sync, or a server's address"):
+        make_engine("sglang", folder)
+    with pytest.raises(InputError, match="option 'block_size' of engine 'hf'; allowed: none"):
+        make_engine("hf", folder, options={"block_size": 32})
+    with pytest.raises(InputError, match="option 'block_size' of engine 'http://x'; allowed: dialect, served_model"):
+        make_engine("http://x", folder, options={"block_size": 32})
+    with pytest.raises(InputError, match="chat with the engine 'hf'"):
+        make_engine("hf", folder, chat=True)
+
+
+def test_weights_in_a_file_are_the_weights_and_are_gone_after_use(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    table = torch.randn(4, 3)
+    weights = {"embed": table, "head": table, "turned": table.T}
+    with weights_file(weights, tmp_path) as path:
+        found = load_file(path)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="weights is empty"), weights_file({}, tmp_path):
+        pass
+
+
+def test_weights_are_those_of_the_model(folder: Path) -> None:
+    weights = make_policy("0123456789+=", "tiny", 1).model.state_dict()
+    check_weights(weights, folder)
+    check_weights({}, "some/hub-name")
+    part = weights.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"weights has no 'model.norm.weight'; allowed: every tensor of"):
+        check_weights(weights, folder)
+    with pytest.raises(ValueError, match=r"weights\['model.norm.weight'\] is \(1,\); allowed: \(32,\)"):
+        check_weights(weights | {"model.norm.weight": part[:1]}, folder)
+    with pytest.raises(ValueError, match="weights has 'stray'; allowed: the tensors of"):
+        check_weights(weights | {"model.norm.weight": part, "stray": part}, folder)

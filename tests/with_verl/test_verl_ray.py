@@ -1,0 +1,127 @@
+"""Prior, rollouts, look-ahead, advantages through Ray: verl's own agent loop workers and queue, engines simulated."""
+
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from test_verl_recipe import load
+from tiny_models import write_qwen3
+from transformers import AutoTokenizer
+from verl import DataProto
+from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils import tensordict_utils as tu
+
+import v05.integrations.verl
+from v05.kernels import group_advantage, shrinkage
+
+pytestmark = pytest.mark.verl
+HERE = Path(__file__).resolve().parent
+RANGE = (-1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The recipe with a tiny model and two agent loop workers, on a local Ray with verl's queue."""
+    import transfer_queue
+
+    folder = write_qwen3(tmp_path_factory.mktemp("model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})  # verl looks for them
+    tokenizer.save_pretrained(folder)
+    config = load(
+        f"actor_rollout_ref.model.path={folder}",
+        "actor_rollout_ref.rollout.agent.num_workers=2",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "transfer_queue.backend.SimpleStorage.total_storage_size=1000",
+        "data.max_prompt_length=8",
+        "data.max_response_length=8",
+    )
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ray.init(num_cpus=8, include_dashboard=False, runtime_env={"env_vars": environment})
+    transfer_queue.init(config.transfer_queue)
+    yield config
+    transfer_queue.close()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def manager(config):
+    """The manager that the recipe names, with two engines and a scorer."""
+    from simulated import Client, Engine, Scorer
+    from verl.utils.import_utils import load_class_from_fqn
+
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    return load_class_from_fqn(name).create(
+        config=config,
+        llm_client=Client([Engine.remote() for _ in range(2)]),
+        teacher_client=None,
+        reward_loop_worker_handles=[Scorer.remote()],
+    )
+
+
+def refuse(failed):
+    """No prompt fails here."""
+    raise AssertionError(f"{failed} prompts failed")
+
+
+def rollouts(config, manager, prompts, step):
+    """Every prompt's rewards as verl's queue has them, by uid, with what its trainer would train on."""
+    import transfer_queue
+
+    uids = [uuid.uuid4().hex for _ in prompts]
+    batch = tu.get_tensordict(
+        {
+            "uid": np.array(uids, dtype=object),
+            "raw_prompt": np.array([[{"role": "user", "content": prompt}] for prompt in prompts], dtype=object),
+            "index": np.arange(len(prompts)),
+            "data_source": np.array(["simulated"] * len(prompts), dtype=object),
+        }
+    )
+    tu.assign_non_tensor_data(batch, "global_steps", step)
+    tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in uids]
+    transfer_queue.kv_batch_put(keys=uids, partition_id="train", tags=tags)
+    manager.generate_sequences(batch)
+    buffer = ReplayBuffer("sync", config, None, "drop", {}, poll_interval=0.05, refill_fn=refuse)
+    batch, _ = buffer.sample(global_steps=step, partition_id="train", batch_size=len(uids))
+    fields = ["uid", "response_mask", "rm_scores"]
+    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=fields)
+    transfer_queue.kv_clear(keys=batch.keys, partition_id="train")
+    return uids, DataProto(batch=data.to_padded_tensor())
+
+
+def test_two_workers_grow_groups_and_the_driver_fuses_them(config, manager):
+    """Every group has the size that its own prior and rewards give, and the advantages are the definition's."""
+    prompts = [f"p{tenths}" for tenths in (0, 1, 5, 9, 0, 8, 9, 3)]
+    memory = ray.get_actor(v05.integrations.verl.memory.NAME)
+    sizes, before = [], None
+    for step in range(4):
+        uids, data = rollouts(config, manager, prompts, step)
+        of_row = np.array(data.batch.pop("uid").tolist(), dtype=object)
+        data.non_tensor_batch["uid"] = of_row
+        data.batch["token_level_rewards"] = data.batch["rm_scores"].float()
+        priors = ray.get(memory.recall.remote(uids))
+        rewards = data.batch["rm_scores"].sum(1).float()
+        groups = [rewards[torch.from_numpy(np.flatnonzero(of_row == uid))] for uid in uids]
+        assert all(4 <= len(group) <= 16 for group in groups)
+        offsets = torch.tensor([0, *np.cumsum([len(group) for group in groups])])
+        stopped = shrinkage(torch.cat(groups), offsets, torch.tensor(priors), reward_range=RANGE)
+        assert torch.equal(stopped.planned, stopped.count)
+        done = compute_advantage(data, adv_estimator=config.algorithm.adv_estimator, config=config.algorithm)
+        expected = group_advantage(torch.cat(groups), offsets, prior=torch.tensor(priors), reward_range=RANGE)
+        rows = np.concatenate([np.flatnonzero(of_row == uid) for uid in uids])
+        ours = done.batch["advantages"][rows]
+        torch.testing.assert_close(ours, expected[:, None] * done.batch["response_mask"][rows], rtol=1e-5, atol=1e-6)
+        sizes.append([len(group) for group in groups])
+        if step == 0:
+            before = priors
+    assert set(before) == {0.0}, "nothing is known at first"
+    assert max(sizes[0]) > 4, "a prior in the middle conflicts with prompts that always fail"
+    hard, easy = sum(priors[place] for place in (0, 1, 4)), sum(priors[place] for place in (3, 5, 6))
+    assert hard < easy, "the memory has learnt which prompts fail"

@@ -1,0 +1,86 @@
+"""The few options that V0.5 adds to TRL's."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from v05.kernels.advantage.estimators import ESTIMATORS, resolve
+
+PRIORS = ("history", "running_mean", "middle")
+LOSSES = ("policy_loss", "linear_policy_loss", "trl")
+
+
+@dataclass
+class V05Config(GRPOConfig):
+    """TRL's `GRPOConfig` and what V0.5 adds; `num_generations` are the rollouts that every prompt starts with.
+
+    Args:
+        estimator: of `v05.kernels.group_advantage`; those that begin with `v05` fuse the group with a prior.
+        advantage_scale: what an advantage is divided by: `none`, `group`, `batch` or `baseline`. Takes the place of
+            `scale_rewards`, which is not looked at.
+        reward_range: smallest and largest reward of a completion, after `reward_weights`.
+        prior: the prior that is made where the trainer is given none: `history` (outcomes of similar prompts, and the
+            prompt's own past), `running_mean` or `middle` (of the range). All work offline and start with no knowledge.
+        prior_gives: what the prior predicts: a `reward` in `reward_range`, or the `probability` of its upper end.
+        k_max: rollouts that a prompt may grow to; `num_generations` or less keeps every group at that size.
+        cost: of one rollout, in units of the largest variance a reward in that range can have.
+        extra_rounds: how often extra rollouts are planned and generated before a batch is learnt from.
+        max_extra_rollouts: extra rollouts in one generation batch, over all processes; None for as many as it starts
+            with, so that a batch at most doubles.
+        loss_backend: `policy_loss` (v05's kernel on TRL's log-probs), `linear_policy_loss` (v05's fused head, logits
+            never kept), or `trl` (TRL's own code).
+    """
+
+    estimator: str = field(default="v05", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
+    advantage_scale: str = field(default="none", metadata={"help": "none, group, batch or baseline."})
+    reward_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Smallest and largest reward."}
+    )
+    prior: str = field(default="history", metadata={"help": f"One of {', '.join(PRIORS)}."})
+    prior_gives: str = field(default="reward", metadata={"help": "What the prior predicts: reward or probability."})
+    k_max: int = field(default=16, metadata={"help": "Rollouts that a prompt may grow to."})
+    cost: float = field(default=1 / 256, metadata={"help": "Of a rollout, in units of the largest reward variance."})
+    extra_rounds: int = field(default=2, metadata={"help": "Rounds of extra rollouts per generation batch."})
+    max_extra_rollouts: int | None = field(default=None, metadata={"help": "Extra rollouts per generation batch."})
+    loss_backend: str = field(default="policy_loss", metadata={"help": f"One of {', '.join(LOSSES)}."})
+
+    def __post_init__(self) -> None:
+        """Check the options, then let TRL check its own.
+
+        Raises:
+            ValueError: an option that is not allowed, or one of TRL's that does not go with it.
+        """
+        super().__post_init__()
+        resolve(self.estimator, self.advantage_scale)
+        if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
+            raise ValueError(f"reward_range is {self.reward_range}; allowed: two numbers, the smaller one first")
+        for name, allowed in (("prior", PRIORS), ("prior_gives", ("reward", "probability")), ("loss_backend", LOSSES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+        for name in ("k_max", "cost", "extra_rounds", "max_extra_rollouts"):
+            value, least = getattr(self, name), 1 if name == "k_max" else 0
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}; allowed: {least} or more")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            given = self.multi_objective_aggregation
+            raise ValueError(f"multi_objective_aggregation is {given!r}; allowed with V0.5: 'sum_then_normalize'")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest reward."""
+        return float(self.reward_range[0]), float(self.reward_range[1])
+
+    @property
+    def fused(self) -> bool:
+        """Whether the estimator has a prior."""
+        return ESTIMATORS[self.estimator].needs_prior
+
+    @property
+    def fusion(self) -> str:
+        """Of prior and rollouts, in the test and in the baseline; see `v05.kernels.shrinkage`."""
+        return "calibrated" if self.estimator.startswith("v05_calibrated") else "v05"
+
+    @property
+    def grows(self) -> bool:
+        """Whether prompts may get more rollouts than they start with."""
+        return self.fused and self.k_max > self.num_generations and self.extra_rounds > 0

@@ -1,0 +1,176 @@
+"""TRL's `GRPOTrainer` with the loss of v05's kernels, and nothing else changed."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from trl import GRPOTrainer
+
+from v05.integrations.trl.config import V05Config
+from v05.integrations.trl.linear_loss import States, linear_loss_of, linear_metrics, why_not_linear
+from v05.integrations.trl.loss import CLIPPED, ROW_MEANS, Divisors, Scored, loss_of, why_not
+from v05.integrations.trl.metrics import sequence_means, step_tensors, token_means
+
+logger = get_logger(__name__)
+# What TRL's batches hold for models that see images.
+IMAGES: Final = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class KernelLossTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose `_compute_loss` goes through `v05.kernels`, where `why_not` has no reason against it.
+
+    A batch may hold `rows`, the rows of this process's generation batch: its steps need then not be equally large.
+    """
+
+    args: V05Config
+    num_generations: int
+    _buffered_inputs: list[dict[str, Tensor]] | None
+
+    def choose_loss(self) -> None:
+        """Decide once which code computes the loss, and say so where it is not the one asked for."""
+        chosen = self.args.loss_backend
+        if chosen == "linear_policy_loss":
+            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            reason = why_not_linear(self.args, text_config, self.aux_loss_enabled, sharded)
+            chosen = self._instead(chosen, "policy_loss", reason)
+        if chosen == "policy_loss":
+            chosen = self._instead(chosen, "trl", why_not(self.args))
+        self._loss_code = chosen
+
+    def _instead(self, asked: str, other: str, reason: str | None) -> str:
+        if reason is None:
+            return asked
+        logger.warning(f"v05: loss_backend {other!r} runs instead of {asked!r}: {reason}")
+        return other
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss of this step: TRL's value and gradient."""
+        by = self._divisors(inputs)
+        if self._loss_code == "trl":
+            loss = super()._compute_loss(model, inputs)
+            share = len(inputs["advantages"]) * by.steps / by.rows  # of this step's mean in that of the batch
+            return loss * share if self.loss_type in ROW_MEANS else loss
+        if self._loss_code == "linear_policy_loss":
+            return self._linear_loss(model, inputs, by)
+        scored, entropies, auxiliary = self._scored(model, inputs)
+        factor, logged = self._factor(inputs, scored, entropies)
+        scored = scored._replace(factor=factor)
+        result, kl = loss_of(self.args, scored, by)
+        loss = result.loss
+        if auxiliary is not None:
+            loss = loss + self.router_aux_loss_coef * auxiliary / by.steps
+            mean = self.accelerator.gather_for_metrics(auxiliary.detach()).mean().item()
+            self._metrics["train" if self.model.training else "eval"]["aux_loss"].append(mean)
+        self._log_step(scored, step_tensors(self.args, scored, entropies, kl) | logged)
+        return loss
+
+    def _linear_loss(self, model: Any, inputs: dict[str, Any], by: Divisors) -> Tensor:
+        """Return the loss from hidden states; the model is called as a whole, so that wrappers see the call."""
+        inside = inputs["completion_mask"]
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inside], dim=1),
+                output_hidden_states=True,
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        hidden = outputs.hidden_states[-1][:, -inside.size(1) - 1 : -1]
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hidden = hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
+        weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
+        mask = (inside * inputs["tool_mask"] if "tool_mask" in inputs else inside).bool()
+        old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        factor = inputs["importance_sampling_ratio"] if corrected else None
+        states = States(hidden, inputs["completion_ids"], weight, bias, old, mask, advantages, factor)
+        result = linear_loss_of(self.args, states, by)
+        names = list(result.metrics)
+        sums = self.accelerator.reduce(torch.stack([result.metrics[name] for name in names]), reduction="sum")
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in linear_metrics(self.args, dict(zip(names, sums, strict=True))).items():
+            metrics[name].append(value)
+        return result.loss
+
+    def _divisors(self, inputs: dict[str, Any]) -> Divisors:
+        """Return what TRL divides by; rows are counted over the generation batch."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        rows = len(inputs["advantages"])
+        if not self.model.training:
+            return Divisors(rows, tokens, 1.0)
+        accumulated, steps = self.current_gradient_accumulation_steps, self.args.steps_per_generation
+        rows = float(inputs["rows"]) / steps if "rows" in inputs else rows
+        return Divisors(rows * accumulated, tokens * accumulated / steps, accumulated)
+
+    def _scored(self, model: Any, inputs: dict[str, Any]) -> tuple[Scored, Tensor, Tensor | None]:
+        """Return the rows under the policy, their entropies [B, L], and the auxiliary loss of a mixture of experts."""
+        inside = inputs["completion_mask"]
+        logprobs, entropies, auxiliary = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inside], dim=1),
+            inside.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in IMAGES},
+        )
+        mask = (inside * inputs["tool_mask"] if "tool_mask" in inputs else inside).bool()
+        old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
+        old = logprobs.detach() if old is None else old
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        ref = inputs["ref_per_token_logps"] if self.beta != 0.0 else None
+        return Scored(logprobs, old, ref, mask, advantages, None), entropies, auxiliary
+
+    def _factor(
+        self, inputs: dict[str, Any], scored: Scored, entropies: Tensor
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Return the product of what TRL multiplies a token's surrogate by (None where it is 1), and what it logs."""
+        logprobs, old, _, mask, advantages, _ = scored
+        ratio, factors, logged = inputs.get("importance_sampling_ratio"), [], {}
+        if self.off_policy_mask_threshold is not None:
+            sampler = inputs.get("sampling_per_token_logps", old)
+            kept = (advantages, logprobs, sampler, mask.float(), self.off_policy_mask_threshold)
+            factors.append(self.get_off_policy_mask(*kept))
+        if self.top_entropy_quantile < 1.0:
+            factors.append(self.get_high_entropy_mask(entropies, mask.long(), 1 - self.top_entropy_quantile).float())
+        if self.loss_type == "vespo":
+            args = self.args
+            shape = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+            phi = self.get_gamma_weights(advantages, (logprobs - old).detach(), mask.float(), ratio, *shape)
+            logged["vespo/phi_seq_mean"] = phi
+            factors.append(phi)
+        elif self.use_vllm and self.vllm_importance_sampling_correction:
+            factors.append(ratio)
+        product: Tensor | None = None
+        for factor in factors:
+            product = factor if product is None else product * factor
+        return product, logged
+
+    def _log_step(self, scored: Scored, tensors: dict[str, Tensor]) -> None:
+        """Log what TRL logs of a step, over all processes."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        reduced = token_means(tensors, scored.mask, lambda sums: self.accelerator.reduce(sums, reduction="sum"))
+        for name, value in reduced.items():
+            metrics[name].append(value)
+        if self.loss_type not in CLIPPED:
+            return
+        for name, source, extreme in (("low_min", "low_mean", torch.min), ("high_max", "high_mean", torch.max)):
+            means = self.accelerator.gather(sequence_means(tensors[f"clip_ratio/{source}"], scored.mask))
+            kept = means[~means.isnan()]
+            metrics[f"clip_ratio/{name}"].append(extreme(kept).item() if len(kept) else torch.nan)

@@ -1,0 +1,86 @@
+"""Between padded `[B, L]` tensors and packed tokens: one gather there, one scatter back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the kept tokens of a padded batch lie; made once, then used for every tensor of the batch.
+
+    Attributes:
+        positions: of the kept tokens in the flattened batch, row by row, [T] int64.
+        sequence_offsets: row i keeps `positions[sequence_offsets[i]:sequence_offsets[i + 1]]`, [B + 1] int64.
+        shape: B and L.
+    """
+
+    positions: Tensor
+    sequence_offsets: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Layout:
+        """Return the layout of a mask; waits for its device once.
+
+        Args:
+            mask: [B, L], bool or numbers; what is not 0 is kept. Padding may lie left, right or in between, and rows
+                may be empty.
+
+        Raises:
+            ValueError: `mask` has not two dimensions.
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"mask has shape {list(mask.shape)}; allowed: [B, L]")
+        keep = mask != 0
+        offsets = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+        return cls(keep.flatten().nonzero().squeeze(1), offsets, (mask.shape[0], mask.shape[1]))
+
+    @property
+    def counts(self) -> Tensor:
+        """Return the kept tokens per row, [B] int64."""
+        return self.sequence_offsets.diff()
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the row of each kept token, [T] int64."""
+        return self.positions.div(max(1, self.shape[1]), rounding_mode="floor")
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Return the kept tokens end to end; what is masked has gradient 0, whatever it holds.
+
+        Args:
+            values: [B, L, ...] of any dtype, on the mask's device.
+
+        Returns:
+            [T, ...], differentiable in `values`.
+
+        Raises:
+            ValueError: the first two dimensions are not the mask's.
+        """
+        if tuple(values.shape[:2]) != self.shape:
+            raise ValueError(f"values has shape {list(values.shape)}; allowed: {list(self.shape)}, then any dimensions")
+        return values.flatten(0, 1).index_select(0, self.positions)
+
+    def unpack(self, packed: Tensor, fill: float = 0.0) -> Tensor:
+        """Return packed tokens where they were, and `fill` elsewhere.
+
+        Args:
+            packed: [T, ...] of any dtype, on the mask's device.
+            fill: what masked places hold.
+
+        Returns:
+            [B, L, ...], differentiable in `packed`.
+
+        Raises:
+            ValueError: there are not T tokens.
+        """
+        if packed.shape[:1] != self.positions.shape:
+            raise ValueError(
+                f"packed has shape {list(packed.shape)}; allowed: {len(self.positions)}, then any dimensions"
+            )
+        empty = packed.new_full((self.shape[0] * self.shape[1], *packed.shape[1:]), fill)
+        return empty.index_copy(0, self.positions, packed).unflatten(0, self.shape)

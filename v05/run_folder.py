@@ -1,0 +1,76 @@
+"""The folder of a run: its settings, that a run is resumed with, and its files."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from v05.algorithms import parse_algorithm
+from v05.checkpoint import write_text
+from v05.config import TrainConfig, read_settings
+from v05.engines import check_engine
+from v05.errors import InputError
+from v05.model_config import ModelConfig
+from v05.policy import check_size
+from v05.priors import check_prior
+from v05.stream_config import BATCHES, StreamConfig
+from v05.tasks import make_task
+
+FILES: Final = (  # of a run, beside its folders
+    "config.json",
+    "model.json",
+    "sampling.json",
+    "data.json",
+    "metrics.jsonl",
+    "times.jsonl",
+    "summary.json",
+    "curves.png",
+)
+FOLDERS: Final = ("checkpoints", "policy")
+
+
+def prepare_folder(
+    config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None, stream: StreamConfig = BATCHES
+) -> None:
+    """Make the folder of a run, or check that the run in it is the one to resume.
+
+    Raises:
+        InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
+            settings differ from those of that run.
+    """
+    parse_algorithm(config.algorithm)
+    make_task(config.task)
+    check_size(config.policy)
+    check_prior(config)
+    if model is not None:
+        check_engine(model.engine)
+    settings = {"config.json": config.to_dict(), "model.json": {} if model is None else model.to_dict()}
+    settings["sampling.json"] = stream.to_dict() if stream.streams else {}
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in reversed([name for name, values in settings.items() if values]):
+            write_text(folder / name, json.dumps(settings[name], indent=2) + "\n")
+        return
+    if not resume:
+        raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
+    for file, values in settings.items():
+        saved = read_settings(folder / file) if (folder / file).exists() else {}
+        for name in {**saved, **values}:
+            if values.get(name) != saved.get(name):
+                given, allowed = values.get(name), saved.get(name)
+                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files of a run from `folder`, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a finished run."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
