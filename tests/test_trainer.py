@@ -13,10 +13,10 @@ from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.policy import make_policy
-from v05.rollout.budget import share_out
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import AGGREGATIONS, pack
 from v05.rollout.sample import Sample, first_rollouts
+from v05.rollout.share import share_out
 from v05.run import make_prior
 from v05.seeds import seed_of
 from v05.tasks import Split

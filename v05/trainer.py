@@ -17,10 +17,10 @@ from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
-from v05.rollout.budget import share_out
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
+from v05.rollout.share import share_out
 from v05.rollout.streaming import StreamingEngine
 from v05.sampling import StreamSampler
 from v05.seeds import seed_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -272,24 +272,6 @@ def greedy(groups: int, total: int, smallest: int, largest: int, gain: Callable[
         if given[group] < largest:
             heapq.heappush(queue, (-gain(group, given[group]), group))
     return torch.tensor(given, dtype=torch.int64)
-
-
-def share_out(wanted: Sequence[int], gains: Sequence[float], budget: int) -> list[int]:
-    """Return how many rollouts each group gets when `budget` may not cover what all of them want.
-
-    Args:
-        wanted: rollouts that each group wants, 0 or more, [G].
-        gains: what the next rollout is worth to each group, [G]; the largest is served first, ties in order.
-        budget: rollouts there are, 0 or more.
-
-    Returns:
-        [G] numbers, each at most what is wanted, adding up to `min(sum(wanted), budget)`.
-    """
-    given = [0] * len(wanted)
-    for group in sorted(range(len(wanted)), key=lambda group: -gains[group]):
-        given[group] = min(wanted[group], budget)
-        budget -= given[group]
-    return given
 
 
 def _success(prior: Tensor, reward_range: tuple[float, float]) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-from v05.rollout.budget import BudgetRule, share_out
+from v05.rollout.budget import BudgetRule
 from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
 from v05.rollout.partners import Judge, Source
 from v05.rollout.requests import Asked, Requests
 from v05.rollout.revived import RevivedEngine
 from v05.rollout.rules import Rules
+from v05.rollout.share import share_out
 from v05.rollout.step import Group, Step, Trouble
 from v05.rollout.streaming import Outcome, StreamingEngine
 

@@ -13,7 +13,7 @@ from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.prompts import Predictor, expected_rewards, within
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
-from v05.rollout.scheduler import share_out
+from v05.rollout.share import share_out
 
 EPSILON: Final = 1e-4  # added to a std, as in TRL
 
