@@ -21,6 +21,10 @@ from v05.rollout.streaming import EngineDied, Outcome, StreamingEngine
 GLANCE: Final = 0.05  # seconds between looks at rewards that are being judged
 
 
+class NoRollouts(RuntimeError):
+    """Not one rollout of a step could be had."""
+
+
 class Source(Protocol):
     """The endless stream of prompts, with what is expected of each."""
 
@@ -58,6 +62,13 @@ class Scheduler:
         seed: of the run; a rollout's own seed follows from it, the prompt's position and its place in the group, so
             that it is the same whatever else is going on.
         clock: seconds; the simulated engine brings its own.
+        position: of the next prompt in the stream.
+        next_number: of the next step.
+        version: of the weights that were pushed last.
+        steps: in flight, the oldest first.
+        trouble: what went wrong, counted.
+        given_up: prompts of rollouts that never came.
+        reason: what was said of the last request that failed.
     """
 
     engine: StreamingEngine
@@ -73,6 +84,7 @@ class Scheduler:
     steps: list[Step] = field(default_factory=list)
     trouble: Trouble = field(default_factory=Trouble)
     given_up: list[str] = field(default_factory=list)
+    reason: str = ""
 
     def __post_init__(self) -> None:
         """Set up the book of requests."""
@@ -98,6 +110,7 @@ class Scheduler:
 
         Raises:
             EngineDied: more often in a row than `limits.restarts`.
+            NoRollouts: every rollout of the step had to be given up.
         """
         while True:
             self._start()
@@ -129,6 +142,8 @@ class Scheduler:
         """Take the oldest step off the list."""
         step = self.steps.pop(0)
         outcome = step.outcome
+        if not len(outcome.rewards) and any(group.given_up for group in step.groups):
+            raise NoRollouts(f"step {step.number}: no rollout came for any of its prompts; last: {self.reason}")
         self.rule.learn(outcome.rewards, outcome.offsets, step.prior)
         return step
 
@@ -153,6 +168,7 @@ class Scheduler:
         late = self.requests.late()
         if late:
             self.trouble.timed_out += len(late)
+            self.reason = f"no answer within {self.limits.seconds:g} seconds"
             self._alive(lambda: self.engine.abort([asked.request.number for asked in late]))
         self._again([*again, *late])
         tickets = [ticket for ticket in self.judged if self.judge.ready(ticket)]
@@ -172,6 +188,7 @@ class Scheduler:
         rollout = outcome.rollout
         if rollout is None or not self.requests.fair(asked, rollout):
             self.trouble.failed += rollout is None
+            self.reason = outcome.error if rollout is None else "an answer that cannot be right"
             self.trouble.garbage += rollout is not None
             return [asked]
         self.deaths = 0
