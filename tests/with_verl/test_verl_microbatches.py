@@ -1,4 +1,4 @@
-"""A few real steps: advantages through verl's `compute_advantage`, losses through its registry, a tiny model trained."""
+"""Ragged groups in micro-batches, off policy: the gradient through verl's registries is the definition's."""
 
 import numpy as np
 import pytest
@@ -62,10 +62,10 @@ def backward(model, data, name, mode, parts):
     return total
 
 
-def prepare(model, rng, **algorithm):
+def prepare(model, rng):
     """A batch with advantages and old log-probs."""
     data = roll_out(model, rng)
-    config = OmegaConf.create({"adv_estimator": "v05", **algorithm})
+    config = OmegaConf.create({"adv_estimator": "v05"})
     data = compute_advantage(data, adv_estimator=config.adv_estimator, config=config)
     with torch.no_grad():
         data.batch["old_log_probs"] = log_probs(model, data.batch["ids"])
@@ -77,20 +77,6 @@ def model(tmp_path):
     """A Qwen3 of two layers."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_pretrained(write_qwen3(tmp_path), dtype=torch.float32)
-
-
-def test_the_reward_rises(model):
-    """Two updates to a batch, three micro-batches to an update, so that the ratio leaves 1."""
-    torch.manual_seed(1)
-    rng, optimiser, curve = np.random.default_rng(1), torch.optim.AdamW(model.parameters(), lr=4e-3), []
-    for _ in range(8):
-        data = prepare(model, rng)
-        curve.append(float(data.batch["token_level_rewards"].sum(1).mean()))
-        for _ in range(2):
-            optimiser.zero_grad()
-            backward(model, data, "v05_ppo", "token-mean", parts=3)
-            optimiser.step()
-    assert sum(curve[-3:]) / 3 > sum(curve[:3]) / 3 + 0.2, curve
 
 
 def by_hand(model, data, mode):
