@@ -3,8 +3,6 @@
 import random
 
 import ray
-import torch
-from verl.workers.rollout.replica import TokenOutput
 
 RIGHT, WRONG, END = 3, 2, 1  # tokens "1" and "0" of `tiny_models`, and its end
 
@@ -43,12 +41,7 @@ class Client:
 
     async def generate(self, *, prompt_ids, **_):
         """One answer, with its log-probs."""
+        from verl.workers.rollout.replica import TokenOutput  # not at the top: the engines' processes need no verl
+
         tokens = await self.engines[sum(prompt_ids) % len(self.engines)].answer.remote(list(prompt_ids))
         return TokenOutput(token_ids=tokens, log_probs=[-0.7] * len(tokens), stop_reason="completed")
-
-
-def as_data(rows, response_mask):
-    """Rewards on the last token of each row, [B, L]."""
-    rewards = torch.zeros(response_mask.shape, dtype=torch.float32)
-    rewards[torch.arange(len(rows)), response_mask.sum(1).long() - 1] = torch.tensor(rows)
-    return rewards

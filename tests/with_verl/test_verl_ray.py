@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import ray
 import torch
-from tensordict import TensorDict
 from test_verl_recipe import load
 from tiny_models import write_qwen3
 from transformers import AutoTokenizer
 from verl import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils import tensordict_utils as tu
 
 import v05.integrations.verl
@@ -53,7 +53,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manager(config):
-    """The manager that the recipe names, with two engines and two scorers."""
+    """The manager that the recipe names, with two engines and a scorer."""
     from simulated import Client, Engine, Scorer
     from verl.utils.import_utils import load_class_from_fqn
 
@@ -62,11 +62,16 @@ def manager(config):
         config=config,
         llm_client=Client([Engine.remote() for _ in range(2)]),
         teacher_client=None,
-        reward_loop_worker_handles=[Scorer.remote() for _ in range(2)],
+        reward_loop_worker_handles=[Scorer.remote()],
     )
 
 
-def rollouts(manager, prompts, step):
+def refuse(failed):
+    """No prompt fails here."""
+    raise AssertionError(f"{failed} prompts failed")
+
+
+def rollouts(config, manager, prompts, step):
     """Every prompt's rewards as verl's queue has them, by uid, with what its trainer would train on."""
     import transfer_queue
 
@@ -83,16 +88,11 @@ def rollouts(manager, prompts, step):
     tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in uids]
     transfer_queue.kv_batch_put(keys=uids, partition_id="train", tags=tags)
     manager.generate_sequences(batch)
-    while True:  # as verl's replay buffer waits
-        listed = transfer_queue.kv_list("train")["train"]
-        done = [uid for uid in uids if listed[uid]["status"] in ("finished", "failure")]
-        if len(done) == len(uids):
-            break
-    assert {listed[uid]["status"] for uid in uids} == {"finished"}
-    keys = sorted(key for key in listed if key.split("_")[0] in uids and "_" in key)
+    buffer = ReplayBuffer("sync", config, None, "drop", {}, poll_interval=0.05, refill_fn=refuse)
+    batch, _ = buffer.sample(global_steps=step, partition_id="train", batch_size=len(uids))
     fields = ["uid", "response_mask", "rm_scores"]
-    data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=fields)
-    assert isinstance(data, TensorDict)
+    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id="train", select_fields=fields)
+    transfer_queue.kv_clear(keys=batch.keys, partition_id="train")
     return uids, DataProto(batch=data.to_padded_tensor())
 
 
@@ -102,7 +102,7 @@ def test_two_workers_grow_groups_and_the_driver_fuses_them(config, manager):
     memory = ray.get_actor(v05.integrations.verl.memory.NAME)
     sizes, before = [], None
     for step in range(3):
-        uids, data = rollouts(manager, prompts, step)
+        uids, data = rollouts(config, manager, prompts, step)
         of_row = np.array(data.batch.pop("uid").tolist(), dtype=object)
         data.non_tensor_batch["uid"] = of_row
         data.batch["token_level_rewards"] = data.batch["rm_scores"].float()

@@ -72,7 +72,7 @@ def start_memory(settings: Settings) -> Any:
 
 
 class Recalled:
-    """The prior that the look-ahead used, for the estimator: `+algorithm.v05.prior=v05.integrations.verl.memory.Recalled`."""
+    """The prior that the look-ahead used, for the estimator: `algorithm.v05.prior` is this class's full name."""
 
     def predict(self, uids: list[str]) -> Tensor:
         """Return what was expected of each group before its rollouts, [G] float32.

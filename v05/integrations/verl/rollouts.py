@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # verl decorates it; Ray keeps the class
 
 
-def prompt_text(messages: Sequence[Any] | str) -> str:
+def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return what identifies a prompt to the prior: the text of its messages."""
-    return messages if isinstance(messages, str) else "\n".join(str(message["content"]) for message in messages)
+    return "\n".join(str(message["content"]) for message in messages)
 
 
 class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
@@ -39,7 +39,9 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
         """
         super().__init__(*args)
         if self.reward_loop_worker_handles is None:
-            raise ValueError("the look-ahead needs rewards while it rolls out; a colocated reward model gives them later")
+            raise ValueError(
+                "the look-ahead needs rewards while it rolls out; a colocated reward model gives them later"
+            )
         self.settings = Settings.of(self.config.algorithm)
         self.memory = start_memory(self.settings)
         self.scores: dict[tuple[str, int], float] = {}  # of prompts under way, by uid and session
