@@ -1,4 +1,4 @@
-"""An engine and a scorer for verl's agent loops, as Ray actors: a prompt "p<i>" is answered rightly in i of ten cases."""
+"""An engine and a scorer for verl's agent loops, as Ray actors: "p<i>" is answered rightly in i of ten cases."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Prior, rollouts, look-ahead and advantages through Ray: verl's own agent loop workers and queue, engines simulated."""
+"""Prior, rollouts, look-ahead, advantages through Ray: verl's own agent loop workers and queue, engines simulated."""
 
 import os
 import uuid

@@ -32,7 +32,6 @@ def more(rewards: list[float], prior: float, settings: Settings) -> int:
         cost=settings.cost,
         k_init=settings.k_init,
         k_max=settings.k_max,
-        fusion=settings.fusion,
     )
     return int(found.planned - found.count)
 

@@ -28,7 +28,7 @@ class Settings:
         prior: `"others"`, the mean reward of the batch's other groups, or the full name of a class without arguments
             that has `predict(uids)`, such as `v05.integrations.verl.memory.Recalled`.
         scale: what advantages are divided by; see `group_advantage`.
-        k_init, k_max, cost, fusion: of the look-ahead in `LookAheadManager`; see `shrinkage`.
+        k_init, k_max, cost: of the look-ahead in `LookAheadManager`; see `shrinkage`.
         memory: full name of what makes that manager's prior from the reward range.
     """
 
@@ -38,7 +38,6 @@ class Settings:
     k_init: int = 4
     k_max: int = 16
     cost: float = 1 / 256
-    fusion: str = "v05"
     memory: str = "v05.integrations.verl.memory.history"
 
     @classmethod
