@@ -48,9 +48,7 @@ def train_on(steps, predict, observe, roll_out):
         prior, groups = predict(PROMPTS), [[] for _ in PROMPTS]
         wanted = torch.full((len(PROMPTS),), 4)
         while wanted.any():  # one-step look-ahead until every group stops
-            ranges = [
-                range(len(group), len(group) + more) for group, more in zip(groups, wanted.tolist(), strict=True)
-            ]
+            ranges = [range(len(group), len(group) + more) for group, more in zip(groups, wanted.tolist(), strict=True)]
             for group, rewards in zip(groups, roll_out(PROMPTS, step, ranges), strict=True):
                 group.extend(rewards)
             offsets = torch.tensor([0, *map(len, groups)]).cumsum(0)
