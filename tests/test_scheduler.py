@@ -209,7 +209,8 @@ def test_what_never_comes_is_given_up_and_named() -> None:
     class OneFails(SimulatedEngine):
         def wait(self, timeout: float) -> list[Outcome]:
             return [
-                Outcome(each.number, None, "too long") if each.number in failing else each for each in super().wait(timeout)
+                Outcome(each.number, None, "too long") if each.number in failing else each
+                for each in super().wait(timeout)
             ]
 
         def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
