@@ -45,7 +45,7 @@ def test_a_file_keeps_the_rules(path):
         assert "trainer" not in ours
     if not below(path, "cli", "__main__.py"):
         assert "cli" not in ours
-    own_host = {host for host in ("trl", "verl") if below(path, f"integrations/{host}")}  # a subclass needs its base class
+    own_host = {host for host in ("trl", "verl") if below(path, f"integrations/{host}")}  # bases of classes
     own_host |= {"ray"} if "verl" in own_host else set()
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY - own_host
 

@@ -83,7 +83,7 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """Return the defaults, overridden by a file, overridden by `given`.
 
     Args:
-        file: a TOML or JSON file of settings; None for none. Its table `model` is for `v05.model_config`.
+        file: a TOML or JSON file of settings; None for none. Its tables `model` and `sampling` are for others.
         given: settings by name, as on the command line.
 
     Returns:
@@ -95,7 +95,7 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """
     settings: dict[str, Any] = {}
     if file is not None:
-        found = {name: value for name, value in read_settings(file).items() if name != "model"}
+        found = {name: value for name, value in read_settings(file).items() if name not in ("model", "sampling")}
         settings.update(known(TrainConfig, found, str(file)))
     settings.update(known(TrainConfig, given or {}, "the given settings"))
     return TrainConfig(**settings)

@@ -1,6 +1,7 @@
 """The settings of training a model of the user's on data of the user's; the algorithm's are in `v05.config`."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +28,8 @@ class ModelConfig:
         heldout_share: share of the problems that is held out for evaluation.
         max_prompt_tokens: longer prompts are left out.
         max_new_tokens: limit of an answer's tokens; one that reaches it without an end gets the smallest reward.
-        engine: what samples, see `v05.engines.ENGINES`.
+        engine: what samples, see `v05.engines.make_engine`.
+        engine_options: more arguments of an engine other than `hf`, a JSON object.
         sequences_at_once: answers that the engine `hf` samples in one batch; the samples depend on it.
         device: `auto`, `cpu`, `cuda`.
         dtype: of the products, `float32` or `bfloat16`; the trained parameters are float32.
@@ -50,6 +52,7 @@ class ModelConfig:
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 1024
     engine: str = "hf"
+    engine_options: str = "{}"
     sequences_at_once: int = 128
     device: str = "auto"
     dtype: str = "bfloat16"
@@ -66,6 +69,7 @@ class ModelConfig:
             check(name, getattr(self, name), bool, "a name, both of model and data")
         for name in ("max_prompt_tokens", "max_new_tokens", "sequences_at_once", "reward_workers"):
             check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
+        check("engine_options", self.engine_options, _is_object, "a JSON object")
         check("reward_timeout", self.reward_timeout, lambda value: 0 < value < float("inf"), "above 0 and finite")
         check("heldout_share", self.heldout_share, lambda value: 0 < value < 1, "above 0 and below 1")
         check("reward_high", self.reward_high, lambda value: self.reward_low < value, f"above {self.reward_low:g}")
@@ -104,3 +108,10 @@ def make_model_config(settings: Mapping[str, Any], given: Mapping[str, Any], whe
     if not isinstance(settings, Mapping):
         raise InputError(f"model is {settings!r} in {where}; allowed: a table of settings")
     return ModelConfig(**{**known(ModelConfig, settings, where), **known(ModelConfig, given, "the given settings")})
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False

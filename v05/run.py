@@ -6,20 +6,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, read_settings
-from v05.engines import make_engine
+from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
 from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
 from v05.model_config import ModelConfig
 from v05.plots import plot_run
 from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
-from v05.rollout.queued import QueuedEngine
+from v05.rollout.engine import Engine
 from v05.run_folder import prepare_folder, read_summary, remove_run
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
@@ -104,6 +104,7 @@ def train_run(
         return _train(trainer, folder, stop, report)
     finally:
         trainer.grader.close()
+        close_engine(trainer.team.engine)
 
 
 def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def make_trainer(
     policy = warm_start(config, task, cache, on_step)
     engine = make_engine("hf", policy)
     prior = make_prior(config, task.reward_range)
-    return Trainer(config, policy, task, QueuedEngine(engine) if stream.streams else engine, prior, stream=stream)
+    return Trainer(config, policy, task, streaming(engine) if stream.streams else engine, prior, stream=stream)
 
 
 def make_user_trainer(
@@ -154,10 +155,17 @@ def make_user_trainer(
         raise InputError(f"{model.data} has changed since the run in {folder} began; allowed: the same problems")
     if ranks.leads:
         write_text(file, json.dumps(found) + "\n")
-    engine = make_engine(model.engine, policy, model.sequences_at_once)
+    if model.engine != "hf" and ranks.count > 1 and not stream.streams:
+        raise InputError(f"mode is {stream.mode!r} with {ranks.count} processes; allowed for {model.engine}: stream")
     prior = make_prior(config, task.reward_range)
+    engine = None
+    if model.engine == "hf" or ranks.leads:  # other engines sample for all ranks
+        longest = model.max_prompt_tokens + model.max_new_tokens
+        own: dict[str, Any] = {"dtype": model.dtype, "longest": longest, "options": json.loads(model.engine_options)}
+        engine = make_engine(model.engine, policy, model.sequences_at_once, model=model.model, **own)
     options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
-    return Trainer(config, policy, task, QueuedEngine(engine) if stream.streams else engine, prior, **options)
+    sampler = streaming(engine) if stream.streams and engine is not None else engine
+    return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:

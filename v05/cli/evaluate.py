@@ -64,7 +64,7 @@ def run(
 ) -> Evaluation:
     """Evaluate with a progress bar; a stop is said in one line, with exit status 130."""
     from v05.checkpoint import Interrupted, StopRequest
-    from v05.engines import check_engine, make_engine
+    from v05.engines import check_engine, close_engine, make_engine
     from v05.pretrained import load_policy
     from v05.user_model import check_positions, prompt_lengths
 
@@ -83,12 +83,15 @@ def run(
         def on_problems(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
+        sampler = make_engine(engine, policy, model=model, dtype=dtype)
         try:
-            return evaluate(make_engine(engine, policy), records, pool, sampling, output, settings, stop, on_problems)
+            return evaluate(sampler, records, pool, sampling, output, settings, stop, on_problems)
         except Interrupted as stopped:
             progress.stop()
             console.print(f"Stopped: {stopped}. To go on: run the same command again", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from stopped
+        finally:
+            close_engine(sampler)
 
 
 def evaluate_command(
@@ -100,7 +103,7 @@ def evaluate_command(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer; one cut off there is wrong.")] = 4096,
     verifier: Annotated[str, typer.Option(help="math, exact, package.module:function or file.py:function.")] = "math",
     reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (0.0, 1.0),
-    engine: Annotated[str, typer.Option(help="What generates: hf.")] = "hf",
+    engine: Annotated[str, typer.Option(help="What generates: hf, vllm, vllm-sync, http://host:port.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Fixes the samples.")] = 0,

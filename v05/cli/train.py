@@ -58,7 +58,8 @@ def train(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a language model of yours.")] = None,
     data: Annotated[str | None, typer.Option(help="With --model: .jsonl or .parquet file, or a data set.")] = None,
     verifier: Annotated[str | None, typer.Option(help="With --model: math, exact, module:function.")] = None,
-    engine: Annotated[str | None, typer.Option(help="With --model: what samples; hf.")] = None,
+    engine: Annotated[str | None, typer.Option(help="With --model: hf, vllm, vllm-sync, http://host:port.")] = None,
+    engine_options: Annotated[str | None, typer.Option(help="More arguments of vLLM, a JSON object.")] = None,
     template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="With --model: longest answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="With --model: bfloat16 or float32.")] = None,
@@ -93,7 +94,7 @@ def train(
         "micro_batches": micro_batches,
     }
     own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
-    own |= {"max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
+    own |= {"engine_options": engine_options, "max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
     sampling = _given({"mode": mode, "rule": rule, "window": window})
     settings, user, stream = _settings(config, _given(given), _given(own), sampling, output, resume)
     if stream.streams and compare is not None:

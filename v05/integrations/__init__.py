@@ -1,1 +1,1 @@
-"""Ways into other trainers. Each needs its host installed, so import the one you use: `v05.integrations.trl`, `.verl`."""
+"""Ways into other trainers; each needs its host installed: import `v05.integrations.trl` or `v05.integrations.verl`."""

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 GLANCE: Final = 0.05  # seconds between looks at rewards that are being judged
 
 
+class NoRollouts(RuntimeError):
+    """Not one rollout of a step could be had."""
+
+
 class Wish(NamedTuple):
     """What a group wants: `more` rollouts, 0 to stop, the next of which is worth `gain`."""
 
@@ -51,6 +55,11 @@ class Scheduler:
             are compared, so they must have one unit.
         encode: returns the token ids that the engine must have read for a prompt; None to ask only that all rollouts
             of a group agree on them.
+        position: of the next prompt in the stream.
+        next_number: of the next step.
+        version: of the weights that were pushed last.
+        steps: in flight, the oldest first.
+        trouble: what went wrong, counted.
     """
 
     engine: StreamingEngine
@@ -94,6 +103,7 @@ class Scheduler:
 
         Raises:
             EngineDied: more often in a row than `limits.restarts`.
+            NoRollouts: every rollout of the step had to be given up.
         """
         while True:
             self._start()
@@ -128,6 +138,8 @@ class Scheduler:
     def _leave(self) -> Step:
         """Take the oldest step off the list."""
         step = self.steps.pop(0)
+        if step.lost and not any(group.rewards for group in step.groups):
+            raise NoRollouts(f"step {step.number}: no rollout came for any of its prompts; last: {step.lost[-1]}")
         self.rules.learn(step.groups)
         return step
 
