@@ -26,14 +26,16 @@ class Signs:
 
     def submit(self, prompt: str, text: str, finished: bool) -> int:
         self.asked.append((prompt, text))
-        self.rewards[len(self.asked)] = 1.0 if text == "1" and finished else -1.0
+        if text != "1" or not finished:
+            return -1  # the same ticket for all that need no judging
+        self.rewards[len(self.asked)] = 1.0
         return len(self.asked)
 
     def ready(self, ticket: int) -> bool:
         return True
 
     def collect(self, tickets: Sequence[int]) -> list[float]:
-        return [self.rewards.pop(ticket) for ticket in tickets]
+        return [self.rewards.pop(ticket) if ticket >= 0 else -1.0 for ticket in tickets]
 
 
 def success(prompt: str) -> float:

@@ -376,9 +376,16 @@ def test_a_stop_is_seen_while_the_engine_is_silent() -> None:
 @pytest.mark.parametrize("reward", [float("nan"), 1.5, float("-inf")])
 def test_a_reward_outside_the_range_loses_its_rollout_alone(reward: float) -> None:
     class Odd(Signs):
+        odd = 0
+
+        def submit(self, prompt: str, text: str, finished: bool) -> int:
+            ticket = super().submit(prompt, text, finished)
+            self.odd = self.odd or max(0, ticket)
+            return ticket
+
         def collect(self, tickets):  # type: ignore[no-untyped-def]
             got = super().collect(tickets)
-            return [reward if ticket == 3 else value for ticket, value in zip(tickets, got, strict=True)]
+            return [reward if ticket == self.odd else value for ticket, value in zip(tickets, got, strict=True)]
 
     made = scheduler(LookAhead(), limits())
     made.judge = Odd()

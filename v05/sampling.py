@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class StreamSampler:
         engine: StreamingEngine,
         grader: Grader,
         prior: Prior | None,
+        encode: Callable[[str], Sequence[int]],
     ) -> None:
         """Set up a scheduler.
 
@@ -49,6 +50,7 @@ class StreamSampler:
             engine: answers requests.
             grader: gives rewards while others are being sampled.
             prior: expected rewards; None for the middle of the range.
+            encode: returns a prompt's token ids; an answer to others is asked for again.
 
         Raises:
             InputError: the algorithm replaces groups whose rewards are all equal.
@@ -69,7 +71,7 @@ class StreamSampler:
             attempts=stream.attempts,
             restarts=stream.restarts,
         )
-        self.scheduler = Scheduler(engine, self._source, grader, self.rule, limits, config.seed)
+        self.scheduler = Scheduler(engine, self._source, grader, self.rule, limits, config.seed, encode=encode)
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Give the engine the policy's weights."""

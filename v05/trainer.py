@@ -85,7 +85,8 @@ class Trainer:
         self.sampler: StreamSampler | None = None
         if stream.streams and ranks.leads:
             streaming = cast(StreamingEngine, engine)
-            self.sampler = StreamSampler(config, stream, self.algorithm, task, streaming, self.grader, prior)
+            parts = (self.algorithm, task, streaming, self.grader, prior)
+            self.sampler = StreamSampler(config, stream, *parts, lambda prompt: policy.encode([prompt])[0])
         self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
         self.counters = Counters()
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior

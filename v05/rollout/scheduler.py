@@ -84,7 +84,7 @@ class Scheduler:
         self.revived = RevivedEngine(self.engine, self.requests, self.trouble, self.limits.restarts)
         self.wishes: dict[int, list[Wish]] = {}  # by number of the step: who waits for the step's other first tests
         self.expected = 2.0  # decayed mean of what a group wants at its first test
-        self.judged: dict[int, tuple[Asked, Rollout]] = {}  # by ticket: what waits for its reward
+        self.judged: list[tuple[int, Asked, Rollout]] = []  # with the ticket of its reward; tickets may be alike
         self.changed: dict[int, list[Group]] = {}  # by number of the step: groups that something came for
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -110,7 +110,7 @@ class Scheduler:
             if self.steps and self.steps[0].done:
                 return self._leave()
             if stopped():
-                self._reward(list(self.judged))
+                self._reward(self.judged)
                 return None
             self._collect()
             self._test()
@@ -165,14 +165,16 @@ class Scheduler:
             self.trouble.timed_out += len(late)
             self.revived.abort([asked.request.number for asked in late])
         self._again([*again, *((asked, f"no answer in {self.limits.seconds:g} s") for asked in late)])
-        tickets = [ticket for ticket in self.judged if self.judge.ready(ticket)]
-        self._reward(tickets if tickets or self.requests.waiting else list(self.judged))
+        ready = [each for each in self.judged if self.judge.ready(each[0])]
+        self._reward(ready if ready or self.requests.waiting else self.judged)
 
-    def _reward(self, tickets: Sequence[int]) -> None:
-        """Enter the rewards of these tickets, waiting where they are not there yet."""
+    def _reward(self, answers: Sequence[tuple[int, Asked, Rollout]]) -> None:
+        """Enter the rewards of these answers, waiting where they are not there yet."""
         low, high = self.rule.reward_range
-        for ticket, reward in zip(tickets, self.judge.collect(tickets), strict=True):
-            asked, rollout = self.judged.pop(ticket)
+        chosen = {id(asked) for _, asked, _ in answers}
+        self.judged = [each for each in self.judged if id(each[1]) not in chosen]
+        rewards = self.judge.collect([ticket for ticket, _, _ in answers])
+        for (_, asked, rollout), reward in zip(answers, rewards, strict=True):
             if not low <= reward <= high:
                 self.trouble.bad_rewards += 1
                 self._lose(asked, f"its reward is {reward}; allowed: {low:g} to {high:g}")
@@ -196,7 +198,7 @@ class Scheduler:
             return [(asked, fault)]
         self.revived.lived()
         ticket = self.judge.submit(asked.group.prompt, rollout.text, rollout.finished)
-        self.judged[ticket] = (asked, rollout)
+        self.judged.append((ticket, asked, rollout))
         asked.group.prompt_ids = asked.group.prompt_ids or tuple(rollout.prompt_ids)
         return []
 
