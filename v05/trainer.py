@@ -284,8 +284,8 @@ class Trainer:
             "prior": {} if self.prior is None else self.prior.state_dict(),
             "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
-        counters = asdict(self.counters)
-        return tensors, counters if self.sampler is None else {**counters, "in_flight": self.sampler.state()}
+        in_flight = {} if self.sampler is None else {"in_flight": self.sampler.state()}
+        return tensors, asdict(self.counters) | in_flight
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Go on from a state that `state` returned."""
@@ -293,8 +293,7 @@ class Trainer:
         if self.prior is not None:
             self.prior.load_state_dict(tensors["prior"])
         self.mixture = tensors.get("mixture", {}).get("state")
-        known = {name: value for name, value in counters.items() if name != "in_flight"}
-        self.counters = Counters(**known)
+        self.counters = Counters(**{name: value for name, value in counters.items() if name != "in_flight"})
         if self.streams:
             self._push()
         if self.sampler is not None:
