@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re
 
 def test_examples_print_what_they_say():
     shown = [(code, output) for code, output in BLOCKS if output]
-    assert len(shown) == 6
+    assert len(shown) == 7
     names = {}
     for code, output in shown:
         printed = io.StringIO()

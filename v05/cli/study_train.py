@@ -70,7 +70,10 @@ def train(
         typer.echo(f"v05: {stopped}; the same command goes on", err=True)
         raise typer.Exit(130) from None
     trained = trained_of(study, output, chosen)
-    command = f"v05 study train --output runs/{task} --task {task} --prior {prior} --algorithms {algorithms}"
+    command = (
+        f"v05 study train --output runs/{task} --task {task} --prior {prior} --algorithms {algorithms} --rates {rates} "
+        f"--tuning-seeds {tuning_seeds} --seeds {seeds} --rollouts {rollouts} --per-update {per_update} --heldout {heldout}"
+    )
     title = (
         f"Held-out accuracy in % on {task}, prior {prior}, after so many rollouts, {per_update} an update: "
         f"interquartile mean of {seeds} seeds, 95 % bootstrap intervals"
