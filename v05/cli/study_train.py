@@ -72,7 +72,8 @@ def train(
     trained = trained_of(study, output, chosen)
     command = (
         f"v05 study train --output runs/{task} --task {task} --prior {prior} --algorithms {algorithms} --rates {rates} "
-        f"--tuning-seeds {tuning_seeds} --seeds {seeds} --rollouts {rollouts} --per-update {per_update} --heldout {heldout}"
+        f"--tuning-seeds {tuning_seeds} --seeds {seeds} --rollouts {rollouts} --per-update {per_update} "
+        f"--heldout {heldout}"
     )
     title = (
         f"Held-out accuracy in % on {task}, prior {prior}, after so many rollouts, {per_update} an update: "

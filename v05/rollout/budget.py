@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -122,8 +123,8 @@ class LookAhead:
 
 
 @dataclass
-class Utility(_Forgetful):
-    """V0's budget before any rollout: greedy by `U(B, p) = B (1-p) (1 - (1-p)^(B-1))` (arXiv 2602.03584).
+class Allocation(_Forgetful, ABC):
+    """A budget given out before any rollout, each next one where the prior says that it gains most.
 
     Attributes:
         mean_rollouts: rollouts per prompt that a step has.
@@ -142,15 +143,17 @@ class Utility(_Forgetful):
         _at_least("smallest", self.smallest, 1)
         _at_least("largest", self.largest, self.smallest)
 
+    @abstractmethod
+    def gain(self, rollouts: int, chance: float) -> float:
+        """Return what one more than `rollouts` is worth at a success probability."""
+
     def first(self, prior: Tensor) -> Tensor:
         """Return the budget of every prompt, adding up to the step's."""
-        chances = _success(prior, self.reward_range).clamp(1e-6, 1 - 1e-6).tolist()
+        low, high = self.reward_range
+        chances = ((prior.double() - low) / (high - low)).clamp(1e-6, 1 - 1e-6).tolist()
+        total = round(self.mean_rollouts * len(chances))
         return greedy(
-            len(chances),
-            round(self.mean_rollouts * len(chances)),
-            self.smallest,
-            self.largest,
-            lambda group, size: utility(size + 1, chances[group]) - utility(size, chances[group]),
+            len(chances), total, self.smallest, self.largest, lambda group, size: self.gain(size, chances[group])
         )
 
     def more(self, rewards: Tensor, offsets: Tensor, prior: Tensor) -> Ask:
@@ -158,45 +161,24 @@ class Utility(_Forgetful):
         return _nothing(prior)
 
 
-@dataclass
-class Variance(_Forgetful):
+class Utility(Allocation):
+    """V0's own budget: greedy by `U(B, p) = B (1-p) (1 - (1-p)^(B-1))` (arXiv 2602.03584)."""
+
+    def gain(self, rollouts: int, chance: float) -> float:
+        """Return the utility that one more adds."""
+        return utility(rollouts + 1, chance) - utility(rollouts, chance)
+
+
+class Variance(Allocation):
     """Least total variance of the groups' means under the prior, as VIP allocates (arXiv 2602.01601).
 
     With `p` the prior's success probability, the variance of a mean of B rewards is `p (1 - p) / B`; each rollout goes
     where it lowers the sum most, which is the integer optimum.
-
-    Attributes:
-        mean_rollouts: rollouts per prompt that a step has.
-        reward_range: smallest and largest reward.
-        smallest: rollouts of a prompt at least.
-        largest: at most.
     """
 
-    mean_rollouts: float
-    reward_range: tuple[float, float] = (-1.0, 1.0)
-    smallest: int = 2
-    largest: int = 128
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for sizes that are not allowed."""
-        _at_least("smallest", self.smallest, 1)
-        _at_least("largest", self.largest, self.smallest)
-
-    def first(self, prior: Tensor) -> Tensor:
-        """Return the budget of every prompt, adding up to the step's."""
-        chance = _success(prior, self.reward_range).clamp(1e-6, 1 - 1e-6)
-        spread = (chance * (1 - chance)).tolist()
-        return greedy(
-            len(spread),
-            round(self.mean_rollouts * len(spread)),
-            self.smallest,
-            self.largest,
-            lambda group, size: spread[group] / (size * (size + 1)),
-        )
-
-    def more(self, rewards: Tensor, offsets: Tensor, prior: Tensor) -> Ask:
-        """Return that nobody wants more."""
-        return _nothing(prior)
+    def gain(self, rollouts: int, chance: float) -> float:
+        """Return the variance that one more takes away."""
+        return chance * (1 - chance) / (rollouts * (rollouts + 1))
 
 
 @dataclass
@@ -272,11 +254,6 @@ def greedy(groups: int, total: int, smallest: int, largest: int, gain: Callable[
         if given[group] < largest:
             heapq.heappush(queue, (-gain(group, given[group]), group))
     return torch.tensor(given, dtype=torch.int64)
-
-
-def _success(prior: Tensor, reward_range: tuple[float, float]) -> Tensor:
-    low, high = reward_range
-    return (prior.double() - low) / (high - low)
 
 
 def _nothing(prior: Tensor) -> Ask:

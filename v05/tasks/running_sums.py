@@ -2,41 +2,28 @@
 
 import math
 import random
-import zlib
-from typing import Final, Literal
+from typing import Final
 
-from v05.tasks.arithmetic import HELDOUT_PART
+from v05.tasks.sums import SumPrompts
 
-NUMBERS: Final = (2, 6)  # in a sum, at least and at most
 EDGE: Final = 5.75  # digits in a sum at which demonstrations are right half the time
 STEEPNESS: Final = 2.0  # of their log-odds, by digit
 SUREST: Final = 0.995  # share of right demonstrations of the easiest sums
 
 
-class RunningSums:
+class RunningSums(SumPrompts):
     """Prompts such as `47+8+12=`; a right answer ends in `76`, as `55+76` does: every partial sum, digits reversed.
 
     Answers are long enough, and prompts differ enough, for the variance of gradients to matter.
     """
 
     name = "running_sums"
-    alphabet = "0123456789+="
-    reward_range = (0.0, 1.0)
+    numbers = (2, 6)
     max_answer_length = 20
-
-    def prompts(self, seed: int, start: int, count: int, split: Literal["train", "heldout"] = "train") -> list[str]:
-        """Return a stretch of the endless stream of prompts that `seed` and `split` name; see `Arithmetic.prompts`."""
-        if split not in ("train", "heldout"):
-            raise ValueError(f"split is {split!r}; allowed: train, heldout")
-        return [self._prompt(seed, position, split) for position in range(start, start + count)]
 
     def verify(self, prompt: str, text: str) -> float:
         """Return 1.0 when the last number of `text` is exactly the sum with its digits reversed, else 0.0."""
         return float(text.rsplit("+", 1)[-1] == str(sum(self.operands(prompt)))[::-1])
-
-    def operands(self, prompt: str) -> list[int]:
-        """Return the numbers that `prompt` asks to add."""
-        return [int(number) for number in prompt.removesuffix("=").split("+")]
 
     def share_right(self, prompt: str) -> float:
         """Return the probability that no step of a demonstration is wrong: near 1 below `EDGE` digits, near 0 above."""
@@ -67,11 +54,3 @@ class RunningSums:
                 total = int(digits[:place] + digit + digits[place + 1 :])
             steps.append(str(total)[::-1])
         return "+".join(steps)
-
-    def _prompt(self, seed: int, position: int, split: str) -> str:
-        draw = random.Random(f"{split}/{seed}/{position}")
-        while True:
-            numbers = [draw.randrange(10 ** draw.randint(1, 2)) for _ in range(draw.randint(*NUMBERS))]
-            prompt = "+".join(map(str, numbers)) + "="
-            if (zlib.crc32(prompt.encode()) % HELDOUT_PART == 0) == (split == "heldout"):
-                return prompt
