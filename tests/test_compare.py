@@ -112,12 +112,12 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
     command = ["train", "--output", str(tmp_path / "run"), "--config", str(write_config(tmp_path)), "--threads", "1"]
     result = CliRunner().invoke(app, [*command, "--rollouts", "64", "--compare", "dr_grpo:4,spo", "--seeds", "3"])
     assert result.exit_code == 0, result.output
-    for expected in ("v05", "dr_grpo:4", "spo", "rollouts to spo's end", "files: "):
+    for expected in ("v05_from_one", "dr_grpo:4", "spo", "rollouts to spo's end", "files: "):
         assert expected in result.output
     assert sorted(path.name for path in (tmp_path / "run" / "runs").iterdir()) == [
         "dr_grpo-4-seed3",
         "spo-seed3",
-        "v05-seed3",
+        "v05_from_one-seed3",
     ]
 
 

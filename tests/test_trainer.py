@@ -80,7 +80,7 @@ def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
 
 
 def test_v05_grows_groups_that_contradict_the_prior_and_no_others() -> None:
-    trainer = make_trainer(rollouts=6400, rollouts_per_update=128)
+    trainer = make_trainer(algorithm="v05", rollouts=6400, rollouts_per_update=128)
     total = 0
     for _ in range(4):
         sample, conflicts, _ = trainer._sample()

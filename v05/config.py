@@ -41,7 +41,7 @@ class TrainConfig:
         warm_start_seed: fixes weights and data of the warm start, whatever `seed` is.
     """
 
-    algorithm: str = "v05"
+    algorithm: str = "v05_from_one"
     task: str = "arithmetic"
     policy: str = "small"
     prior: str = "v0"
