@@ -95,7 +95,7 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = MappingProxyType(
         "v05_calibrated_loo": Algorithm(
             "v05_calibrated_loo", 4, 16, "v05_calibrated_loo", "configured", fusion="calibrated"
         ),
-        # The price at which the gradient of the running sums has the least variance per rollout: growth is rare.
+        # A price at which growth is rare: rollouts are then left for more prompts.
         "v05_from_one": Algorithm(
             "v05_from_one", 1, 16, "v05_calibrated_loo", "configured", fusion="calibrated", cost=1 / 64
         ),
