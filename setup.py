@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pybind11
@@ -29,7 +31,16 @@ def cuda_architectures(nvcc: str) -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Compiles .cpp with the C++ compiler and .cu with nvcc, and links CUDA statically, so no CUDA path is baked in."""
+    """Compiles .cpp with the C++ compiler and .cu with nvcc, as many files at a time as there are cores, and links CUDA
+    statically, so no CUDA path is baked in."""
+
+    def build_extensions(self) -> None:
+        serial = self.compiler.compile
+        with ThreadPoolExecutor(os.cpu_count()) as self.pool:
+            self.compiler.compile = lambda sources, **options: [
+                *chain(*self.pool.map(lambda source: serial([source], **options), sources))
+            ]
+            super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         if not any(source.endswith(".cu") for source in ext.sources):
@@ -40,14 +51,16 @@ class BuildNative(build_ext):
         archs = cuda_architectures(nvcc)
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        objects = []
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in ext.sources:
+
+        def compiled(source: str) -> str:
             out = str(Path(self.build_temp) / (Path(source).name + ".o"))
             command = [nvcc, "-c", source, "-o", out, "-Icsrc", *CUDA_FLAGS, *ext.extra_compile_args]
             command += targets if source.endswith(".cu") else [f"-I{path}" for path in ext.include_dirs]
             subprocess.run(command, check=True)
-            objects.append(out)
+            return out
+
+        objects = list(self.pool.map(compiled, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([nvcc, "-shared", "-cudart", "static", "-o", str(target), *objects], check=True)

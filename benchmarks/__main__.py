@@ -7,6 +7,7 @@ import csv
 import gc
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks import (
     report,
     wins,
 )
-from benchmarks.harness import Row, measure
+from benchmarks.harness import OURS, Row, measure
 from v05.kernels.wins import FILE
 
 FOLDER = Path(__file__).parent
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", action="append", choices=list(BENCHES), help="only this op; may be repeated")
     parser.add_argument("--quick", action="store_true", help="the smallest inputs, half a second each, nothing kept")
+    parser.add_argument("--ours", action="store_true", help="without rivals, while working on a kernel; nothing kept")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, help="of timing per case (4; with --quick 0.5)")
     parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
@@ -69,7 +71,10 @@ def describe(row: Row) -> str:
     what = f"{row.op:14} {row.shape:32} {row.dtype:9} {row.direction:19} {row.contender:16}"
     if not row.p50_ms:
         return f"{what} {row.note}"
-    return f"{what} {float(row.p50_ms):10.3f} ms  {float(row.ratio_to_ours):8.2f} x v05  {row.note}"
+    of_device = (
+        f"{float(row.fraction_of_ceiling):5.2f} of {row.ceiling}, host {row.host_us} us  " if row.host_us else ""
+    )
+    return f"{what} {float(row.p50_ms):10.3f} ms  {float(row.ratio_to_ours):8.2f} x v05  {of_device}{row.note}"
 
 
 def main() -> int:
@@ -83,15 +88,18 @@ def main() -> int:
         return 0
     for op in [] if options.report_only else options.op or BENCHES:
         for case in BENCHES[op].cases(torch.device(options.device), options.quick):
+            if options.ours:
+                own = [contender for contender in case.contenders if contender.name.startswith(OURS)]
+                case = replace(case, contenders=own)
             rows = []
             for row in measure(case, run_id, options.seconds or (0.5 if options.quick else 4.0)):
                 print(describe(row), flush=True)
                 rows.append(row)
-            if not options.quick:
+            if not (options.quick or options.ours):
                 append(path, rows)
             torch.compiler.reset()
             gc.collect()
-    if not options.quick:
+    if not (options.quick or options.ours):
         report.write(path, options.output)
         print(f"{options.output / 'RESULTS.md'} after {time.perf_counter() - begin:.0f} s")
     return 0

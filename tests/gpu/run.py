@@ -72,7 +72,7 @@ def probe() -> list[str] | None:
 def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bool) -> Step:
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-rfEs"]
     if parallel and importlib.util.find_spec("xdist"):
-        command += ["-n", "6", "--dist", "worksteal"]
+        command += ["-n", str(max(2, min(12, (os.cpu_count() or 4) - 4))), "--dist", "worksteal"]
     return Step(name, [*command, f"--junitxml={out / name}.xml"], limit, out / f"{name}.xml")
 
 
@@ -165,6 +165,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per benchmark case")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--only", action="append", help="steps whose name begins so; may be repeated; all if not given")
     options = parser.parse_args()
     found = probe()
     if found is None:
@@ -174,9 +176,10 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"{found[1]}, sm_{found[0]}; logs in {out}", flush=True)
     results: list[Result] = []
-    for group in steps(found[0], out, options.seconds):
-        with ThreadPoolExecutor(len(group)) as pool:
-            results += pool.map(lambda step: run(step, out, begin + BUDGET), group)
+    for every in steps(found[0], out, options.seconds):
+        group = [step for step in every if step.name.startswith(tuple(options.only or ("",)))]
+        with ThreadPoolExecutor(len(group) or 1) as pool:
+            results += pool.map(lambda step: run(step, out, begin + options.budget), group)
     steps_told = {"device": found[1], "seconds": time.monotonic() - begin, "steps": [asdict(r) for r in results]}
     (out / "steps.json").write_text(json.dumps(steps_told, indent=1), encoding="utf-8")
     text = summary(results)
