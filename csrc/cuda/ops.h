@@ -37,8 +37,8 @@ template <class Reward, class T>
 void batch_moments(const Reward* rewards, const T* lengths, int64_t n, double eps, Pool* partial, T* moments,
                    cudaStream_t stream);
 
-// moments [2], as above, are read only where baseline or scale is the batch's. A given baseline
-// [n] comes in place of the prior.
+// moments [2], as above, are read only where baseline or scale is the batch's. A given baseline [n] comes in place of
+// the prior.
 template <class Reward, class T>
 void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
                Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream);

@@ -9,7 +9,6 @@ from v05.kernels.advantage.estimators import ESTIMATORS, SCALES
 from v05.kernels.advantage.reference import batch_moments
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
-
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -58,10 +58,10 @@ def moments_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pools BLOCK rewards a program into partial [3, programs] or, where that is given as parts, its columns.
+    """Pools BLOCK rewards a program into partial [3, programs]; where there are parts already, pools those instead.
 
-    One program alone stores the moments: mean and std + eps. In one kernel, so that no batch is the first large one to
-    be compiled for.
+    A program alone stores the moments, mean and std + eps. One kernel for both, so that a first large batch compiles
+    nothing.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
