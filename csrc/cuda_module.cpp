@@ -21,24 +21,6 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class T>
-void shrinkage(Address rewards, Address offsets, Address prior, int64_t groups, const v05::Budget<double>& budget,
-               Address floats, Address integers, Address more, Address rollout_baseline, Address advantages,
-               Address stream) {
-  const v05::Budget<T> rule{T(budget.low), T(budget.high), T(budget.cost), budget.k_init, budget.k_max};
-  v05::cuda::shrinkage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), groups, rule, at<T>(floats),
-                       at<int64_t>(integers), at<bool>(more), at<T>(rollout_baseline), at<T>(advantages),
-                       reinterpret_cast<cudaStream_t>(stream));
-}
-
-template <class T>
-void advantage(Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
-               int scale, double low, double high, double eps, Address out, Address stream) {
-  v05::cuda::advantage(at<T>(rewards), at<int64_t>(offsets), at<T>(prior), at<T>(moments), groups,
-                       v05::Baseline(baseline), v05::Scale(scale), T(low), T(high), T(eps), at<T>(out),
-                       reinterpret_cast<cudaStream_t>(stream));
-}
-
 // Calls body with a zero of the dtype: an index into DTYPES of v05/kernels/token_logprob/rules.py.
 template <class Body>
 void with_dtype(int dtype, const Body& body) {
@@ -53,6 +35,41 @@ void with_dtype(int dtype, const Body& body) {
       return body(__half());
   }
   throw std::invalid_argument("dtype is not 0 to 3");
+}
+
+// ---- groups: the dtype is that of the rewards ----------------------------------------------------------------------
+void shrinkage(Address rewards, Address offsets, Address prior, int64_t groups, double low, double high, double cost,
+               int64_t k_init, int64_t k_max, Address floats, Address integers, Address more, Address rollout_baseline,
+               Address advantages, Address stream, int dtype) {
+  with_dtype(dtype, [&](auto zero) {
+    using Reward = decltype(zero);
+    using T = typename v05::cuda::WideOf<Reward>::type;
+    v05::cuda::shrinkage(at<const Reward>(rewards), at<const int64_t>(offsets), at<const T>(prior), groups,
+                         v05::Budget<T>{T(low), T(high), T(cost), k_init, k_max}, at<T>(floats), at<int64_t>(integers),
+                         at<bool>(more), at<T>(rollout_baseline), at<T>(advantages),
+                         reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void batch_moments(Address rewards, Address lengths, int64_t n, double eps, Address partial, Address moments,
+                   Address stream, int dtype) {
+  with_dtype(dtype, [&](auto zero) {
+    using Reward = decltype(zero);
+    using T = typename v05::cuda::WideOf<Reward>::type;
+    v05::cuda::batch_moments(at<const Reward>(rewards), at<const T>(lengths), n, eps, at<v05::cuda::Pool>(partial),
+                             at<T>(moments), reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void advantage(Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
+               int scale, double low, double high, double eps, Address out, Address stream, int dtype) {
+  with_dtype(dtype, [&](auto zero) {
+    using Reward = decltype(zero);
+    using T = typename v05::cuda::WideOf<Reward>::type;
+    v05::cuda::advantage(at<const Reward>(rewards), at<const int64_t>(offsets), at<const T>(prior),
+                         at<const T>(moments), groups, v05::Baseline(baseline), v05::Scale(scale), T(low), T(high),
+                         T(eps), at<T>(out), reinterpret_cast<cudaStream_t>(stream));
+  });
 }
 
 // logits, targets, temperatures; stride, count, vocabulary, ignore_index.
@@ -120,15 +137,9 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of v05; each takes addresses of contiguous tensors, a stream, and a flag that says float64.";
+  m.doc() = "CUDA kernels of v05; each takes addresses of contiguous tensors, a stream, and their dtype.";
 
-  m.def("shrinkage", [](Address rewards, Address offsets, Address prior, int64_t groups, double low, double high,
-                        double cost, int64_t k_init, int64_t k_max, Address floats, Address integers, Address more,
-                        Address rollout_baseline, Address advantages, Address stream, bool wide) {
-    (wide ? shrinkage<double> : shrinkage<float>)(rewards, offsets, prior, groups, {low, high, cost, k_init, k_max},
-                                                  floats, integers, more, rollout_baseline, advantages, stream);
-  });
-
+  m.def("shrinkage", &shrinkage);
   m.def("calibrated",
         [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
            int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, Address stream, bool wide) {
@@ -140,11 +151,9 @@ PYBIND11_MODULE(_cuda, m) {
             v05::cuda::calibrated(v05::calibration_at<float>(in.data(), n, groups, budget, out.data()), on);
         });
 
-  m.def("advantage", [](Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
-                        int scale, double low, double high, double eps, Address out, Address stream, bool wide) {
-    (wide ? advantage<double> : advantage<float>)(rewards, offsets, prior, moments, groups, baseline, scale, low, high,
-                                                  eps, out, stream);
-  });
+  m.def("moment_blocks", &v05::cuda::moment_blocks);
+  m.def("batch_moments", &batch_moments);
+  m.def("advantage", &advantage);
 
   m.def("token_logprob", [](int dtype, const std::array<Address, 3>& tensors, const std::array<int64_t, 4>& sizes,
                             double temperature, const std::array<Address, 4>& outputs, Address stream) {

@@ -40,4 +40,4 @@ def test_without_a_driver_the_module_imports_and_a_launch_is_refused():
     if torch.cuda.is_available():
         pytest.skip("a GPU is present: its tests are those of `make gpu`")
     with pytest.raises(RuntimeError, match=r"shrinkage: .*(driver|device|context)"):
-        _cuda.shrinkage(0, 0, 0, 1, -1.0, 1.0, 1 / 256, 4, 16, 0, 0, 0, 0, 0, 0, False)
+        _cuda.shrinkage(0, 0, 0, 1, -1.0, 1.0, 1 / 256, 4, 16, 0, 0, 0, 0, 0, 0, 0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
+from v05.kernels.advantage import triton_moments
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
 from v05.kernels.calibration import triton as calibration
@@ -17,16 +18,16 @@ from v05.kernels.query_attention import triton_backward, triton_forward, triton_
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
+DTYPES = [("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32")]
 BLOCKS = {"BLOCK_G": BLOCK_GROUPS, "BLOCK_K": BLOCK_ROLLOUTS}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("advantages", [False, True])
-def test_shrinkage(target, dtype, leave_one_out, advantages):
-    pointer = f"*{dtype}"
-    types = dict.fromkeys(("rewards", "prior", "floats", "rollout_baseline", "advantages"), pointer)
+def test_shrinkage(target, dtype, wide, leave_one_out, advantages):
+    types = dict.fromkeys(("prior", "floats", "rollout_baseline", "advantages"), f"*{wide}") | {"rewards": f"*{dtype}"}
     types |= {"offsets": "*i64", "integers": "*i64", "more": "*i1"}
     types |= {"groups": "i64", "low": "fp64", "high": "fp64", "cost": "fp64", "k_init": "i64", "k_max": "i64"}
     assert_it_fits(
@@ -61,23 +62,34 @@ def test_calibration(target, dtype):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("dtype", "baseline", "scale"),
-    [("fp32", baseline, scale) for baseline in Baseline for scale in Scale]
-    + [("fp64", Baseline.FUSED_LOO, Scale.BASELINE), ("fp64", Baseline.GROUP, Scale.GROUP)],
+    ("dtype", "wide", "baseline", "scale"),
+    [("fp32", "fp32", baseline, scale) for baseline in Baseline for scale in Scale]
+    + [(*types, Baseline.FUSED_LOO, Scale.BASELINE) for types in DTYPES[1:]]
+    + [(*types, Baseline.GROUP, Scale.GROUP) for types in DTYPES[1:]],
 )
-def test_advantage(target, dtype, baseline, scale):
-    types = dict.fromkeys(("rewards", "prior", "moments", "out"), f"*{dtype}")
+def test_advantage(target, dtype, wide, baseline, scale):
+    types = dict.fromkeys(("prior", "moments", "out"), f"*{wide}") | {"rewards": f"*{dtype}"}
     types |= {"offsets": "*i64", "groups": "i64", "low": "fp64", "high": "fp64", "eps": "fp64"}
     constants = {"BASELINE": int(baseline), "SCALE": int(scale), **BLOCKS}
     assert_it_fits(target, compile_for(target, advantage_kernel, types, constants))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
+@pytest.mark.parametrize("by_length", [False, True])
+def test_moments_of_the_batch(target, dtype, wide, by_length):
+    types = {"rewards": f"*{dtype}", "lengths": f"*{wide}", "partial": "*fp64", "moments": f"*{wide}"}
+    types |= {"n": "i64", "parts": "i64", "eps": "fp64"}
+    constants = {"WEIGHTED": by_length, "BLOCK": triton_moments.BLOCK}
+    kernel = triton_moments.moments_kernel
+    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=triton_moments.WARPS))
+
+
 TOKEN = {"targets": "*i64", "stride": "i64", "columns": "i64", "ignore_index": "i64", "temperature": "fp64"}
-LOGITS = [("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32")]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "wide"), LOGITS)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_token_logprob(target, dtype, wide, per_row):
     types = TOKEN | dict.fromkeys(("logprob", "entropy", "largest", "log_sum"), f"*{wide}")
@@ -89,7 +101,7 @@ def test_token_logprob(target, dtype, wide, per_row):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "wide"), LOGITS)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("gradients", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")])
 def test_token_logprob_backward(target, dtype, wide, gradients):
     types = TOKEN | dict.fromkeys(("entropy", "largest", "log_sum", *gradients), f"*{wide}")

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/reduce.cuh"
+#include "cuda/vector.cuh"
 #include "formulas.h"
 
 namespace v05::cuda {
@@ -22,7 +23,8 @@ __device__ __forceinline__ T team_sum(T value) {
   return value;
 }
 
-// The group of the calling lane's team. A team past the last group is empty and takes part in the sums.
+// The group of the calling lane's team, whose rewards are widened to T as they are read. A team past the last group is
+// empty and takes part in the sums.
 template <class T>
 struct Team {
   int64_t group, begin, end;
@@ -30,15 +32,16 @@ struct Team {
   int lane;
   bool present;
 
-  __device__ Team(const T* rewards, const int64_t* offsets, int64_t groups) {
+  template <class Reward>
+  __device__ Team(const Reward* rewards, const int64_t* offsets, int64_t groups) {
     group = int64_t(blockIdx.x) * kTeams + threadIdx.x / kLanes;
     lane = threadIdx.x % kLanes;
     present = group < groups;
     begin = present ? offsets[group] : 0;
     end = present ? offsets[group + 1] : 0;
-    first = begin < end ? rewards[begin] : T(0);
+    first = begin < end ? widen(rewards[begin]) : T(0);
     T sum = 0;
-    for (int64_t i = begin + lane; i < end; i += kLanes) sum += rewards[i] - first;
+    for (int64_t i = begin + lane; i < end; i += kLanes) sum += widen(rewards[i]) - first;
     shifted = team_sum(sum);
   }
 

@@ -12,19 +12,35 @@
 
 namespace v05::cuda {
 
+// Rewards are read in their own dtype and widened to T, that of everything else.
+//
 // floats [6, groups]: mean, deviation, weight, baseline, mse, gain. integers [2, groups]: count, planned.
 // rollout_baseline [n] and advantages [n] may be null.
-template <class T>
-void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
+template <class Reward, class T>
+void shrinkage(const Reward* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream);
 
 template <class T>
 void calibrated(const Calibration<T>& in, cudaStream_t stream);
 
-// moments [2]: mean of the batch, and its std + eps; read only where baseline or scale is the batch's. A given baseline
-// [n] comes in place of the prior.
-template <class T>
-void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
+// What a part of the batch adds up to: the weight of its rewards, their mean, and the weighted squares about it.
+struct Pool {
+  double weight, mean, squares;
+};
+
+// How many blocks of batch_moments share n rewards.
+int64_t moment_blocks(int64_t n);
+
+// moments [2] of n > 0 rewards: their mean, and their std + eps (1 where the std is 0 or undefined); each reward counts
+// as often as lengths [n], where not null, say. Scratch: partial [blocks], not touched where there is one block.
+template <class Reward, class T>
+void batch_moments(const Reward* rewards, const T* lengths, int64_t n, double eps, Pool* partial, T* moments,
+                   cudaStream_t stream);
+
+// moments [2], as above, are read only where baseline or scale is the batch's. A given baseline [n] comes in place of
+// the prior.
+template <class Reward, class T>
+void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
                Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream);
 
 // The dtype in which sums over values of T are kept.

@@ -11,13 +11,6 @@ constexpr int kThreads = 256;
 constexpr int kPerThread = 8;  // tokens, kThreads apart
 constexpr int64_t kBlockTokens = int64_t(kThreads) * kPerThread;
 
-template <class T>
-__device__ __forceinline__ T block_sum(T value) {
-  __syncthreads();  // the memory of the last sum is free again
-  return block_reduce<kThreads>(
-      value, [](T v, int step) { return shuffle_down(v, step); }, [](T a, T b) { return a + b; });
-}
-
 // The last sequence of [low, high] that begins at or before a token.
 __device__ __forceinline__ int64_t sequence_of(const int64_t* __restrict__ offsets, int64_t token, int64_t low,
                                                int64_t high) {
@@ -48,9 +41,9 @@ __global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, 
     }
     if (!whole && __syncthreads_or(keep)) break;
   }
-  count = block_sum(count);
-  if (in.sequence_level) x_sum = block_sum(x_sum);
-  if (corrects) sampler_sum = block_sum(sampler_sum);
+  count = block_sum<kThreads>(count);
+  if (in.sequence_level) x_sum = block_sum<kThreads>(x_sum);
+  if (corrects) sampler_sum = block_sum<kThreads>(sampler_sum);
   if (threadIdx.x != 0) return;
   scratch.present[s] = count > 0 ? T(1) : T(0);
   if (in.sequence_level) {
@@ -169,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 #pragma unroll
   for (int field = 0; field < kPolicySums; ++field) {
-    T total = block_sum(sums[field]);
+    T total = block_sum<kThreads>(sums[field]);
     if (threadIdx.x == 0) scratch.partial[int64_t(field) * gridDim.x + blockIdx.x] = total;
   }
 }
@@ -181,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t s = blockIdx.x, begin = in.offsets[s], end = in.offsets[s + 1];
   double total = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) total += scratch.by_ratio[i];
-  const T part = T(block_sum(total) / larger(double(scratch.kept[s]), 1.0));
+  const T part = T(block_sum<kThreads>(total) / larger(double(scratch.kept[s]), 1.0));
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
     if (in.weights[i] != T(0)) gradient[i] += log_ratio(in.logprobs[i], in.old_logprobs[i]).slope * part;
 }
@@ -195,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(PolicyScratch<T> scrat
   const int64_t length = field == kSequences ? sequences : blocks;
   double total = 0;
   for (int64_t i = threadIdx.x; i < length; i += kThreads) total += values[i];
-  total = block_sum(total);
+  total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) *(field == kLoss ? loss : metrics + field - 1) = T(total);
 }
 

@@ -34,4 +34,11 @@ __device__ __forceinline__ T shuffle_down(T value, int step) {
   return __shfl_down_sync(0xffffffffu, value, step);
 }
 
+template <int kThreads, class T>
+__device__ __forceinline__ T block_sum(T value) {
+  __syncthreads();  // the memory of the last sum is free again
+  return block_reduce<kThreads>(
+      value, [](T v, int step) { return shuffle_down(v, step); }, [](T a, T b) { return a + b; });
+}
+
 }  // namespace v05::cuda

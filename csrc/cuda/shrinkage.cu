@@ -6,11 +6,12 @@ namespace v05::cuda {
 namespace {
 
 // Statistics, test, weight, baseline, error, gain, plan and advantages of every group, in one pass over the rewards.
-template <class T>
+template <class Reward, class T>
 __global__ void __launch_bounds__(kThreads)
-    shrinkage_kernel(const T* __restrict__ rewards, const int64_t* __restrict__ offsets, const T* __restrict__ prior,
-                     int64_t groups, Budget<T> budget, T* __restrict__ floats, int64_t* __restrict__ integers,
-                     bool* __restrict__ more, T* __restrict__ rollout_baseline, T* __restrict__ advantages) {
+    shrinkage_kernel(const Reward* __restrict__ rewards, const int64_t* __restrict__ offsets,
+                     const T* __restrict__ prior, int64_t groups, Budget<T> budget, T* __restrict__ floats,
+                     int64_t* __restrict__ integers, bool* __restrict__ more, T* __restrict__ rollout_baseline,
+                     T* __restrict__ advantages) {
   Team<T> team(rewards, offsets, groups);
   if (!team.present) return;
   int64_t count = team.count(), g = team.group;
@@ -29,20 +30,20 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!rollout_baseline && !advantages) return;
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
-    T mu = fusion.baseline;
+    T reward = widen(rewards[i]), mu = fusion.baseline;
     if (rollout_baseline) {
-      T rest = count > 1 ? mean_without(team.first, team.shifted, rewards[i], count) : value;
+      T rest = count > 1 ? mean_without(team.first, team.shifted, reward, count) : value;
       mu = fused_baseline(rest, T(count - 1), value, s);
       rollout_baseline[i] = mu;
     }
-    if (advantages) advantages[i] = rewards[i] - mu;
+    if (advantages) advantages[i] = reward - mu;
   }
 }
 
 }  // namespace
 
-template <class T>
-void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
+template <class Reward, class T>
+void shrinkage(const Reward* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream) {
   if (groups == 0) return;
   shrinkage_kernel<<<blocks_for(groups), kThreads, 0, stream>>>(rewards, offsets, prior, groups, budget, floats,
@@ -50,10 +51,12 @@ void shrinkage(const T* rewards, const int64_t* offsets, const T* prior, int64_t
   check_launch("shrinkage");
 }
 
-#define V05_INSTANTIATE(T)                                                                                           \
-  template void shrinkage<T>(const T*, const int64_t*, const T*, int64_t, const Budget<T>&, T*, int64_t*, bool*, T*, \
-                             T*, cudaStream_t);
-V05_INSTANTIATE(float)
-V05_INSTANTIATE(double)
+#define V05_INSTANTIATE(Reward, T)                                                                                     \
+  template void shrinkage(const Reward*, const int64_t*, const T*, int64_t, const Budget<T>&, T*, int64_t*, bool*, T*, \
+                          T*, cudaStream_t);
+V05_INSTANTIATE(float, float)
+V05_INSTANTIATE(double, double)
+V05_INSTANTIATE(__nv_bfloat16, float)
+V05_INSTANTIATE(__half, float)
 
 }  // namespace v05::cuda

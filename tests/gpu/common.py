@@ -164,6 +164,10 @@ def _groups(size: int, seed: int = 0):
     return on_device(ragged_groups(size, 0, 21, seed=seed, values=(-1.0, 0.3, 1.0)))
 
 
+def _half_groups(size: int, seed: int = 0):
+    return on_device(ragged_groups(size, 0, 21, seed=seed, values=(-1.0, 0.3, 1.0), dtype=torch.bfloat16))
+
+
 def _tokens(size: int, seed: int = 0):
     return tokens_of(size, 60, seed=seed)
 
@@ -183,6 +187,8 @@ OPS = {
     "calibrated fusion": Op(_groups, run_shrinkage, dict(fusion="calibrated", leave_one_out=True, advantages=True)),
     "advantage by group": Op(_groups, run_advantage, dict(estimator="grpo")),
     "advantage by batch": Op(_groups, run_advantage, dict(estimator="v05_loo", scale="batch")),
+    "shrinkage in half precision": Op(_half_groups, run_shrinkage, dict(leave_one_out=True, advantages=True)),
+    "advantage by batch in half precision": Op(_half_groups, run_advantage, dict(estimator="reinforce_plus_plus")),
     "policy_loss by token": Op(_tokens, run_policy_loss, dict(kl="k3", correction="token_truncate")),
     "policy_loss by sequence": Op(
         _tokens, run_policy_loss, dict(surrogate="sapo", level="sequence", correction="sequence_truncate")

@@ -35,11 +35,16 @@ WORKING = (torch.float32, torch.float64)
 
 
 def groups_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    for dtype in WORKING:
+    for dtype in DTYPES:
         data = on_device(ragged_groups(67, 0, 21, values=(-1.0, 0.3, 1.0), dtype=dtype))
         for own, centred in itertools.product((False, True), repeat=2):
             options = dict(leave_one_out=own, advantages=centred)
             yield f"shrinkage {dtype} {options}", partial(run_shrinkage, backend, data, **options)
+        large = on_device(ragged_groups(900, 4, 21, dtype=dtype))
+        for size, given in (("small", data), ("large", large)):
+            for weighed in (False, True):
+                options = dict(estimator="reinforce_plus_plus", lengths=given.rewards.abs() if weighed else None)
+                yield f"moments {dtype} {size} {weighed}", partial(run_advantage, backend, given, **options)
         for values, own in itertools.product(((-1.0, 1.0), (-1.0, 0.3, 1.0)), (False, True)):
             chosen = on_device(ragged_groups(67, 0, 21, values=values, dtype=dtype))
             options = dict(fusion="calibrated", leave_one_out=own, advantages=True)

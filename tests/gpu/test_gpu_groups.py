@@ -58,10 +58,21 @@ def test_advantage(backend, estimator, scale, dtype):
     compare(run_advantage, backend, data, estimator=estimator, scale=scale)
 
 
-def test_statistics_over_tokens(backend):
-    data = on_device(ragged_groups(300, 0, 9, seed=5, values=VALUES))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 300, 65_536])
+def test_statistics_over_tokens(backend, dtype, groups):
+    """Pooled by one block, by one, and by many; the first two thirds of the rollouts have no tokens."""
+    data = on_device(ragged_groups(scaled(groups, min(groups, 900)), 4, 16, seed=5, values=VALUES, dtype=dtype))
     lengths = torch.randint(1, 900, data.rewards.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    lengths[: len(lengths) * 2 // 3] = 0
     compare(run_advantage, backend, data, estimator="reinforce_plus_plus", lengths=lengths)
+    compare(run_advantage, backend, data, estimator="v05", scale="batch")
+
+
+def test_statistics_of_no_tokens(backend):
+    data = on_device(ragged_groups(30, 1, 9, values=VALUES))
+    result = run_advantage(backend, data, "reinforce_plus_plus", lengths=torch.zeros_like(data.rewards))
+    assert torch.equal(result["advantages"], data.rewards - data.rewards[0])
 
 
 def test_more_groups_than_a_grid_axis_holds_blocks(backend):
@@ -93,6 +104,13 @@ def test_equal_rewards_are_exactly_zero(backend):
     data = on_device(RaggedGroups(torch.full((13,), 0.1), torch.tensor([0, 3, 6, 13]), torch.zeros(3)))
     for estimator in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus"):
         assert not run_advantage(backend, data, estimator)["advantages"].any(), estimator
+
+
+def test_a_large_batch_of_equal_rewards_is_exactly_zero(backend):
+    size = scaled(650_000, 9_000)
+    data = on_device(RaggedGroups(torch.full((size,), 0.1), torch.tensor([0, size]), torch.zeros(1)))
+    for lengths in (None, torch.arange(size, device=DEVICE) % 7):
+        assert not run_advantage(backend, data, "reinforce_plus_plus", lengths=lengths)["advantages"].any()
 
 
 @pytest.mark.parametrize("backend", KERNELS)

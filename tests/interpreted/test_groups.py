@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from v05.kernels import group_advantage, shrinkage
+from v05.kernels.advantage import triton_moments
 from v05.kernels.advantage.estimators import ESTIMATORS, SCALES
+from v05.kernels.advantage.reference import batch_moments
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
+HALF = [torch.bfloat16, torch.float16]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("longest", [0, 3, 40])
 def test_shrinkage(dtype, longest):
     data = ragged_groups(101, 0, longest, seed=longest, values=(-1.0, 0.3, 1.0), dtype=dtype)
@@ -53,17 +57,49 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize(("estimator", "scale"), ALLOWED)
-def test_advantage(estimator, scale):
-    data = ragged_groups(70, 0, 21, seed=4, values=(-1.0, 0.3, 1.0))
+def compare_advantage(data, estimator, **options):
     prior = data.prior if ESTIMATORS[estimator].needs_prior else None
-    options = {"estimator": estimator, "scale": scale}
+    options["estimator"] = estimator
     wide = None if prior is None else prior.double()
     exact = group_advantage(data.rewards.double(), data.offsets, prior=wide, backend="reference", **options)
     same = group_advantage(data.rewards, data.offsets, prior=prior, backend="reference", **options)
     with poisoned_outputs():
         result = group_advantage(data.rewards, data.offsets, prior=prior, backend="triton", **options)
     assert_as_exact_as(result, same, exact)
+    return result
+
+
+@pytest.mark.parametrize(("estimator", "scale"), ALLOWED)
+def test_advantage(estimator, scale):
+    compare_advantage(ragged_groups(70, 0, 21, seed=4, values=(-1.0, 0.3, 1.0)), estimator, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_advantage_of_half_precision(estimator, dtype):
+    data = ragged_groups(70, 0, 21, seed=4, values=(-1.0, 0.3, 1.0), dtype=dtype)
+    assert compare_advantage(data, estimator).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("groups", [1, 900])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_moments_of_the_batch(groups, by_length, dtype):
+    """900 groups are more than one program pools. A whole part of the batch has length 0, where there are lengths."""
+    data = ragged_groups(groups, 9, 21, seed=2, values=(-1.0, 0.3, 0.9), dtype=dtype)
+    lengths = torch.randint(0, 900, data.rewards.shape, generator=torch.Generator().manual_seed(0))
+    lengths[: len(lengths) * 2 // 3] = 0
+    compare_advantage(data, "reinforce_plus_plus", lengths=lengths if by_length else None)
+
+
+@pytest.mark.parametrize("value", [0.1, float("nan")])
+def test_moments_of_one_value_alone(value):
+    """Equal rewards have a mean without rounding and are left unscaled, in however many parts; NaN stays NaN."""
+    for n in (1, 2, 3 * triton_moments.BLOCK + 7):
+        for lengths in (None, torch.ones(n), torch.zeros(n), torch.linspace(0, 3, n)):
+            mean, std = triton_moments.batch_moments(torch.full((n,), value), lengths, 1e-6)
+            expected = batch_moments(torch.full((n,), value), lengths, 1e-6)
+            torch.testing.assert_close(torch.stack([mean, std]), torch.stack(expected), rtol=0, atol=0, equal_nan=True)
 
 
 def test_same_bits_alone_and_in_a_batch():

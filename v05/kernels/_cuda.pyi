@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
-# The native CUDA module: device addresses of contiguous tensors, sizes, a stream, and whether they are float64.
+# The native CUDA module: device addresses of contiguous tensors, sizes, a stream, and their dtype: `wide` says float64,
+# `dtype` is an index into DTYPES of v05/kernels/token_logprob/rules.py, that of the rewards, the logits or the states.
 
 def shrinkage(
     rewards: int,
@@ -18,7 +19,7 @@ def shrinkage(
     rollout_baseline: int,
     advantages: int,
     stream: int,
-    wide: bool,
+    dtype: int,
 ) -> None: ...
 def calibrated(
     inputs: Sequence[int],
@@ -33,6 +34,17 @@ def calibrated(
     stream: int,
     wide: bool,
 ) -> None: ...
+def moment_blocks(n: int) -> int: ...
+def batch_moments(
+    rewards: int,
+    lengths: int,
+    n: int,
+    eps: float,
+    partial: int,
+    moments: int,
+    stream: int,
+    dtype: int,
+) -> None: ...
 def advantage(
     rewards: int,
     offsets: int,
@@ -46,7 +58,7 @@ def advantage(
     eps: float,
     out: int,
     stream: int,
-    wide: bool,
+    dtype: int,
 ) -> None: ...
 def token_logprob(
     dtype: int,

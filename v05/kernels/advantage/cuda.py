@@ -1,4 +1,4 @@
-"""Advantages in CUDA C++: launches csrc/cuda/advantage.cu on the current stream; batch statistics are torch's."""
+"""Advantages in CUDA C++: launches csrc/cuda/advantage.cu on the current stream."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ from torch import Tensor
 
 from v05.kernels import _cuda, segments
 from v05.kernels.advantage.estimators import Baseline, Scale
-from v05.kernels.advantage.reference import batch_moments
 from v05.kernels.device import on_device_of, stream_of
+from v05.kernels.token_logprob.rules import DTYPES
+
+
+def batch_moments(rewards: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
+    """The reference's mean and std + eps `[2]` of contiguous rewards, summed in float64: one launch, two if many."""
+    n = rewards.numel()
+    lengths = None if lengths is None else lengths.contiguous()
+    moments = rewards.new_empty(2, dtype=segments.working_dtype(rewards))
+    partial = rewards.new_empty(_cuda.moment_blocks(n), 3, dtype=torch.float64)
+    addresses = (rewards.data_ptr(), segments.address(lengths), n, eps, partial.data_ptr(), moments.data_ptr())
+    _cuda.batch_moments(*addresses, stream_of(rewards), DTYPES.index(rewards.dtype))
+    return moments
 
 
 def group_advantage(
@@ -22,14 +33,15 @@ def group_advantage(
     high: float,
     eps: float,
 ) -> Tensor:
-    """Same contract as the reference; one launch beyond the statistics of the batch, no synchronisation."""
+    """Same contract as the reference; one launch beyond the moments of the batch, no synchronisation."""
     rewards, offsets = rewards.contiguous(), offsets.contiguous()
     prior = None if prior is None else prior.contiguous()
-    out = torch.empty_like(rewards)
-    moments = None
-    if baseline is Baseline.BATCH or scale is Scale.BATCH:
-        moments = torch.stack(batch_moments(rewards, lengths, eps))
+    out = rewards.new_empty(rewards.shape, dtype=segments.working_dtype(rewards))
+    if rewards.numel() == 0:
+        return out
+    by_batch = baseline is Baseline.BATCH or scale is Scale.BATCH
     with on_device_of(rewards):
+        moments = batch_moments(rewards, lengths, eps) if by_batch else None
         _cuda.advantage(
             rewards.data_ptr(),
             offsets.data_ptr(),
@@ -43,6 +55,6 @@ def group_advantage(
             eps,
             out.data_ptr(),
             stream_of(rewards),
-            rewards.dtype == torch.float64,
+            DTYPES.index(rewards.dtype),
         )
     return out

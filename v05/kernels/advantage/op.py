@@ -9,7 +9,7 @@ from v05.kernels import dispatch, segments
 from v05.kernels.advantage import reference
 from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
-from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget
+from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget, readable
 
 
 @torch.library.custom_op("v05::group_advantage", mutates_args=())
@@ -42,7 +42,7 @@ def _(
     eps: float,
     backend: str,
 ) -> Tensor:
-    return torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    return rewards.new_empty(rewards.shape, dtype=segments.working_dtype(rewards))
 
 
 def group_advantage(
@@ -99,7 +99,7 @@ def group_advantage(
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards = rewards.detach().to(dtype)
+    rewards = rewards.detach()
     prior = None if prior is None else prior.detach().to(dtype)
     if lengths is not None:
         if lengths.shape != rewards.shape:
@@ -107,9 +107,10 @@ def group_advantage(
         lengths = lengths.detach().to(dtype)
     chosen = dispatch.backend_for("advantage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_group_values(rewards, offsets, prior, low, high)
+        check_group_values(rewards.to(dtype), offsets, prior, low, high)
     if resolved.made:
-        prior = MAKERS[resolved.made](Given(rewards, offsets, prior, lengths, low, high, backend))
+        prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, lengths, low, high, backend))
+    rewards = readable(rewards, chosen)
     kinds = (int(resolved.baseline), int(resolved.scale))
     if chosen == "reference":
         out = reference.group_advantage(rewards, offsets, prior, lengths, *kinds, low, high, eps)

@@ -1,14 +1,14 @@
-"""Advantages in Triton: one launch over tiles of groups; statistics of the batch, where asked for, are torch's."""
+"""Advantages in Triton: one launch over tiles of groups, after the moments of the batch where they are asked for."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from v05.kernels import segments
 from v05.kernels.advantage.estimators import Baseline, Scale
-from v05.kernels.advantage.reference import batch_moments
+from v05.kernels.advantage.triton_moments import batch_moments
 from v05.kernels.device import on_device_of
 from v05.kernels.shrinkage.triton import (
     BLOCK_GROUPS,
@@ -100,15 +100,15 @@ def group_advantage(
     high: float,
     eps: float,
 ) -> Tensor:
-    """Same contract as the reference; one launch, no synchronisation."""
+    """Same contract as the reference; one launch beyond the moments of the batch, no synchronisation."""
     rewards, offsets = rewards.contiguous(), offsets.contiguous()
-    out = torch.empty_like(rewards)
+    out = rewards.new_empty(rewards.shape, dtype=segments.working_dtype(rewards))
     groups = offsets.numel() - 1
     if groups == 0 or rewards.numel() == 0:
         return out
     moments = rewards
     if baseline is Baseline.BATCH or scale is Scale.BATCH:
-        moments = torch.stack(batch_moments(rewards, lengths, eps))
+        moments = batch_moments(rewards, lengths, eps)
     with on_device_of(rewards):
         advantage_kernel[(triton.cdiv(groups, BLOCK_GROUPS),)](
             rewards,

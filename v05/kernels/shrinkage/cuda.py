@@ -8,6 +8,7 @@ from torch import Tensor
 from v05.kernels import _cuda
 from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.shrinkage.rules import Budget, Outputs
+from v05.kernels.token_logprob.rules import DTYPES
 
 
 def shrinkage(
@@ -16,11 +17,11 @@ def shrinkage(
     """Same contract as the reference; one launch, no synchronisation."""
     rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
     groups = offsets.numel() - 1
-    floats = rewards.new_empty(6, groups)
+    floats = prior.new_empty(6, groups)
     integers = offsets.new_empty(2, groups)
     more = torch.empty(groups, dtype=torch.bool, device=rewards.device)
-    rollout_baseline = rewards.new_empty(rewards.numel() if leave_one_out else 0)
-    advantage = rewards.new_empty(rewards.numel() if advantages else 0)
+    rollout_baseline = prior.new_empty(rewards.numel() if leave_one_out else 0)
+    advantage = prior.new_empty(rewards.numel() if advantages else 0)
     with on_device_of(rewards):
         _cuda.shrinkage(
             rewards.data_ptr(),
@@ -34,6 +35,6 @@ def shrinkage(
             rollout_baseline.data_ptr() if leave_one_out else 0,
             advantage.data_ptr() if advantages else 0,
             stream_of(rewards),
-            rewards.dtype == torch.float64,
+            DTYPES.index(rewards.dtype),
         )
     return floats, integers, more, rollout_baseline, advantage

@@ -11,7 +11,7 @@ from torch import Tensor
 from v05.kernels import dispatch, segments
 from v05.kernels.calibration.op import calibrated
 from v05.kernels.shrinkage import reference
-from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget
+from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget, readable
 
 FUSIONS = ("v05", "calibrated")
 
@@ -78,8 +78,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups = prior.numel()
     more = prior.new_empty(groups, dtype=torch.bool)
-    rollouts = [rewards.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages)]
-    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, rollouts[0], rollouts[1]
+    rollouts = [prior.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages)]
+    return prior.new_empty(6, groups), offsets.new_empty(2, groups), more, rollouts[0], rollouts[1]
 
 
 def shrinkage(
@@ -135,16 +135,17 @@ def shrinkage(
     budget = make_budget(reward_range, cost, k_init, k_max)
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards, prior = rewards.detach().to(dtype), prior.detach().to(dtype)
+    rewards, prior = rewards.detach(), prior.detach().to(dtype)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
-        (*fused, soft), graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
+        (*fused, soft), graded = calibrated(rewards.to(dtype), offsets, prior, budget, state, state_decay, *asked)
         return _named(fused, leave_one_out, advantages)._replace(state=soft, graded=graded)
     if state is not None:
         raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
     chosen = dispatch.backend_for("shrinkage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_group_values(rewards, offsets, prior, budget.low, budget.high)
+        check_group_values(rewards.to(dtype), offsets, prior, budget.low, budget.high)
+    rewards = readable(rewards, chosen)
     if chosen == "reference":
         outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out, advantages)
     else:

@@ -128,11 +128,11 @@ def shrinkage(
     """Same contract as the reference; one launch, no synchronisation."""
     rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
     groups = offsets.numel() - 1
-    floats = rewards.new_empty(6, groups)
+    floats = prior.new_empty(6, groups)
     integers = offsets.new_empty(2, groups)
     more = torch.empty(groups, dtype=torch.bool, device=rewards.device)
-    rollout_baseline = rewards.new_empty(rewards.numel() if leave_one_out else 0)
-    advantage = rewards.new_empty(rewards.numel() if advantages else 0)
+    rollout_baseline = prior.new_empty(rewards.numel() if leave_one_out else 0)
+    advantage = prior.new_empty(rewards.numel() if advantages else 0)
     if groups:
         with on_device_of(rewards):
             shrinkage_kernel[(triton.cdiv(groups, BLOCK_GROUPS),)](
