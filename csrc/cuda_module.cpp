@@ -117,7 +117,7 @@ void bind_query_attention(py::module_& m) {
 }
 
 template <class T>
-void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n,
+void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 5>& scratch, int64_t n,
                  int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
                  const std::array<double, 9>& by, Address gradient, Address loss, Address metrics, Address stream) {
   v05::PolicyInputs<T> in{};
@@ -128,8 +128,8 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
   in.surrogate = v05::Surrogate(kinds[0]), in.sequence_level = kinds[1] != 0;
   in.kl = v05::Kl(kinds[2]), in.correction = v05::Correction(kinds[3]);
   in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
-  v05::cuda::PolicyScratch<T> space{at<T>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]),
-                                    at<T>(scratch[3]), at<T>(scratch[4]), at<T>(scratch[5])};
+  v05::cuda::PolicyScratch<T> space{at<double>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]), at<T>(scratch[3]),
+                                    at<T>(scratch[4])};
   v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(loss), at<T>(metrics),
                          reinterpret_cast<cudaStream_t>(stream));
 }
@@ -183,12 +183,20 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("policy_blocks", &v05::cuda::policy_blocks);
   m.def("policy_loss",
-        [](const std::array<Address, 8>& inputs, const std::array<Address, 6>& scratch, int64_t n, int64_t sequences,
+        [](const std::array<Address, 8>& inputs, const std::array<Address, 5>& scratch, int64_t n, int64_t sequences,
            bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
            Address gradient, Address loss, Address metrics, Address stream, bool wide) {
           (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
                                                             numbers, gradient, loss, metrics, stream);
         });
+
+  m.def("scale_unless_one", [](Address values, int64_t n, Address factor, Address stream, bool wide) {
+    const auto on = reinterpret_cast<cudaStream_t>(stream);
+    if (wide)
+      v05::cuda::scale_unless_one(at<double>(values), n, at<double>(factor), on);
+    else
+      v05::cuda::scale_unless_one(at<float>(values), n, at<float>(factor), on);
+  });
 
   bind_query_attention(m);
 }

@@ -17,7 +17,7 @@ template <class T>
 __device__ __forceinline__ T team_max(T value) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2)
-    value = larger(value, __shfl_xor_sync(0xffffffffu, value, step, kLanes));
+    value = larger(value, __shfl_xor_sync(kEveryLane, value, step, kLanes));
   return value;
 }
 
@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(kFitThreads<T>) fit_kernel(Calibration<T> in) 
     }
 #pragma unroll
     for (int c = 0; c < kComponents; ++c) {
-#pragma unroll
-      for (int gap = kWarp / 2; gap > 0; gap /= 2) share[c] += shuffle_down(share[c], gap);
-      if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp][c] = share[c];
+      const double sum = warp_sum(share[c]);
+      if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp][c] = sum;
     }
     __syncthreads();
     if (threadIdx.x < kComponents) {

@@ -19,7 +19,7 @@ constexpr int kTeams = kThreads / kLanes;
 template <class T>
 __device__ __forceinline__ T team_sum(T value) {
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step, kLanes);
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kEveryLane, value, step, kLanes);
   return value;
 }
 

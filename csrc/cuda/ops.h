@@ -63,20 +63,25 @@ void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<con
                             const typename WideOf<T>::type* grad_logprob, const typename WideOf<T>::type* grad_entropy,
                             T* grad_logits, int64_t grad_stride, cudaStream_t stream);
 
-// Scratch of policy_loss: partial [kPolicySums, blocks] and present [sequences] always; kept and ratio [sequences] and
-// by_ratio [n] at the level of sequences; correction [sequences] where the sampler's weight is a sequence's.
+// Scratch of policy_loss: partial [kPolicySums, blocks]; kept and ratio [sequences] and by_ratio [n] at the level of
+// sequences; correction [sequences] where the sampler's weight is a sequence's.
 template <class T>
 struct PolicyScratch {
-  T *partial, *present, *kept, *ratio, *correction, *by_ratio;
+  double* partial;
+  T *kept, *ratio, *correction, *by_ratio;
 };
 
-// How many blocks of policy_loss share n tokens.
+// How many blocks of policy_loss share n tokens on the current device.
 int64_t policy_blocks(int64_t n);
 
 // gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1].
 template <class T>
 void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream);
+
+// Multiplies n values by a number on the device; reads and writes nothing where that is 1.
+template <class T>
+void scale_unless_one(T* values, int64_t n, const T* factor, cudaStream_t stream);
 
 // Scratch of query_attention: keys [heads, tokens, 4].
 template <class T>

@@ -1,51 +1,67 @@
 // Policy losses: one pass over the tokens stores the gradient and leaves partial sums, which a last launch adds up in a
-// fixed order. Options on whole sequences take a launch before it, and, at the level of sequences, one after it.
+// fixed order; a batch of a few thousand tokens needs no such launch. Options on whole sequences take a launch before
+// the pass, and, at the level of sequences, one after it.
 #include "cuda/ops.h"
+#include "cuda/policy_token.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/sequences.cuh"
 
 namespace v05::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kPerThread = 8;  // tokens, kThreads apart
-constexpr int64_t kBlockTokens = int64_t(kThreads) * kPerThread;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kEach = 4;  // neighbouring tokens of a thread, read together
+constexpr int64_t kWarpTokens = kWarp * kEach, kTile = kThreads * kEach;
+constexpr int kResident = 4;        // blocks of the pass at a time on one multiprocessor
+constexpr int64_t kAloneTiles = 4;  // of a batch that one block goes through
 
-// The last sequence of [low, high] that begins at or before a token.
-__device__ __forceinline__ int64_t sequence_of(const int64_t* __restrict__ offsets, int64_t token, int64_t low,
-                                               int64_t high) {
-  while (low < high) {
-    int64_t middle = (low + high + 1) / 2;
-    if (offsets[middle] <= token)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
+template <class T>
+struct alignas(16) Four {
+  T at[kEach];
+};
+
+// Tokens i to i + kEach of n, or 0 past the end.
+template <class T>
+__device__ __forceinline__ Four<T> load_four(const T* __restrict__ values, int64_t i, int64_t n, bool aligned) {
+  if (aligned && i + kEach <= n) return *reinterpret_cast<const Four<T>*>(values + i);
+  Four<T> four;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) four.at[k] = i + k < n ? values[i + k] : T(0);
+  return four;
 }
 
-// One sequence: whether a token is unmasked and, where an option asks, the ratio of its mean and its sampler weight.
+template <class T>
+__device__ __forceinline__ void store_four(T* __restrict__ values, int64_t i, int64_t n, bool aligned,
+                                           const Four<T>& four) {
+  if (aligned && i + kEach <= n) {
+    *reinterpret_cast<Four<T>*>(values + i) = four;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kEach; ++k)
+    if (i + k < n) values[i + k] = four.at[k];
+}
+
+// One sequence: the ratio of its mean and its sampler weight, whichever is asked for.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch) {
   const int64_t s = blockIdx.x, begin = in.offsets[s], end = in.offsets[s + 1];
-  const bool corrects = whole_sequence(in.correction), whole = in.sequence_level || corrects;
+  const bool corrects = whole_sequence(in.correction);
   double count = 0, x_sum = 0, sampler_sum = 0;
-  for (int64_t start = begin; start < end; start += kThreads) {
-    int64_t i = start + threadIdx.x;
-    bool keep = i < end && in.weights[i] != T(0);
-    count += keep ? 1 : 0;
-    if (whole && keep) {
-      T old = in.old_logprobs[i];
-      if (in.sequence_level) x_sum += log_ratio(in.logprobs[i], old).value;
-      if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
-    }
-    if (!whole && __syncthreads_or(keep)) break;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    if (in.weights[i] == T(0)) continue;
+    const T old = in.old_logprobs[i];
+    count += 1;
+    if (in.sequence_level) x_sum += log_ratio(in.logprobs[i], old).value;
+    if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
   }
-  count = block_sum<kThreads>(count);
-  if (in.sequence_level) x_sum = block_sum<kThreads>(x_sum);
-  if (corrects) sampler_sum = block_sum<kThreads>(sampler_sum);
+  const double sums[] = {count, x_sum, sampler_sum};
+  const double sum = block_sums<kThreads>(sums);
+  if (threadIdx.x >= kWarp) return;
+  count = __shfl_sync(kEveryLane, sum, 0), x_sum = __shfl_sync(kEveryLane, sum, 1);
+  sampler_sum = __shfl_sync(kEveryLane, sum, 2);
   if (threadIdx.x != 0) return;
-  scratch.present[s] = count > 0 ? T(1) : T(0);
   if (in.sequence_level) {
     scratch.kept[s] = T(count);
     scratch.ratio[s] = exp(T(x_sum / larger(count, 1.0)));
@@ -57,114 +73,75 @@ __global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, 
   }
 }
 
+// How many of every `stride`-th sequences from `first` on have an unmasked token, in a warp's first lane.
 template <class T>
-__device__ __forceinline__ PolicyTerm<T> surrogate(Surrogate kind, const PolicyToken<T>& token,
-                                                   const PolicyNumbers<T>& by) {
-  switch (kind) {
-    case Surrogate::ppo:
-      return policy_term<Surrogate::ppo>(token, by);
-    case Surrogate::cispo:
-      return policy_term<Surrogate::cispo>(token, by);
-    case Surrogate::sapo: {
-      PolicyToken<T> gated = token;
-      gated.gate = exp(sapo_exponent(token.ratio, token.advantage, by));
-      return policy_term<Surrogate::sapo>(gated, by);
-    }
-    case Surrogate::clip_cov:
-      return policy_term<Surrogate::clip_cov>(token, by);
-    case Surrogate::kl_cov:
-      return policy_term<Surrogate::kl_cov>(token, by);
-    default:
-      return policy_term<Surrogate::gpg>(token, by);
+__device__ __forceinline__ T sequences_kept(const PolicyInputs<T>& in, int64_t first, int64_t stride) {
+  const int lane = threadIdx.x % kWarp;
+  T kept = 0;
+  for (int64_t s = first; s < in.sequences; s += stride) {
+    const int64_t end = in.offsets[s + 1];
+    for (int64_t start = in.offsets[s]; start < end; start += kWarp)
+      if (__any_sync(kEveryLane, start + lane < end && in.weights[start + lane] != T(0))) {
+        kept += lane == 0 ? 1 : 0;
+        break;
+      }
   }
+  return kept;
 }
 
+// The fields that a plain token leaves out, and where a sum goes: metrics follow the loss.
 template <class T>
-__device__ __forceinline__ Slope<T> kl(Kl kind, T ref, T logprob) {
-  T gap = ref - logprob;
-  if (ref == logprob && !(gap == gap)) return {T(0), T(0)};  // equal infinities
-  Slope<T> bounded = log_ratio(ref, logprob);
-  switch (kind) {
-    case Kl::k1:
-      return kl_term<Kl::k1>(gap, bounded, T(0));
-    case Kl::k2:
-      return kl_term<Kl::k2>(gap, bounded, T(0));
-    case Kl::k3:
-      return kl_term<Kl::k3>(gap, bounded, T(exp(bounded.value)));
-    case Kl::k1_plus:
-      return kl_term<Kl::k1_plus>(gap, bounded, T(0));
-    case Kl::k3_plus:
-      return kl_term<Kl::k3_plus>(gap, bounded, T(exp(bounded.value)));
-    default:
-      return {T(0), T(0)};
-  }
+__device__ __forceinline__ void store_sum(int field, double sum, T* __restrict__ loss, T* __restrict__ metrics) {
+  *(field == kLoss ? loss : metrics + field - 1) = T(sum);
 }
 
-// What one unmasked token adds to the sums, the gradient and, at the level of sequences, to by_ratio.
-template <class T>
-__device__ __forceinline__ void add_token(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, int64_t i,
-                                          int64_t s, T weight, T logprob, T old, T* sums, T* gradient) {
-  const T advantage = in.advantages[in.advantage_per_token ? i : s];
-  const Slope<T> x = log_ratio(logprob, old);
-  const T ratio = in.sequence_level ? scratch.ratio[s] : exp(x.value);
-  const T selected = in.selected && in.selected[i] ? T(1) : T(0);
-  const PolicyToken<T> token{logprob, x.value, x.slope, ratio, advantage, T(0), selected};
-  const PolicyTerm<T> term = surrogate(in.surrogate, token, in.numbers);
-  T correction = 1;
-  if (whole_sequence(in.correction))
-    correction = scratch.correction[s];
-  else if (in.correction != Correction::none)
-    correction = sampler_weight(T(exp(log_ratio(old, in.sampler_logprobs[i]).value)), masks(in.correction), in.numbers);
-  const T scale = weight * correction;
-  T value = scale * term.value, direct = scale * term.by_logprob;
-  const T by_ratio = scale * term.by_ratio;
-  if (in.kl != Kl::none) {
-    const Slope<T> penalty = kl(in.kl, in.ref_logprobs[i], logprob);
-    value += weight * in.numbers.kl_coef * penalty.value;
-    direct += weight * in.numbers.kl_coef * penalty.slope;
-    sums[kKl] += penalty.value;
-  }
-  if (in.sequence_level) scratch.by_ratio[i] = by_ratio;
-  gradient[i] = in.sequence_level ? direct : direct + x.slope * by_ratio;
-  sums[kLoss] += value;
-  sums[kTokens] += 1;
-  sums[kRatio] += ratio;
-  sums[kLogRatio] += x.value;
-  sums[kClippedLow] += term.low;
-  sums[kClippedHigh] += term.high;
-  sums[kDualClipped] += term.dual;
-  sums[kSamplerWeight] += correction;
-  sums[kSamplerMasked] += masks(in.correction) && correction == T(0) ? 1 : 0;
-  sums[kSelected] += selected;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    token_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, T* __restrict__ gradient) {
-  __shared__ int64_t edges[2];
-  const int64_t begin = int64_t(blockIdx.x) * kBlockTokens, end = smaller(begin + kBlockTokens, in.n);
-  if (threadIdx.x < 2)
-    edges[threadIdx.x] = sequence_of(in.offsets, threadIdx.x == 0 ? begin : end - 1, 0, in.sequences - 1);
-  __syncthreads();
+template <Surrogate kSurrogate, bool kPlain, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
+    token_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, bool aligned, T* __restrict__ gradient,
+                 T* __restrict__ loss, T* __restrict__ metrics) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool looks_up = !in.advantage_per_token || !kPlain;
   T sums[kPolicySums] = {};
-#pragma unroll 4
-  for (int step = 0; step < kPerThread; ++step) {
-    const int64_t i = begin + step * kThreads + threadIdx.x;
-    if (i >= end) break;
+  int64_t low = 0;
+  for (int64_t tile = blockIdx.x; tile * kTile < in.n; tile += gridDim.x) {
+    const int64_t first = tile * kTile + warp * kWarpTokens, i = first + lane * kEach;
+    if (first >= in.n) break;
     // Together, before the mask is known: what a masked token holds is read but never used.
-    const T weight = in.weights[i], logprob = in.logprobs[i], old = in.old_logprobs[i];
-    if (weight == T(0)) {
-      gradient[i] = 0;
-      if (in.sequence_level) scratch.by_ratio[i] = 0;
-      continue;
+    const Four<T> weight = load_four(in.weights, i, in.n, aligned);
+    const Four<T> logprob = load_four(in.logprobs, i, in.n, aligned);
+    const Four<T> old = load_four(in.old_logprobs, i, in.n, aligned);
+    Four<T> advantage, slope, by_ratio;
+    if (in.advantage_per_token) advantage = load_four(in.advantages, i, in.n, aligned);
+    int64_t s = 0, next = 0;
+    if (looks_up) {
+      const Span span(in.offsets, in.sequences, first, smaller(first + kWarpTokens, in.n) - 1, low);
+      low = span.first;
+      s = span.of(in.offsets, i);
+      next = s < span.last ? in.offsets[s + 1] : in.n;
     }
-    add_token(in, scratch, i, sequence_of(in.offsets, i, edges[0], edges[1]), weight, logprob, old, sums, gradient);
-  }
 #pragma unroll
-  for (int field = 0; field < kPolicySums; ++field) {
-    T total = block_sum<kThreads>(sums[field]);
-    if (threadIdx.x == 0) scratch.partial[int64_t(field) * gridDim.x + blockIdx.x] = total;
+    for (int k = 0; k < kEach; ++k) {
+      while (looks_up && i + k >= next && i + k < in.n) next = in.offsets[++s + 1];
+      if (!in.advantage_per_token) advantage.at[k] = in.advantages[s];
+      slope.at[k] = by_ratio.at[k] = T(0);
+      if (weight.at[k] != T(0))
+        slope.at[k] = add_token<kSurrogate, kPlain>(in, scratch, i + k, s, weight.at[k], logprob.at[k], old.at[k],
+                                                    advantage.at[k], sums, &by_ratio.at[k]);
+    }
+    store_four(gradient, i, in.n, aligned, slope);
+    if (!kPlain && in.sequence_level) store_four(scratch.by_ratio, i, in.n, aligned, by_ratio);
   }
+  sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
+  if (kPlain) sums[kSamplerWeight] = sums[kTokens];
+  double wide[kPolicySums];
+#pragma unroll
+  for (int field = 0; field < kPolicySums; ++field) wide[field] = sums[field];
+  const double sum = block_sums<kThreads>(wide);
+  if (threadIdx.x >= kPolicySums) return;
+  if (gridDim.x == 1)
+    store_sum(threadIdx.x, sum, loss, metrics);
+  else
+    scratch.partial[threadIdx.x * int64_t(gridDim.x) + blockIdx.x] = sum;
 }
 
 // Gives each token of a sequence its share of the derivative by the sequence's mean log-ratio.
@@ -179,36 +156,95 @@ __global__ void __launch_bounds__(kThreads)
     if (in.weights[i] != T(0)) gradient[i] += log_ratio(in.logprobs[i], in.old_logprobs[i]).slope * part;
 }
 
-// Adds one field up, the loss or a metric; kSequences from the sequences, the others from the blocks of token_kernel.
+// Adds up what the blocks left, a warp a field.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_kernel(PolicyScratch<T> scratch, int64_t blocks, int64_t sequences,
-                                                          T* __restrict__ loss, T* __restrict__ metrics) {
-  const int field = blockIdx.x;
-  const T* values = field == kSequences ? scratch.present : scratch.partial + field * blocks;
-  const int64_t length = field == kSequences ? sequences : blocks;
+__global__ void __launch_bounds__(kPolicySums* kWarp)
+    finish_kernel(const double* __restrict__ partial, int64_t blocks, T* __restrict__ loss, T* __restrict__ metrics) {
+  const int field = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   double total = 0;
-  for (int64_t i = threadIdx.x; i < length; i += kThreads) total += values[i];
-  total = block_sum<kThreads>(total);
-  if (threadIdx.x == 0) *(field == kLoss ? loss : metrics + field - 1) = T(total);
+  for (int64_t i = lane; i < blocks; i += kWarp) total += partial[field * blocks + i];
+  total = warp_sum(total);
+  if (lane == 0) store_sum(field, total, loss, metrics);
+}
+
+// Multiplies in place, where the factor is not 1.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(T* __restrict__ values, int64_t n, const T* __restrict__ factor, bool aligned) {
+  const T by = *factor;
+  if (by == T(1)) return;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEach; i < n; i += gridDim.x * kTile) {
+    Four<T> four = load_four(values, i, n, aligned);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) four.at[k] *= by;
+    store_four(values, i, n, aligned, four);
+  }
+}
+
+template <bool kPlain, class T>
+auto kernel_of(Surrogate kind) {
+  switch (kind) {
+    case Surrogate::ppo:
+      return token_kernel<Surrogate::ppo, kPlain, T>;
+    case Surrogate::cispo:
+      return token_kernel<Surrogate::cispo, kPlain, T>;
+    case Surrogate::sapo:
+      return token_kernel<Surrogate::sapo, kPlain, T>;
+    case Surrogate::clip_cov:
+      return token_kernel<Surrogate::clip_cov, kPlain, T>;
+    case Surrogate::kl_cov:
+      return token_kernel<Surrogate::kl_cov, kPlain, T>;
+    default:
+      return token_kernel<Surrogate::gpg, kPlain, T>;
+  }
+}
+
+int64_t blocks_at_a_time() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return int64_t(kResident) * (count ? count : 1);
+}
+
+template <class... Pointers>
+bool all_aligned(Pointers... pointers) {
+  return (reinterpret_cast<uintptr_t>(nullptr) | ... | reinterpret_cast<uintptr_t>(pointers)) % 16 == 0;
 }
 
 }  // namespace
 
-int64_t policy_blocks(int64_t n) { return (n + kBlockTokens - 1) / kBlockTokens; }
+int64_t policy_blocks(int64_t n) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  return tiles <= kAloneTiles ? 1 : smaller(tiles, blocks_at_a_time());
+}
 
 template <class T>
 void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n)), sequences = static_cast<unsigned>(in.sequences);
-  if (sequences) sequence_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch);
-  if (blocks) token_kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, gradient);
-  if (blocks && in.sequence_level) share_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch, gradient);
-  finish_kernel<<<kPolicySums, kThreads, 0, stream>>>(scratch, blocks, in.sequences, loss, metrics);
+  const bool whole = in.sequence_level || whole_sequence(in.correction);
+  const bool plain = !in.sequence_level && in.kl == Kl::none && in.correction == Correction::none;
+  const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient, scratch.by_ratio,
+                                   in.advantage_per_token ? in.advantages : nullptr);
+  if (whole && sequences) sequence_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch);
+  const auto kernel = plain ? kernel_of<true, T>(in.surrogate) : kernel_of<false, T>(in.surrogate);
+  kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, aligned, gradient, loss, metrics);
+  if (in.sequence_level && sequences) share_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch, gradient);
+  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(scratch.partial, blocks, loss, metrics);
   check_launch("policy_loss");
 }
 
-#define V05_INSTANTIATE(T) \
-  template void policy_loss<T>(const PolicyInputs<T>&, const PolicyScratch<T>&, T*, T*, T*, cudaStream_t);
+template <class T>
+void scale_unless_one(T* values, int64_t n, const T* factor, cudaStream_t stream) {
+  const int64_t tiles = smaller((n + kTile - 1) / kTile, 2 * blocks_at_a_time());
+  if (tiles)
+    scale_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(values, n, factor, all_aligned(values));
+  check_launch("scale_unless_one");
+}
+
+#define V05_INSTANTIATE(T)                                                                                 \
+  template void policy_loss<T>(const PolicyInputs<T>&, const PolicyScratch<T>&, T*, T*, T*, cudaStream_t); \
+  template void scale_unless_one<T>(T*, int64_t, const T*, cudaStream_t);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)
 

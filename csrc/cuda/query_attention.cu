@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(AttentionInputs<T, Wi
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     rows[row] = in.states + smaller(first + row, in.tokens - 1) * in.stride;
-    whole = whole && aligned(rows[row]);
+    whole = whole && in_vectors(rows[row], in.size);
   }
   for (int head = 0; head < in.heads; ++head) {
     const Wide* weight = in.weights.projection + head * kHead * in.size;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(AttentionInputs<T, Wi
 #pragma unroll
       for (int j = 0; j < kHead; ++j) {
 #pragma unroll
-        for (int step = kWarp / 2; step > 0; step /= 2) sum[row][j] += __shfl_xor_sync(0xffffffffu, sum[row][j], step);
+        for (int step = kWarp / 2; step > 0; step /= 2) sum[row][j] += __shfl_xor_sync(kEveryLane, sum[row][j], step);
         if (lane == 0 && first + row < in.tokens)
           kv[(first + row) * width + head * kHead + j] = sum[row][j] + in.weights.projection_bias[head * kHead + j];
       }

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kColumns, 4)
     if (column >= in.size) continue;
     for (int t = 0; t < live; ++t) {
       const T* row = in.states + (start + t) * in.stride;
-      const Vector<T> x = load_vector(row, column, in.size, aligned(row), T());
+      const Vector<T> x = load_vector(row, column, in.size, in_vectors(row, in.size), T());
 #pragma unroll
       for (int e = 0; e < kMostWidth; ++e)
         if (e < width)

@@ -13,6 +13,7 @@ from v05.kernels.token_logprob.rules import rows_of
 
 BLOCK = 4096
 WARPS = 8
+LOG2_E = tl.constexpr(1.4426950408889634)
 # A new length compiles nothing: neither the numbers, nor where in memory the second half of the statistics begins.
 LENGTHS = ["columns", "ignore_index"]
 HALVES = ["largest", "log_sum"]
@@ -29,11 +30,32 @@ def inverse_temperature_of(temperatures, temperature, row, PER_ROW: tl.constexpr
 
 
 @triton.jit
-def load_logits(logits, start, columns, acc: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Columns start to start + BLOCK_V of a row; -inf past its end."""
-    o_column = start + tl.arange(0, BLOCK_V)
-    m_column = o_column < columns
-    return o_column, m_column, tl.load(logits + o_column, mask=m_column, other=float("-inf")).to(acc)
+def unit_of(acc: tl.constexpr):
+    """power(unit * x) is e^x: powers of 2 are what a GPU has, but in float64."""
+    return tl.full([], 1.0 if acc == tl.float64 else LOG2_E, acc)
+
+
+@triton.jit
+def power(x):
+    """See unit_of."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x)
+
+
+@triton.jit
+def finite(x):
+    """x, or where its power is 0 a number of which that is true as well: what is multiplied with that power must not be
+    infinite. NaN stays NaN."""
+    least: tl.constexpr = -1000.0 if x.dtype == tl.float64 else -160.0
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def raised(total, weighted, largest, new_largest, scale):
+    """The sums of powers, plain and times their exponents, relative to a maximum at least as large; without a maximum
+    they stay as they are, 0 or NaN."""
+    shift = tl.where(largest > float("-inf"), finite((largest - new_largest) * scale), 0)
+    factor = power(shift)
+    return total * factor, (weighted + total * shift) * factor
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=HALVES)
@@ -63,26 +85,28 @@ def forward_kernel(
         tl.store(log_sum + row, 0)
     else:
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
+        scale = inverse * unit_of(acc)
         logits += row * stride
-        row_max = tl.full([], float("-inf"), acc)
-        base = tl.full([], 0, acc)
-        b_sum = tl.zeros([BLOCK_V], acc)
-        b_weighted = tl.zeros([BLOCK_V], acc)
+        LANE: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # of 16 bytes a thread keeps its own sums
+        b_max = tl.full([BLOCK_V // LANE], float("-inf"), acc)
+        b_sum = tl.zeros([BLOCK_V // LANE], acc)
+        b_weighted = tl.zeros([BLOCK_V // LANE], acc)
+        o_place = tl.arange(0, BLOCK_V // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
         for start in range(0, columns, BLOCK_V):
-            _o_column, _m_column, b_logit = load_logits(logits, start, columns, acc, BLOCK_V)
-            new_max = tl.maximum(row_max, tl.max(b_logit, axis=0))
-            new_base = tl.where(new_max > float("-inf"), new_max, 0)
-            shift = tl.where(row_max > float("-inf"), (base - new_base) * inverse, 0)
-            factor = tl.exp(shift)
-            b_gap = (b_logit - new_base) * inverse
-            b_power = tl.exp(b_gap)
-            b_weighted = tl.where(factor > 0, (b_weighted + b_sum * shift) * factor, 0)
-            b_weighted += tl.where(b_power > 0, b_power * b_gap, 0)
-            b_sum = b_sum * factor + b_power
-            row_max = new_max
-            base = new_base
-        weighted = tl.sum(b_weighted, axis=0)
+            o_column = start + o_place
+            b_logit = tl.load(logits + o_column, mask=o_column < columns, other=float("-inf")).to(acc)
+            new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
+            b_sum, b_weighted = raised(b_sum, b_weighted, b_max, new_max, scale)
+            b_max = new_max
+            b_exponent = finite((b_logit - tl.where(b_max > float("-inf"), b_max, 0)[:, None]) * scale)
+            b_power = power(b_exponent)
+            b_sum += tl.sum(b_power, axis=1)
+            b_weighted += tl.sum(b_power * b_exponent, axis=1)
+        row_max = tl.max(b_max, axis=0)
+        b_sum, b_weighted = raised(b_sum, b_weighted, b_max, row_max, scale)
         total = tl.sum(b_sum, axis=0)
+        weighted = tl.sum(b_weighted, axis=0) / unit_of(acc)
+        base = tl.where(row_max > float("-inf"), row_max, 0)
         some = (row_max > float("-inf")) | (total != total)
         log_total = tl.where(some, tl.log(tl.where(some, total, 1)), 0)
         inside = (target >= 0) & (target < columns)
@@ -130,17 +154,20 @@ def backward_kernel(
         by_entropy = tl.load(grad_entropy + row).to(acc)
     silent = inverse == 0
     base = tl.where(silent, 0, row_max)
-    own_entropy = tl.load(entropy + row)
-    own_log_sum = tl.load(log_sum + row)
+    scale = inverse * unit_of(acc)
+    log_total = tl.load(log_sum + row) * unit_of(acc)
+    level = -(by_logprob + by_entropy * tl.load(entropy + row)) * inverse
+    slope = by_entropy * inverse / unit_of(acc)
+    own = by_logprob * inverse
     logits += row * stride
     grad_logits += row * columns
     for start in range(0, columns, BLOCK_V):
-        o_column, m_column, b_logit = load_logits(logits, start, columns, acc, BLOCK_V)
-        b_log_p = (b_logit - base) * inverse - own_log_sum
-        b_p = tl.exp(b_log_p)
-        b_grad = tl.where(o_column == target, by_logprob, 0) - by_logprob * b_p
-        b_grad -= tl.where(b_p > 0, by_entropy * b_p * (b_log_p + own_entropy), 0)
-        b_grad = tl.where(silent, 0, b_grad * inverse)
+        o_column = start + tl.arange(0, BLOCK_V)
+        m_column = o_column < columns
+        b_logit = tl.load(logits + o_column, mask=m_column, other=float("-inf")).to(acc)
+        b_log_p = finite((b_logit - base) * scale - log_total)
+        b_grad = power(b_log_p) * (level - slope * b_log_p) + tl.where(o_column == target, own, 0)
+        b_grad = tl.where(silent, 0, b_grad)
         tl.store(grad_logits + o_column, b_grad.to(grad_logits.dtype.element_ty), mask=m_column)
 
 
