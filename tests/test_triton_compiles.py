@@ -159,9 +159,8 @@ def test_policy_loss_corrections(target, correction, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("level", [0, 1])
 def test_policy_loss_sequences(target, dtype, level):
-    for correction in (Correction.NONE, Correction.SEQUENCE_TRUNCATE, Correction.SEQUENCE_MASK):
-        whole = level == 1 or correction >= Correction.SEQUENCE_TRUNCATE
-        constants = {"LEVEL": level, "CORRECTION": int(correction), "WHOLE": whole, "BLOCK_T": policy_loss.BLOCK}
+    for correction in list(Correction) if level == 1 else (Correction.SEQUENCE_TRUNCATE, Correction.SEQUENCE_MASK):
+        constants = {"LEVEL": level, "CORRECTION": int(correction), "BLOCK_T": policy_loss.BLOCK}
         absent = {} if correction else {"sampler_logprobs": None}
         types = policy_types(triton_sequences.sequence_kernel, dtype, **absent)
         resources = compile_for(
@@ -174,12 +173,11 @@ def test_policy_loss_sequences(target, dtype, level):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_policy_loss_share_and_finish(target, dtype):
     block = {"BLOCK_T": policy_loss.BLOCK}
+    kernel = triton_sequences.count_kernel
+    assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), {}))
     kernel = triton_sequences.share_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
-    types = dict.fromkeys(("partial", "present", "loss", "metrics"), f"*{dtype}") | {
-        "programs": "i64",
-        "sequences": "i64",
-    }
+    types = dict.fromkeys(("partial", "loss", "metrics"), f"*{dtype}") | {"programs": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))
 
 

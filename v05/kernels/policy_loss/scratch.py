@@ -1,4 +1,4 @@
-"""What a GPU backend of policy_loss allocates beside its inputs."""
+"""What the Triton backend of policy_loss allocates beside its inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ FIELDS = 1 + len(METRICS)  # the loss, then the metrics
 
 
 class Scratch(NamedTuple):
-    """Sums by program, sequences that have an unmasked token, and, where an option asks, what sequences share."""
+    """Sums by program, and, where an option asks, what sequences share."""
 
     partial: Tensor  # [FIELDS, programs]
-    present: Tensor  # [N]
     kept: Tensor  # [N]: unmasked tokens, at the level of sequences
     ratio: Tensor  # [N]: exp of the mean log-ratio, at the level of sequences
     correction: Tensor  # [N]: the sampler's weight, where it is a sequence's
@@ -30,5 +29,5 @@ def whole_sequences(kinds: Kinds) -> bool:
 def make_scratch(logprobs: Tensor, sequences: int, kinds: Kinds, programs: int) -> Scratch:
     """Allocates the scratch of one call, uninitialised."""
     level, corrects = kinds.level == 1, kinds.correction >= Correction.SEQUENCE_TRUNCATE
-    sizes = (FIELDS * programs, sequences, sequences * level, sequences * level, sequences * corrects)
+    sizes = (FIELDS * programs, sequences * level, sequences * level, sequences * corrects)
     return Scratch(*(logprobs.new_empty(size) for size in (*sizes, logprobs.numel() * level)))

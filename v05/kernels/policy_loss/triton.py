@@ -13,7 +13,13 @@ from torch import Tensor
 from v05.kernels.device import on_device_of
 from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
-from v05.kernels.policy_loss.triton_sequences import load_kept, sequence_kernel, share_kernel
+from v05.kernels.policy_loss.triton_sequences import (
+    count_kernel,
+    load_kept,
+    sequence_kernel,
+    sequences_of,
+    share_kernel,
+)
 from v05.kernels.policy_loss.triton_terms import (
     KL_NONE,
     SEQUENCE_MASK,
@@ -29,28 +35,6 @@ from v05.kernels.shrinkage.triton import scalar
 
 BLOCK = 1024
 WARPS = 8
-
-
-@triton.jit
-def search(offsets, o_token, low, high):
-    """The last sequence of low to high that begins at or before each token."""
-    while tl.max(high - low, axis=0) > 0:
-        middle = (low + high + 1) // 2
-        before = tl.load(offsets + middle) <= o_token
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    return low
-
-
-@triton.jit
-def sequences_of(offsets, o_token, m_token, first_token, tokens, sequences, BLOCK_T: tl.constexpr):
-    """The sequence of each token of a block: its two ends among all sequences, then each token between them."""
-    o_edge = tl.minimum(first_token + tl.arange(0, 2) * (BLOCK_T - 1), tokens - 1)
-    edges = search(offsets, o_edge, o_edge * 0, o_edge * 0 + (sequences - 1))
-    zeros = tl.zeros([BLOCK_T], tl.int64)
-    return search(
-        offsets, tl.where(m_token, o_token, first_token), zeros + tl.min(edges, axis=0), zeros + tl.max(edges, axis=0)
-    )
 
 
 @triton.jit
@@ -184,27 +168,22 @@ def token_kernel(
     store_sums(partial, programs, total, keep, ratio, x, low, high, dual, kl, correction, chosen, masks)
 
 
-@triton.jit(do_not_specialize=["programs", "sequences"])
-def finish_kernel(partial, present, loss, metrics, programs: tl.int64, sequences: tl.int64, BLOCK_P: tl.constexpr):
-    """Adds one field up in a fixed order, in float64; the first is the loss, the third the count of sequences."""
+@triton.jit(do_not_specialize=["programs"])
+def finish_kernel(partial, loss, metrics, programs: tl.int64, BLOCK_P: tl.constexpr):
+    """Adds one field up in a fixed order, in float64; the first is the loss."""
     field = tl.program_id(0)
     out = metrics + field - 1
     if field == 0:
         out = loss
-    values = partial + field * programs
-    length = programs
-    if field == 2:
-        values = present
-        length = sequences
     b_total = tl.zeros([BLOCK_P], tl.float64)
-    for start in range(0, length, BLOCK_P):
+    for start in range(0, programs, BLOCK_P):
         o_program = start + tl.arange(0, BLOCK_P)
-        b_total += tl.load(values + o_program, mask=o_program < length, other=0).to(tl.float64)
+        b_total += tl.load(partial + field * programs + o_program, mask=o_program < programs, other=0).to(tl.float64)
     tl.store(out, tl.sum(b_total, axis=0))
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; three launches, four at the level of sequences, no synchronisation."""
+    """Same contract as the CPU backend; three launches, up to two more for options on sequences, without waiting."""
     given = given.contiguous()
     p, o, a, w, bounds, q, v, chosen = given
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
@@ -213,15 +192,13 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))
     programs = triton.cdiv(tokens, BLOCK)
     scratch = make_scratch(logprobs, sequences, kinds, programs)
-    partial, present, kept, ratio, correction, by_ratio = scratch
+    partial, kept, ratio, correction, by_ratio = scratch
     shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": WARPS}
     with on_device_of(logprobs):
-        bounds_of = (by.sampler_floor, by.sampler_cap)
-        sequence_kernel[(sequences,)](
-            *(p, o, w, v, bounds, present, kept, ratio, correction, *bounds_of),
-            WHOLE=whole_sequences(kinds),
-            **shared,
-        )
+        if whole_sequences(kinds):
+            bounds_of = (by.sampler_floor, by.sampler_cap)
+            sequence_kernel[(sequences,)](p, o, w, v, bounds, kept, ratio, correction, *bounds_of, **shared)
+        count_kernel[(programs,)](w, bounds, partial, sequences)
         state = (ratio, correction, gradient, by_ratio, partial)
         token_kernel[(programs,)](
             *(p, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, *by),
@@ -233,5 +210,5 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
         )
         if kinds.level == 1:
             share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
-        finish_kernel[(FIELDS,)](partial, present, loss, metrics, programs, sequences, BLOCK_P=BLOCK)
+        finish_kernel[(FIELDS,)](partial, loss, metrics, programs, BLOCK_P=BLOCK)
     return loss, gradient, metrics

@@ -15,11 +15,70 @@ from v05.kernels.policy_loss.triton_terms import (
 )
 from v05.kernels.shrinkage.triton import scalar
 
+PROBES = tl.constexpr(128)  # sequences looked at in one step of a search
+COUNTED = tl.constexpr(16)  # sequences of a program at a time
+SCANNED = tl.constexpr(64)  # tokens of each looked at in one step
+
 
 @triton.jit
 def load_kept(values, o_token, m_keep):
     """Values of unmasked tokens and 0 elsewhere: what a masked token holds is never read."""
     return tl.load(values + o_token, mask=m_keep, other=0)
+
+
+@triton.jit
+def sequence_of(offsets, token, low, last, WIDTH: tl.constexpr):
+    """The last sequence of low to last that begins at or before a token, as low does; WIDTH are probed in a step."""
+    while low < last:
+        step = (last - low + WIDTH) // WIDTH
+        o_probe = low + tl.arange(0, WIDTH) * step
+        before = tl.load(offsets + o_probe, mask=o_probe <= last, other=token + 1) <= token
+        low += (tl.sum(before.to(tl.int64), axis=0) - 1) * step
+        last = tl.minimum(last, low + step - 1)
+    return low
+
+
+@triton.jit
+def sequences_of(offsets, o_token, m_token, first_token, tokens, sequences, BLOCK_T: tl.constexpr):
+    """The sequence of each token of a block: its two ends among all sequences, then each token between them."""
+    last_token = tl.minimum(first_token + BLOCK_T, tokens) - 1
+    first = sequence_of(offsets, first_token, first_token * 0, sequences - 1, PROBES)
+    near = tl.minimum(first + PROBES - 1, sequences - 1)
+    last = sequence_of(offsets, last_token, first, near, PROBES)
+    last = sequence_of(offsets, last_token, last, tl.where(last < near, last, sequences - 1), PROBES)
+    o_token = tl.where(m_token, o_token, first_token)
+    span = (last - first).to(tl.int32)
+    low = tl.zeros([BLOCK_T], tl.int32)
+    high = low + span
+    while span > 0:
+        middle = (low + high + 1) // 2
+        before = tl.load(offsets + first + middle) <= o_token
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+        span = span // 2
+    return first + low
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def count_kernel(weights, offsets, partial, sequences: tl.int64):
+    """Each program's share of the sequences with an unmasked token, in the third row of partial."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    b_kept = tl.zeros([COUNTED], tl.int32)
+    for start in range(program * COUNTED, sequences, programs * COUNTED):
+        o_sequence = start + tl.arange(0, COUNTED)
+        m_sequence = o_sequence < sequences
+        b_cursor = tl.load(offsets + o_sequence, mask=m_sequence, other=0)
+        b_end = tl.load(offsets + o_sequence + 1, mask=m_sequence, other=0)
+        b_found = tl.zeros([COUNTED], tl.int32)
+        while tl.max(tl.where(b_found == 0, b_end - b_cursor, 0), axis=0) > 0:
+            o_token = b_cursor[:, None] + tl.arange(0, SCANNED)[None, :]
+            m_token = (o_token < b_end[:, None]) & (b_found == 0)[:, None]
+            b_weight = tl.load(weights + o_token, mask=m_token, other=0)
+            b_found += tl.max((b_weight != 0).to(tl.int32), axis=1)
+            b_cursor += SCANNED
+        b_kept += b_found
+    tl.store(partial + 2 * programs + program, tl.sum(b_kept, axis=0).to(partial.dtype.element_ty))
 
 
 @triton.jit
@@ -29,7 +88,6 @@ def sequence_kernel(
     weights,
     sampler_logprobs,
     offsets,
-    present,
     kept,
     sequence_ratio,
     sequence_correction,
@@ -37,31 +95,26 @@ def sequence_kernel(
     cap: tl.float64,
     LEVEL: tl.constexpr,
     CORRECTION: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One sequence: whether a token is unmasked; and, WHOLE, the ratio of its mean and its sampler weight."""
-    acc: tl.constexpr = present.dtype.element_ty
+    """One sequence: the ratio of its mean and its sampler weight, whichever is asked for."""
+    acc: tl.constexpr = sequence_correction.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
-    cursor = tl.load(offsets + sequence)
     end = tl.load(offsets + sequence + 1)
     count = tl.full([], 0, acc)
     x_sum = tl.full([], 0, tl.float64)
     sampler_sum = tl.full([], 0, tl.float64)
-    while (cursor < end) & ((count == 0) | WHOLE):
-        o_token = cursor + tl.arange(0, BLOCK_T)
+    for start in range(tl.load(offsets + sequence), end, BLOCK_T):
+        o_token = start + tl.arange(0, BLOCK_T)
         m_keep = tl.load(weights + o_token, mask=o_token < end, other=0) != 0
         count += tl.sum(m_keep.to(acc), axis=0)
-        if WHOLE:
-            b_old = load_kept(old_logprobs, o_token, m_keep)
-            if LEVEL == 1:
-                b_x, _b_moves = log_ratio(load_kept(logprobs, o_token, m_keep), b_old)
-                x_sum += tl.sum(b_x.to(tl.float64), axis=0)
-            if CORRECTION >= SEQUENCE_TRUNCATE:
-                b_x, _b_moves = log_ratio(b_old, load_kept(sampler_logprobs, o_token, m_keep))
-                sampler_sum += tl.sum(b_x.to(tl.float64), axis=0)
-        cursor += BLOCK_T
-    tl.store(present + sequence, tl.where(count > 0, 1, 0))
+        b_old = load_kept(old_logprobs, o_token, m_keep)
+        if LEVEL == 1:
+            b_x, _b_moves = log_ratio(load_kept(logprobs, o_token, m_keep), b_old)
+            x_sum += tl.sum(b_x.to(tl.float64), axis=0)
+        if CORRECTION >= SEQUENCE_TRUNCATE:
+            b_x, _b_moves = log_ratio(b_old, load_kept(sampler_logprobs, o_token, m_keep))
+            sampler_sum += tl.sum(b_x.to(tl.float64), axis=0)
     if LEVEL == 1:
         tl.store(kept + sequence, count)
         tl.store(sequence_ratio + sequence, tl.exp((x_sum / tl.maximum(count, 1)).to(acc)))

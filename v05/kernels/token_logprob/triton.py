@@ -87,7 +87,9 @@ def forward_kernel(
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
         scale = inverse * unit_of(acc)
         logits += row * stride
-        LANE: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # of 16 bytes a thread keeps its own sums
+        LANE: tl.constexpr = (
+            128 // logits.dtype.element_ty.primitive_bitwidth
+        )  # of 16 bytes a thread keeps its own sums
         b_max = tl.full([BLOCK_V // LANE], float("-inf"), acc)
         b_sum = tl.zeros([BLOCK_V // LANE], acc)
         b_weighted = tl.zeros([BLOCK_V // LANE], acc)
