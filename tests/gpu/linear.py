@@ -51,8 +51,8 @@ def run_linear_policy_loss(backend: str | None, data: Layer, dtype: torch.dtype 
     hidden, weight = (x.detach().to(dtype or x.dtype).requires_grad_() for x in data[:2])
     rows, wide = len(data.targets), torch.float64 if hidden.dtype == torch.float64 else torch.float32
     places = torch.arange(rows, device=hidden.device)
-    offsets = torch.arange(5, device=hidden.device) * (rows // 4)
-    offsets[4] = rows
+    ends = torch.arange(5, device=hidden.device)
+    offsets = torch.where(ends == 4, rows, ends * (rows // 4))
     result = linear_policy_loss(
         hidden,
         weight,
@@ -76,7 +76,7 @@ def assert_near(actual: Outputs, same: Outputs, exact: Outputs) -> None:
     for name, value in actual.items():
         assert value.device.type == DEVICE.type
         half = value.dtype in (torch.bfloat16, torch.float16)
-        floor = 2e-2 if half else 1e-5 if value.dtype == torch.float32 else 1e-11
+        floor = 4e-2 if half else 3e-5 if value.dtype == torch.float32 else 1e-11
         largest = float(exact[name].double().abs().max()) if value.numel() else 0
         scale = min(1.0, max(largest, 1e-6)) if half else 1.0  # small gradients are compared with the largest
         allowed = max(floor, 2 * error_against(same[name] / scale, exact[name] / scale))
