@@ -9,10 +9,11 @@ from v05.kernels import dispatch, segments
 from v05.kernels.advantage import reference
 from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
+from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget
 
 
-@torch.library.custom_op("v05::group_advantage", mutates_args=())
+@custom_op("v05::group_advantage")
 def _group_advantage(
     rewards: Tensor,
     offsets: Tensor,

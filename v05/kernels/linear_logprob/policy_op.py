@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, policy_pass, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients, linear_logprob
@@ -34,7 +35,7 @@ def _check(given: Inputs, tokens: options.Inputs, kinds: options.Kinds, columns:
     check_targets(given.targets, given.temperatures, columns, tokens.weights != 0)
 
 
-@torch.library.custom_op("v05::linear_policy_loss", mutates_args=())
+@custom_op("v05::linear_policy_loss")
 def _linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

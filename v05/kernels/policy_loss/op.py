@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.policy_loss import reference
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.options import (
@@ -40,7 +41,7 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-@torch.library.custom_op("v05::policy_loss", mutates_args=())
+@custom_op("v05::policy_loss")
 def _policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

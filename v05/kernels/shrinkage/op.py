@@ -10,6 +10,7 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.calibration.op import calibrated
+from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage import reference
 from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget
 
@@ -44,7 +45,7 @@ class Shrinkage(NamedTuple):
     graded: Tensor | None = None
 
 
-@torch.library.custom_op("v05::shrinkage", mutates_args=())
+@custom_op("v05::shrinkage")
 def _shrinkage(
     rewards: Tensor,
     offsets: Tensor,
