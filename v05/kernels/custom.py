@@ -31,7 +31,7 @@ def _unheard(arguments: tuple[Any, ...]) -> bool:
     kinds = set(map(type, arguments))
     if list in kinds:
         kinds.discard(list)
-        kinds.update(type(element) for given in arguments if type(given) is list for element in given)
+        kinds.update(*(map(type, given) for given in arguments if type(given) is list))
     return kinds <= _PLAIN
 
 
@@ -50,7 +50,7 @@ class CustomOp:
         self._mutated = [place for place, argument in enumerate(arguments) if argument.name in mutates_args]
         self._alone = len(arguments) - (str(arguments[-1].type) == "List[Tensor]")  # arguments before such a list
         self._listed = self._alone < len(arguments)
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
         self.register_fake = self._definition.register_fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
@@ -68,17 +68,19 @@ class CustomOp:
             return (*made[:-1], *made[-1]) if self._listed else made
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
-        self._function = type(self._overload._opname, (torch.autograd.Function,), methods)
+        function = type(self._overload._opname, (torch.autograd.Function,), methods)
+        # Function.apply itself prepares for functorch, which is not at work in an eager call.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the function on positional arguments."""
         if torch.compiler.is_compiling() or not _unheard(arguments):
             return self._overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            if self._function is None:
+            if self._apply is None:
                 return self._overload(*arguments)
             flat = (*arguments[:-1], *arguments[-1]) if self._listed else arguments
-            return self._function.apply(*flat)
+            return self._apply(*flat)
         result = self._run(*arguments)
         for place in self._mutated:
             torch.autograd.graph.increment_version(arguments[place])

@@ -100,12 +100,12 @@ def group_advantage(
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards = rewards.detach().to(dtype)
-    prior = None if prior is None else prior.detach().to(dtype)
+    rewards = segments.constant(rewards, dtype)
+    prior = None if prior is None else segments.constant(prior, dtype)
     if lengths is not None:
         if lengths.shape != rewards.shape:
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
-        lengths = lengths.detach().to(dtype)
+        lengths = segments.constant(lengths, dtype)
     chosen = dispatch.backend_for("advantage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards, offsets, prior, low, high)

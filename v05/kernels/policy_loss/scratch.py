@@ -14,7 +14,7 @@ FIELDS = 1 + len(METRICS)  # the loss, then the metrics
 class Scratch(NamedTuple):
     """Sums by program, sequences that have an unmasked token, and, where an option asks, what sequences share."""
 
-    partial: Tensor  # [FIELDS, programs]
+    partial: Tensor  # [FIELDS, programs]; stands in for what no option asks for
     present: Tensor  # [N]
     kept: Tensor  # [N]: unmasked tokens, at the level of sequences
     ratio: Tensor  # [N]: exp of the mean log-ratio, at the level of sequences
@@ -29,6 +29,9 @@ def whole_sequences(kinds: Kinds) -> bool:
 
 def make_scratch(logprobs: Tensor, sequences: int, kinds: Kinds, programs: int) -> Scratch:
     """Allocates the scratch of one call, uninitialised."""
-    level, corrects = kinds.level == 1, kinds.correction >= Correction.SEQUENCE_TRUNCATE
-    sizes = (FIELDS * programs, sequences, sequences * level, sequences * level, sequences * corrects)
-    return Scratch(*(logprobs.new_empty(size) for size in (*sizes, logprobs.numel() * level)))
+    make = logprobs.new_empty
+    partial, present = make(FIELDS * programs), make(sequences)
+    correction = make(sequences) if kinds.correction >= Correction.SEQUENCE_TRUNCATE else partial
+    if kinds.level == 1:
+        return Scratch(partial, present, make(sequences), make(sequences), correction, make(logprobs.numel()))
+    return Scratch(partial, present, partial, partial, correction, partial)

@@ -151,7 +151,7 @@ def query_attention(
     if check_values or (chosen == "reference" and states.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_attention_values(states.detach(), offsets, queries.detach(), weights)
     dtype = segments.working_dtype(states)
-    queries, cast = queries.to(dtype), AttentionWeights(*(given.to(dtype) for given in weights))
+    queries, cast = segments.cast(queries, dtype), AttentionWeights(*(segments.cast(w, dtype) for w in weights))
     if chosen == "reference":
         return reference.query_attention(states, offsets, queries, cast, heads, eps)
     return _query_attention(states, offsets, queries, heads, eps, chosen, list(cast))[0]

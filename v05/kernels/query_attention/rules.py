@@ -34,6 +34,9 @@ class AttentionWeights(NamedTuple):
     out_bias: Tensor  # [E]
 
 
+_NAMES = tuple(f"weights.{name}" for name in AttentionWeights._fields)
+
+
 def rows_of(states: Tensor) -> Tensor:
     """The states, copied only where the elements of a row do not lie side by side."""
     return states if states.shape[1] == 1 or states.stride(1) == 1 else states.contiguous()
@@ -46,7 +49,7 @@ def weight_shapes(width: int, size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if tuple(given.shape) != shape:
+    if given.shape != shape:
         raise ValueError(f"{name} has shape {list(given.shape)}; allowed: {list(shape)}")
     if not given.dtype.is_floating_point:
         raise TypeError(f"{name} is {given.dtype}; allowed: a floating dtype")
@@ -72,8 +75,8 @@ def check_shapes(
     width, prompts = HEAD * heads, offsets.numel() - 1
     _check_tensor("queries", queries, (prompts, queries.shape[1], width), states)
     shapes = weight_shapes(width, states.shape[1])
-    for name, given, shape in zip(AttentionWeights._fields, weights, shapes, strict=True):
-        _check_tensor(f"weights.{name}", given, shape, states)
+    for name, given, shape in zip(_NAMES, weights, shapes, strict=True):
+        _check_tensor(name, given, shape, states)
 
 
 def _check_finite(name: str, values: Tensor) -> None:

@@ -136,7 +136,7 @@ def shrinkage(
     budget = make_budget(reward_range, cost, k_init, k_max)
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards, prior = rewards.detach().to(dtype), prior.detach().to(dtype)
+    rewards, prior = segments.constant(rewards, dtype), segments.constant(prior, dtype)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
         (*fused, soft), graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
