@@ -48,13 +48,13 @@ def weight_shapes(width: int, size: int) -> tuple[tuple[int, ...], ...]:
     return ((width, size), e, e, e, e, e, (3 * width, width), (3 * width,), (width, width), e)
 
 
-def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if given.shape != shape:
         raise ValueError(f"{name} has shape {list(given.shape)}; allowed: {list(shape)}")
     if not given.dtype.is_floating_point:
         raise TypeError(f"{name} is {given.dtype}; allowed: a floating dtype")
-    if given.device != like.device:
-        raise ValueError(f"{name} is on {given.device}; allowed: {like.device}, where the states are")
+    if given.device != device:
+        raise ValueError(f"{name} is on {given.device}; allowed: {device}, where the states are")
 
 
 def check_shapes(
@@ -72,11 +72,11 @@ def check_shapes(
         raise ValueError(f"eps is {eps}; allowed: above 0")
     if queries.dim() != 3 or queries.shape[1] == 0:
         raise ValueError(f"queries has shape {list(queries.shape)}; allowed: three dimensions, at least one query")
-    width, prompts = HEAD * heads, offsets.numel() - 1
-    _check_tensor("queries", queries, (prompts, queries.shape[1], width), states)
+    width, prompts, device = HEAD * heads, offsets.numel() - 1, states.device
+    _check_tensor("queries", queries, (prompts, queries.shape[1], width), device)
     shapes = weight_shapes(width, states.shape[1])
     for name, given, shape in zip(_NAMES, weights, shapes, strict=True):
-        _check_tensor(name, given, shape, states)
+        _check_tensor(name, given, shape, device)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
