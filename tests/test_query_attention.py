@@ -254,7 +254,7 @@ def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         data = ragged_states([4, 0, 9], count=5, size=12, dtype=dtype)
         data = data._make(value.requires_grad_(value.is_floating_point()) for value in data)
-        arguments = (data.states, data.offsets, data.queries, list(data.weights), 3, 1e-5, "cpu")
+        arguments = (data.states, data.offsets, data.queries, 3, 1e-5, "cpu", list(data.weights))
         torch.library.opcheck(torch.ops.v05.query_attention.default, arguments)
 
 

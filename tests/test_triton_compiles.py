@@ -92,7 +92,7 @@ TOKEN = {"targets": "*i64", "stride": "i64", "columns": "i64", "ignore_index": "
 @pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_token_logprob(target, dtype, wide, per_row):
-    types = TOKEN | dict.fromkeys(("logprob", "entropy", "largest", "log_sum"), f"*{wide}")
+    types = TOKEN | dict.fromkeys(("logprob", "entropy", "statistics"), f"*{wide}")
     constants = {"PER_ROW": per_row, "BLOCK_V": token_logprob.BLOCK}
     types |= {"logits": f"*{dtype}"} | ({"temperatures": "*fp64"} if per_row else {})
     constants |= {} if per_row else {"temperatures": None}
@@ -104,7 +104,7 @@ def test_token_logprob(target, dtype, wide, per_row):
 @pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("gradients", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")])
 def test_token_logprob_backward(target, dtype, wide, gradients):
-    types = TOKEN | dict.fromkeys(("entropy", "largest", "log_sum", *gradients), f"*{wide}")
+    types = TOKEN | dict.fromkeys(("entropy", "statistics", *gradients), f"*{wide}")
     types |= {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
     constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BLOCK, "temperatures": None}
     constants |= {"HAS_LOGPROB": "grad_logprob" in gradients, "HAS_ENTROPY": "grad_entropy" in gradients}
@@ -177,6 +177,8 @@ def test_policy_loss_share_and_finish(target, dtype):
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), {}))
     kernel = triton_sequences.share_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
+    types = dict.fromkeys(("values", "factor"), f"*{dtype}") | {"length": "i64"}
+    assert_it_fits(target, compile_for(target, policy_loss.scale_kernel, types, {"BLOCK_T": policy_loss.SCALED}))
     types = dict.fromkeys(("partial", "loss", "metrics"), f"*{dtype}") | {"programs": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK}))
 
@@ -290,7 +292,7 @@ def test_linear_logprob_join(target, per_row):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_token_logprob_backward_into_the_dtype_of_products(target, dtype):
     """float32 logits of linear_logprob, whose gradient is rounded as it is written."""
-    types = TOKEN | dict.fromkeys(("entropy", "largest", "log_sum", "grad_logprob", "grad_entropy"), "*fp32")
+    types = TOKEN | dict.fromkeys(("entropy", "statistics", "grad_logprob", "grad_entropy"), "*fp32")
     types |= {"logits": "*fp32", "grad_logits": f"*{dtype}"}
     constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BLOCK, "temperatures": None}
     constants |= {"HAS_LOGPROB": True, "HAS_ENTROPY": True}

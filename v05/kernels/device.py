@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_HERE = nullcontext()  # may be entered any number of times
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
@@ -16,13 +18,14 @@ def interpreting() -> bool:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current device for a launch; does nothing for CPU tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Makes the tensor's GPU the current device for a launch; does nothing where it is, or for CPU tensors."""
+    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(tensor.device)
 
 
 def stream_of(tensor: Tensor) -> int:
     """Address of the current stream of the tensor's GPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
 
 
 @cache

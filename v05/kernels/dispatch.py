@@ -90,13 +90,13 @@ def backend_for(op: str, tensor: Tensor, backend: str | None = None) -> str:
         ValueError, RuntimeError: as `choose`.
     """
     if backend is None and tensor.is_cuda and not torch.compiler.is_compiling():
-        return _fastest(op, architecture(tensor.device.index), str(tensor.dtype)[6:], tensor.numel().bit_length())
+        return _fastest(op, tensor.get_device(), tensor.dtype, tensor.numel().bit_length())
     return choose(op, tensor.device.type, backend)
 
 
 @cache
-def _fastest(op: str, arch: str, dtype: str, bits: int) -> str:
-    win = wins.nearest(wins.recorded(), op, arch, dtype, 1 << bits)
+def _fastest(op: str, device: int, dtype: torch.dtype, bits: int) -> str:
+    win = wins.nearest(wins.recorded(), op, architecture(device), str(dtype)[6:], 1 << bits)
     order = (*(win.order if win else ()), *_PREFERENCE["cuda"])
     return next(name for name in order if why_not(op, name, "cuda") is None)
 

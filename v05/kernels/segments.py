@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,22 @@ def working_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in a dtype: themselves where they are, at less cost than `to` has."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
+def constant(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in a dtype and without gradient: themselves where they are."""
+    return cast(values.detach() if values.requires_grad else values, dtype)
+
+
 def address(values: Tensor | None) -> int:
     """Address of a tensor's first element as the native modules take it, 0 for None."""
     return 0 if values is None else values.data_ptr()
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+def choice(name: str, value: str, allowed: Collection[str]) -> str:
     """Returns value where it is allowed, and raises ValueError naming what is otherwise."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")

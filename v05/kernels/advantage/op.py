@@ -9,10 +9,11 @@ from v05.kernels import dispatch, segments
 from v05.kernels.advantage import reference
 from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
+from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget, readable
 
 
-@torch.library.custom_op("v05::group_advantage", mutates_args=())
+@custom_op("v05::group_advantage")
 def _group_advantage(
     rewards: Tensor,
     offsets: Tensor,
@@ -99,12 +100,12 @@ def group_advantage(
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards = rewards.detach()
-    prior = None if prior is None else prior.detach().to(dtype)
+    rewards = segments.constant(rewards, rewards.dtype)
+    prior = None if prior is None else segments.constant(prior, dtype)
     if lengths is not None:
         if lengths.shape != rewards.shape:
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
-        lengths = lengths.detach().to(dtype)
+        lengths = segments.constant(lengths, dtype)
     chosen = dispatch.backend_for("advantage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_group_values(rewards.to(dtype), offsets, prior, low, high)

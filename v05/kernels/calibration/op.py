@@ -8,10 +8,11 @@ from torch import Tensor
 from v05.kernels import dispatch
 from v05.kernels.calibration import reference
 from v05.kernels.calibration.rules import Outputs, check_state, check_state_values, is_graded, no_state
+from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage.rules import Budget, check_group_values
 
 
-@torch.library.custom_op("v05::calibrated", mutates_args=())
+@custom_op("v05::calibrated")
 def _calibrated(
     rewards: Tensor,
     offsets: Tensor,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch
+from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
@@ -31,7 +32,7 @@ def _prepared(given: Inputs, ignore_index: int) -> Inputs:
     return given.localised(ignore_index)
 
 
-@torch.library.custom_op("v05::linear_logprob", mutates_args=())
+@custom_op("v05::linear_logprob")
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -65,7 +66,7 @@ def _(
     return tuple(hidden.new_empty(size, dtype=wide) for size in sizes)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("v05::linear_logprob_backward", mutates_args=())
+@custom_op("v05::linear_logprob_backward")
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, policy_pass, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients, linear_logprob
@@ -18,7 +19,7 @@ from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
-from v05.kernels.policy_loss.op import PolicyLoss, is_one
+from v05.kernels.policy_loss.op import PolicyLoss, scaled_at_once
 
 MASKED = -(2**62)  # as a target: of a token of weight 0, whose own target counts for nothing
 ROWS_SCALED = 4096  # of a gradient at a time
@@ -34,7 +35,7 @@ def _check(given: Inputs, tokens: options.Inputs, kinds: options.Kinds, columns:
     check_targets(given.targets, given.temperatures, columns, tokens.weights != 0)
 
 
-@torch.library.custom_op("v05::linear_policy_loss", mutates_args=())
+@custom_op("v05::linear_policy_loss")
 def _linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -98,27 +99,28 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.needs, ctx.inputs = inputs[16], len(inputs)
+    ctx.needs, ctx.backend, ctx.inputs = inputs[16], inputs[-1], len(inputs)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _scaled(gradient: Tensor, by_loss: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, by_loss: Tensor, backend: str) -> Tensor:
     """The stored gradient times that of the loss, multiplied before it is rounded."""
-    if is_one(by_loss):
-        return gradient
+    scaled = scaled_at_once(gradient, by_loss, backend)
+    if scaled is not None:
+        return scaled
     if gradient.dtype == by_loss.dtype:
         return gradient * by_loss
     return torch.cat([(piece.to(by_loss.dtype) * by_loss).to(gradient.dtype) for piece in gradient.split(ROWS_SCALED)])
 
 
-def _all_scaled(gradients: Sequence[Tensor | None], by_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None or by_loss is None else _scaled(g, by_loss) for g in gradients)
+def _all_scaled(gradients: Sequence[Tensor | None], by_loss: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None or by_loss is None else _scaled(g, by_loss, backend) for g in gradients)
 
 
 def _backward(ctx: Any, by_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    return (*_all_scaled(gradients, by_loss), *[None] * (ctx.inputs - 3))
+    return (*_all_scaled(gradients, by_loss, ctx.backend), *[None] * (ctx.inputs - 3))
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_save)
@@ -134,12 +136,13 @@ class _Parallel(torch.autograd.Function):
         result: Result = policy_pass.compute(given, tokens, work, group)
         gradients = parallel.reduced(result.gradients, given, group)
         ctx.save_for_backward(*gradients)
+        ctx.backend = work.backend
         ctx.mark_non_differentiable(result.metrics)
         return result.loss, result.metrics
 
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss))
+        return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss, ctx.backend))
 
 
 def _selected(

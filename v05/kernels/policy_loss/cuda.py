@@ -54,7 +54,8 @@ def _scratch(logprobs: Tensor, tokens: int, sequences: int, kinds: Kinds) -> tup
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiplies a gradient in place by a scalar on its device; where that is 1, nothing is read or written."""
+    wide = gradient.dtype == torch.float64
     with on_device_of(gradient):
-        wide = gradient.dtype == torch.float64
-        _cuda.scale_unless_one(gradient.data_ptr(), gradient.numel(), factor.data_ptr(), stream_of(gradient), wide)
+        address = gradient.data_ptr()
+        _cuda.scale_unless_one(address, gradient.numel(), factor.data_ptr(), stream_of(gradient), wide)
     return gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.policy_loss import reference
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.options import (
@@ -40,7 +41,7 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-@torch.library.custom_op("v05::policy_loss", mutates_args=())
+@custom_op("v05::policy_loss")
 def _policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -80,19 +81,35 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    if grad_loss is not None and not is_one(grad_loss):
-        gradient = gradient * grad_loss
-    return (None if grad_loss is None else gradient, *[None] * 10)
+    if grad_loss is None or gradient is None:
+        return (None,) * 11
+    scaled = scaled_at_once(gradient, grad_loss, ctx.backend)
+    return (gradient * grad_loss if scaled is None else scaled, *[None] * 10)
 
 
-def is_one(value: Tensor) -> bool:
-    """Whether a scalar is a plain 1 on the CPU, as in `loss.backward()`: the stored gradient is then the answer."""
-    plain = type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and bool(value == 1)
+# Whether the present backward keeps its graph, in which case a stored gradient must stay as it is.
+_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor | None:
+    """The stored gradient of a loss times that of the loss, which is nearly always a 1, without a pass over it: where a
+    1 can be seen on the CPU; and on a GPU by a kernel that does nothing at a 1, in place, unless the graph is kept.
+
+    Returns:
+        None where neither is possible.
+    """
+    if type(grad_loss) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+        return gradient
+    if backend not in ("cuda", "triton") or _kept():
+        return None
+    return dispatch.implementation("policy_loss", backend).scale_(gradient, grad_loss)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_save)

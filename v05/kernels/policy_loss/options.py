@@ -98,10 +98,17 @@ class Inputs(NamedTuple):
 
     def cast(self, dtype: torch.dtype) -> Inputs:
         """The same in one dtype; only the log-probs of the policy in training keep their gradient."""
-        old, advantages, weights = (values.detach().to(dtype) for values in self[1:4])
-        ref = None if self.ref_logprobs is None else self.ref_logprobs.detach().to(dtype)
-        sampler = None if self.sampler_logprobs is None else self.sampler_logprobs.detach().to(dtype)
-        return Inputs(self.logprobs.to(dtype), old, advantages, weights, self.offsets, ref, sampler, self.selected)
+        logprobs, old, advantages, weights, offsets, ref, sampler, selected = self
+        return Inputs(
+            segments.cast(logprobs, dtype),
+            segments.constant(old, dtype),
+            segments.constant(advantages, dtype),
+            segments.constant(weights, dtype),
+            offsets,
+            None if ref is None else segments.constant(ref, dtype),
+            None if sampler is None else segments.constant(sampler, dtype),
+            selected,
+        )
 
     def contiguous(self) -> Inputs:
         """The same with every tensor contiguous."""
@@ -142,10 +149,10 @@ def make_kinds(surrogate: str, level: str, kl: str, correction: str) -> Kinds:
     Raises:
         ValueError: an unknown name; the message says which are allowed.
     """
-    segments.choice("surrogate", surrogate, tuple(SURROGATES))
+    segments.choice("surrogate", surrogate, SURROGATES)
     segments.choice("level", level, LEVELS)
-    segments.choice("kl", kl, tuple(KLS))
-    segments.choice("sampler_correction", correction, tuple(CORRECTIONS))
+    segments.choice("kl", kl, KLS)
+    segments.choice("sampler_correction", correction, CORRECTIONS)
     return Kinds(int(SURROGATES[surrogate]), LEVELS.index(level), int(KLS[kl]), int(CORRECTIONS[correction]))
 
 

@@ -14,7 +14,7 @@ FIELDS = 1 + len(METRICS)  # the loss, then the metrics
 class Scratch(NamedTuple):
     """Sums by program, and, where an option asks, what sequences share."""
 
-    partial: Tensor  # [FIELDS, programs]
+    partial: Tensor  # [FIELDS, programs]; stands in for what no option asks for
     kept: Tensor  # [N]: unmasked tokens, at the level of sequences
     ratio: Tensor  # [N]: exp of the mean log-ratio, at the level of sequences
     correction: Tensor  # [N]: the sampler's weight, where it is a sequence's
@@ -28,6 +28,9 @@ def whole_sequences(kinds: Kinds) -> bool:
 
 def make_scratch(logprobs: Tensor, sequences: int, kinds: Kinds, programs: int) -> Scratch:
     """Allocates the scratch of one call, uninitialised."""
-    level, corrects = kinds.level == 1, kinds.correction >= Correction.SEQUENCE_TRUNCATE
-    sizes = (FIELDS * programs, sequences * level, sequences * level, sequences * corrects)
-    return Scratch(*(logprobs.new_empty(size) for size in (*sizes, logprobs.numel() * level)))
+    make = logprobs.new_empty
+    partial = make(FIELDS * programs)
+    correction = make(sequences) if kinds.correction >= Correction.SEQUENCE_TRUNCATE else partial
+    if kinds.level == 1:
+        return Scratch(partial, make(sequences), make(sequences), correction, make(logprobs.numel()))
+    return Scratch(partial, partial, partial, correction, partial)

@@ -35,6 +35,7 @@ from v05.kernels.shrinkage.triton import scalar
 
 BLOCK = 1024
 WARPS = 8
+SCALED = 4096
 
 
 @triton.jit
@@ -180,6 +181,26 @@ def finish_kernel(partial, loss, metrics, programs: tl.int64, BLOCK_P: tl.conste
         o_program = start + tl.arange(0, BLOCK_P)
         b_total += tl.load(partial + field * programs + o_program, mask=o_program < programs, other=0).to(tl.float64)
     tl.store(out, tl.sum(b_total, axis=0))
+
+
+@triton.jit(do_not_specialize=["length"])
+def scale_kernel(values, factor, length: tl.int64, BLOCK_T: tl.constexpr):
+    """Multiplies in place, where the factor is not 1."""
+    by = tl.load(factor)
+    if by != 1:
+        o_value = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        m_value = o_value < length
+        b_value = tl.load(values + o_value, mask=m_value, other=0).to(factor.dtype.element_ty) * by
+        tl.store(values + o_value, b_value.to(values.dtype.element_ty), mask=m_value)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies a gradient in place by a scalar on its device; where that is 1, nothing is read or written."""
+    if gradient.numel():
+        with on_device_of(gradient):
+            programs = triton.cdiv(gradient.numel(), SCALED)
+            scale_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK_T=SCALED, num_warps=WARPS)
+    return gradient
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:

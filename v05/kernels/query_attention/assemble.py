@@ -8,47 +8,40 @@ from torch import Tensor
 from v05.kernels.query_attention.rules import AttentionWeights
 
 
-def _after_norm(sums: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias, scale, shift of weight (hat * scale + shift) + bias, from sums of gradient x hat."""
-    along, total = sums[:, :-1], sums[:, -1:]
-    by_weight = along * scale + total * shift
-    return by_weight, total.squeeze(1), (weight * along).sum(0), (weight * total).sum(0)
-
-
 def weight_gradients(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    projection: Tensor,
-    weights: AttentionWeights,
+    of_queries: Tensor, of_tokens: Tensor, projection: Tensor, weights: AttentionWeights
 ) -> list[Tensor]:
     """Gradients in the order of `AttentionWeights`.
 
     Args:
-        output, query, key, value: `[E, E + 1]`: sums of the gradient after a projection times its input, which for
-            query and key is the normalised one before scale and shift; the last column sums the gradient alone.
-        bias: `[E]`, of the projection of the states.
-        projection: `[E, D]`, its weight.
+        of_queries: `[2, E, E + 1]`, of the output and the query projection: sums of the gradient after a projection
+            times its input, which for query and key is the normalised one before scale and shift; the last column sums
+            the gradient alone.
+        of_tokens: `[3, E, E + 1]`: the same of key and value; and, in its last column, of the states' projection.
+        projection: `[E, D]`, the weight of the states' projection.
         weights: of the forward, in the working dtype.
     """
     w, width = weights, weights.out_bias.numel()
-    by_query, by_key, _ = w.in_weight.split(width)
-    of_query, query_bias, query_scale, query_shift = _after_norm(
-        query, by_query, w.query_norm_weight, w.query_norm_bias
-    )
-    of_key, key_bias, key_scale, key_shift = _after_norm(key, by_key, w.key_norm_weight, w.key_norm_bias)
+    output, query = of_queries
+    key, value, states = of_tokens
+    # of query and key: weight (hat * scale + shift) + bias
+    scale = torch.stack([w.query_norm_weight, w.key_norm_weight]).unsqueeze(1)
+    shift = torch.stack([w.query_norm_bias, w.key_norm_bias]).unsqueeze(1)
+    weight, sums = w.in_weight[: 2 * width].view(2, width, width), torch.stack([query, key])
+    along, total = sums[..., :-1], sums[..., -1:]
+    by_weight = (along * scale + total * shift).view(2 * width, width)
+    (query_scale, key_scale), (query_shift, key_shift) = (weight * along).sum(1), (weight * total).sum(1)
     gradients = AttentionWeights(
         projection,
-        bias,
+        states[:, -1],
         query_scale,
         query_shift,
         key_scale,
         key_shift,
-        torch.cat([of_query, of_key, value[:, :-1]]),
-        torch.cat([query_bias, key_bias, value[:, -1]]),
+        torch.cat([by_weight, value[:, :-1]]),
+        torch.cat([total.flatten(), value[:, -1]]),
         output[:, :-1],
         output[:, -1],
     )
-    return [gradient.to(w.in_weight.dtype).contiguous() for gradient in gradients]
+    dtype, dense = w.in_weight.dtype, torch.contiguous_format
+    return [gradient.to(dtype, copy=True, memory_format=dense) for gradient in gradients]  # no two share memory

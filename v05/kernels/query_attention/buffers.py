@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from v05.kernels import segments
 from v05.kernels.query_attention.rules import AttentionWeights, rows_of
 
 
@@ -30,7 +28,7 @@ class Inputs(NamedTuple):
     weights: AttentionWeights
 
     def addresses(self) -> tuple[int, ...]:
-        return tuple(given.data_ptr() for given in (*self[:3], *self.weights))
+        return tuple(map(Tensor.data_ptr, (*self[:3], *self.weights)))
 
     def sizes(self, heads: int) -> tuple[int, ...]:
         """Stride and number of tokens, size of their states, prompts, queries of a prompt, heads."""
@@ -45,15 +43,13 @@ def make_inputs(states: Tensor, offsets: Tensor, queries: Tensor, weights: Seque
 
 def make_outputs(states: Tensor, queries: Tensor, heads: int) -> tuple[Tensor, Saved]:
     """Uninitialised features `[B, Q * E]`, and what is saved."""
-    (prompts, count, width), dtype = queries.shape, segments.working_dtype(states)
-    statistics = (prompts, heads, count)
-    shapes = ((prompts, count * width), (prompts, width, count), statistics, statistics, (states.shape[0], width))
-    features, *saved = (torch.empty(shape, dtype=dtype, device=states.device) for shape in shapes)
-    return features, Saved(*saved)
+    (prompts, count, width), make = queries.shape, queries.new_empty
+    largest, inverse = make(prompts, heads, count), make(prompts, heads, count)
+    saved = Saved(make(prompts, width, count), largest, inverse, make(states.shape[0], width))
+    return make(prompts, count * width), saved
 
 
 def make_gradients(states: Tensor, queries: Tensor, weights: Sequence[Tensor], for_states: bool) -> list[Tensor]:
     """Uninitialised gradients of the states (none where not wanted), the queries and each weight."""
     of_states = states.new_empty(states.shape if for_states else (0,))
-    rest = [torch.empty(given.shape, dtype=given.dtype, device=given.device) for given in (queries, *weights)]
-    return [of_states, *rest]
+    return [of_states, *(given.new_empty(given.shape) for given in (queries, *weights))]

@@ -70,7 +70,5 @@ def query_attention_backward(
             tuple(map(segments.address, (of_queries, of_tokens, of_states))),
             stream_of(states),
         )
-    (output, query), (key, value, bias) = (sums.sum(0, dtype=torch.float64) for sums in (of_queries, of_tokens))
-    by_projection = of_states.sum(0, dtype=torch.float64)
-    small = weight_gradients(output, query, key, value, bias[:, -1], by_projection, given.weights)
-    return [grad_states, grad_queries, *small]
+    sums = [partial.sum(0, dtype=torch.float64) for partial in (of_queries, of_tokens, of_states)]
+    return [grad_states, grad_queries, *weight_gradients(sums[0], sums[1], sums[2], given.weights)]

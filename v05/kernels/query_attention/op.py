@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.query_attention import reference
 from v05.kernels.query_attention.buffers import Saved, make_gradients, make_outputs
 from v05.kernels.query_attention.rules import AttentionWeights, check_shapes
 from v05.kernels.query_attention.rules import check_values as check_attention_values
 
 
-@torch.library.custom_op("v05::query_attention", mutates_args=())
+@custom_op("v05::query_attention")
 def _query_attention(
     states: Tensor,
     offsets: Tensor,
     queries: Tensor,
-    weights: Sequence[Tensor],
     heads: int,
     eps: float,
     backend: str,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = dispatch.implementation("query_attention", backend).query_attention
     features, saved = run(states, offsets, queries, weights, heads, eps)
@@ -35,16 +36,16 @@ def _(
     states: Tensor,
     offsets: Tensor,
     queries: Tensor,
-    weights: Sequence[Tensor],
     heads: int,
     eps: float,
     backend: str,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     features, saved = make_outputs(states, queries, heads)
     return features, *saved
 
 
-@torch.library.custom_op("v05::query_attention_backward", mutates_args=())
+@custom_op("v05::query_attention_backward")
 def _query_attention_backward(
     states: Tensor,
     offsets: Tensor,
@@ -78,7 +79,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, offsets, queries, weights, ctx.heads, ctx.eps, ctx.backend = inputs
+    states, offsets, queries, ctx.heads, ctx.eps, ctx.backend, weights = inputs
     ctx.save_for_backward(states, offsets, queries, *output[1:], *weights)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -89,7 +90,7 @@ def _backward(ctx: Any, grad_features: Tensor | None, *_: Tensor | None) -> tupl
     kept = len(Saved._fields)
     saved, weights = rest[:kept], rest[kept:]
     if grad_features is None:
-        return None, None, None, [None] * len(weights), None, None, None
+        return (*[None] * 6, [None] * len(weights))
     by_states, by_queries, *by_weights = _query_attention_backward(
         states,
         offsets,
@@ -102,7 +103,7 @@ def _backward(ctx: Any, grad_features: Tensor | None, *_: Tensor | None) -> tupl
         ctx.needs_input_grad[0],
         ctx.backend,
     )
-    return by_states if ctx.needs_input_grad[0] else None, None, by_queries, by_weights, None, None, None
+    return by_states if ctx.needs_input_grad[0] else None, None, by_queries, None, None, None, by_weights
 
 
 _query_attention.register_autograd(_backward, setup_context=_save)
@@ -150,7 +151,7 @@ def query_attention(
     if check_values or (chosen == "reference" and states.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_attention_values(states.detach(), offsets, queries.detach(), weights)
     dtype = segments.working_dtype(states)
-    queries, cast = queries.to(dtype), AttentionWeights(*(given.to(dtype) for given in weights))
+    queries, cast = segments.cast(queries, dtype), AttentionWeights(*(segments.cast(w, dtype) for w in weights))
     if chosen == "reference":
         return reference.query_attention(states, offsets, queries, cast, heads, eps)
-    return _query_attention(states, offsets, queries, list(cast), heads, eps, chosen)[0]
+    return _query_attention(states, offsets, queries, heads, eps, chosen, list(cast))[0]

@@ -34,6 +34,9 @@ class AttentionWeights(NamedTuple):
     out_bias: Tensor  # [E]
 
 
+_NAMES = tuple(f"weights.{name}" for name in AttentionWeights._fields)
+
+
 def rows_of(states: Tensor) -> Tensor:
     """The states, copied only where the elements of a row do not lie side by side."""
     return states if states.shape[1] == 1 or states.stride(1) == 1 else states.contiguous()
@@ -45,13 +48,13 @@ def weight_shapes(width: int, size: int) -> tuple[tuple[int, ...], ...]:
     return ((width, size), e, e, e, e, e, (3 * width, width), (3 * width,), (width, width), e)
 
 
-def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if tuple(given.shape) != shape:
+def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if given.shape != shape:
         raise ValueError(f"{name} has shape {list(given.shape)}; allowed: {list(shape)}")
     if not given.dtype.is_floating_point:
         raise TypeError(f"{name} is {given.dtype}; allowed: a floating dtype")
-    if given.device != like.device:
-        raise ValueError(f"{name} is on {given.device}; allowed: {like.device}, where the states are")
+    if given.device != device:
+        raise ValueError(f"{name} is on {given.device}; allowed: {device}, where the states are")
 
 
 def check_shapes(
@@ -69,11 +72,11 @@ def check_shapes(
         raise ValueError(f"eps is {eps}; allowed: above 0")
     if queries.dim() != 3 or queries.shape[1] == 0:
         raise ValueError(f"queries has shape {list(queries.shape)}; allowed: three dimensions, at least one query")
-    width, prompts = HEAD * heads, offsets.numel() - 1
-    _check_tensor("queries", queries, (prompts, queries.shape[1], width), states)
+    width, prompts, device = HEAD * heads, offsets.numel() - 1, states.device
+    _check_tensor("queries", queries, (prompts, queries.shape[1], width), device)
     shapes = weight_shapes(width, states.shape[1])
-    for name, given, shape in zip(AttentionWeights._fields, weights, shapes, strict=True):
-        _check_tensor(f"weights.{name}", given, shape, states)
+    for name, given, shape in zip(_NAMES, weights, shapes, strict=True):
+        _check_tensor(name, given, shape, device)
 
 
 def _check_finite(name: str, values: Tensor) -> None:

@@ -203,6 +203,5 @@ def query_attention_backward(
         grad_queries, rows, of_queries = _by_queries(given, saved, keys, grad_features.contiguous(), eps, narrow)
         grad_kv, of_tokens = _by_tokens(given, saved, keys, rows, eps, narrow)
         grad_states, by_projection = _by_states(given, grad_kv, heads, for_states)
-    (output, query), (key, value, bias) = of_queries[..., : width + 1], of_tokens[..., : width + 1]
-    small = weight_gradients(output, query, key, value, bias[:, -1], by_projection, w)
+    small = weight_gradients(of_queries[..., : width + 1], of_tokens[..., : width + 1], by_projection, w)
     return [grad_states, grad_queries, *small]

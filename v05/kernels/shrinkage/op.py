@@ -10,6 +10,7 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.calibration.op import calibrated
+from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage import reference
 from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget, readable
 
@@ -44,7 +45,7 @@ class Shrinkage(NamedTuple):
     graded: Tensor | None = None
 
 
-@torch.library.custom_op("v05::shrinkage", mutates_args=())
+@custom_op("v05::shrinkage")
 def _shrinkage(
     rewards: Tensor,
     offsets: Tensor,
@@ -135,7 +136,7 @@ def shrinkage(
     budget = make_budget(reward_range, cost, k_init, k_max)
     check_group_shapes(rewards, offsets, prior)
     dtype = segments.working_dtype(rewards)
-    rewards, prior = rewards.detach(), prior.detach().to(dtype)
+    rewards, prior = segments.constant(rewards, rewards.dtype), segments.constant(prior, dtype)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
         (*fused, soft), graded = calibrated(rewards.to(dtype), offsets, prior, budget, state, state_decay, *asked)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from v05.kernels import dispatch
+from v05.kernels.custom import custom_op
 
 
-@torch.library.custom_op("v05::token_logprob_backward", mutates_args=())
+@custom_op("v05::token_logprob_backward")
 def backward(
     logits: Tensor,
     targets: Tensor,
@@ -44,7 +44,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("v05::token_logprob_backward_into", mutates_args=("logits",))
+@custom_op("v05::token_logprob_backward_into", mutates_args=("logits",))
 def backward_into(
     logits: Tensor,
     targets: Tensor,

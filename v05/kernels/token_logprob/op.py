@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
+from v05.kernels.custom import custom_op
 from v05.kernels.token_logprob import reference
 from v05.kernels.token_logprob.backward import backward, backward_into
 from v05.kernels.token_logprob.rules import check_shapes
@@ -21,7 +22,7 @@ class TokenLogprob(NamedTuple):
     entropy: Tensor
 
 
-@torch.library.custom_op("v05::token_logprob", mutates_args=())
+@custom_op("v05::token_logprob")
 def _token_logprob(
     logits: Tensor,
     targets: Tensor,

@@ -14,9 +14,7 @@ from v05.kernels.token_logprob.rules import rows_of
 BLOCK = 4096
 WARPS = 8
 LOG2_E = tl.constexpr(1.4426950408889634)
-# A new length compiles nothing: neither the numbers, nor where in memory the second half of the statistics begins.
-LENGTHS = ["columns", "ignore_index"]
-HALVES = ["largest", "log_sum"]
+LENGTHS = ["columns", "ignore_index"]  # a new one compiles nothing
 
 
 @triton.jit
@@ -58,15 +56,14 @@ def raised(total, weighted, largest, new_largest, scale):
     return total * factor, (weighted + total * shift) * factor
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=HALVES)
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     logits,
     targets,
     temperatures,
     logprob,
     entropy,
-    largest,
-    log_sum,
+    statistics,
     stride: tl.int64,
     columns: tl.int64,
     ignore_index: tl.int64,
@@ -74,14 +71,18 @@ def forward_kernel(
     PER_ROW: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Log-prob, entropy, largest logit and log of the sum of one row; sums are rescaled to the largest logit so far."""
+    """Log-prob, entropy, largest logit and log of the sum of one row; sums are rescaled to the largest logit so far.
+
+    Statistics: the largest logit of each row, then the log of each row's sum.
+    """
     acc: tl.constexpr = logprob.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
+    log_sum = statistics + tl.num_programs(0).to(tl.int64)
     target = tl.load(targets + row)
     if target == ignore_index:
         tl.store(logprob + row, 0)
         tl.store(entropy + row, 0)
-        tl.store(largest + row, float("-inf"))
+        tl.store(statistics + row, float("-inf"))
         tl.store(log_sum + row, 0)
     else:
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
@@ -116,18 +117,17 @@ def forward_kernel(
         tl.store(logprob + row, (chosen - base) * inverse - log_total)
         own_entropy = log_total - weighted / tl.where(some, total, 1)
         tl.store(entropy + row, tl.where(some & ~(own_entropy < 0), own_entropy, 0))
-        tl.store(largest + row, row_max)
+        tl.store(statistics + row, row_max)
         tl.store(log_sum + row, log_total)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=HALVES)
+@triton.jit(do_not_specialize=LENGTHS)
 def backward_kernel(
     logits,
     targets,
     temperatures,
     entropy,
-    largest,
-    log_sum,
+    statistics,
     grad_logprob,
     grad_entropy,
     grad_logits,
@@ -144,7 +144,7 @@ def backward_kernel(
     acc: tl.constexpr = entropy.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
-    row_max = tl.load(largest + row)
+    row_max = tl.load(statistics + row)
     inverse = tl.full([], 0, acc)
     if (target != ignore_index) & (row_max > float("-inf")):
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
@@ -157,7 +157,7 @@ def backward_kernel(
     silent = inverse == 0
     base = tl.where(silent, 0, row_max)
     scale = inverse * unit_of(acc)
-    log_total = tl.load(log_sum + row) * unit_of(acc)
+    log_total = tl.load(statistics + tl.num_programs(0).to(tl.int64) + row) * unit_of(acc)
     level = -(by_logprob + by_entropy * tl.load(entropy + row)) * inverse
     slope = by_entropy * inverse / unit_of(acc)
     own = by_logprob * inverse
@@ -190,8 +190,7 @@ def token_logprob(
                 temperatures,
                 logprob,
                 entropy,
-                statistics[0],
-                statistics[1],
+                statistics,
                 logits.stride(0),
                 columns,
                 ignore_index,
@@ -228,8 +227,7 @@ def token_logprob_backward(
                 targets,
                 temperatures,
                 entropy,
-                statistics[0],
-                statistics[1],
+                statistics,
                 None if grad_logprob is None else grad_logprob.contiguous(),
                 None if grad_entropy is None else grad_entropy.contiguous(),
                 grad_logits,

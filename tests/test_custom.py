@@ -1,0 +1,146 @@
+"""Custom ops: eager calls go past torch's dispatcher, unless something listens there, and derive the same."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from v05.kernels.custom import custom_op
+
+calls: list[str] = []
+
+
+@custom_op("v05_test::scaled")
+def scaled(values: Tensor, by: float, more: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum of all times a number, and how many there are."""
+    calls.append(type(values).__name__)
+    return torch.stack([values, *more]).sum(0) * by, torch.tensor(1 + len(more))
+
+
+@scaled.register_fake
+def _(values: Tensor, by: float, more: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(values), values.new_empty((), dtype=torch.int64)
+
+
+def _save(ctx, inputs, output):
+    _, ctx.by, ctx.more = inputs[0], inputs[1], len(inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient, _):
+    if gradient is None:
+        return None, None, [None] * ctx.more
+    own = gradient * ctx.by if ctx.needs_input_grad[0] else None
+    return own, None, [gradient * ctx.by] * ctx.more
+
+
+scaled.register_autograd(_backward, setup_context=_save)
+
+
+@custom_op("v05_test::double_", mutates_args=("values",))
+def double_(by: float, values: Tensor) -> None:
+    """Doubles the memory of a tensor, as a kernel does: autograd sees nothing of it."""
+    values.numpy()[...] *= 2
+
+
+@double_.register_fake
+def _(by: float, values: Tensor) -> None:
+    return None
+
+
+class Listener(TorchDispatchMode):
+    """Names of the ops that go through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A subclass."""
+
+
+def dispatched(call) -> list[str]:
+    """Names of custom ops that the profiler sees in a call."""
+    with torch.profiler.profile() as profile:
+        call()
+    return [event.name for event in profile.events() if "v05_test::" in event.name]
+
+
+def test_an_eager_call_skips_the_dispatcher():
+    x = torch.ones(3)
+    assert dispatched(lambda: scaled(x, 2.0, [x])) == []
+    assert dispatched(lambda: scaled(x.requires_grad_(), 2.0, [x])) == []
+    assert dispatched(lambda: scaled(torch.nn.Parameter(x), 2.0, [x])) == []
+
+
+def test_who_listens_at_the_dispatcher_hears_the_call():
+    x = torch.ones(3)
+    with Listener() as listener:
+        scaled(x, 2.0, [x])
+    assert "v05_test.scaled.default" in listener.heard
+    assert dispatched(lambda: scaled(x.as_subclass(Own), 2.0, [x])) == ["v05_test::scaled"]
+    assert dispatched(lambda: scaled(x, 2.0, [x.as_subclass(Own)])) == ["v05_test::scaled"]
+    with torch.device("cpu"):
+        assert dispatched(lambda: scaled(x, 2.0, [x])) == ["v05_test::scaled"]
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for v05_test::scaled"):
+        torch.vmap(lambda row: scaled(row, 2.0, [row])[0])(torch.ones(2, 3))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        calls.clear()
+        assert scaled(fake, 2.0, [fake])[0].shape == x.shape
+        assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_a_trace_holds_the_op():
+    traced = torch.jit.trace(lambda x: scaled(x, 2.0, [x])[0], torch.ones(3), check_trace=False)
+    assert "v05_test::scaled" in str(traced.graph)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradients_are_those_of_the_op(wanted):
+    def run(op):
+        x, y = (torch.ones(3).requires_grad_(want) for want in wanted)
+        out, count = op(x, 3.0, [y, torch.zeros(3)])
+        assert not count.requires_grad
+        out.sum().backward(retain_graph=True)
+        out.sum().backward()
+        return x.grad, y.grad
+
+    for ours, theirs in zip(run(scaled), run(torch.ops.v05_test.scaled.default), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+def test_no_gradient_where_autograd_is_off():
+    x = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        assert not scaled(x, 2.0, [])[0].requires_grad
+    with torch.inference_mode():
+        assert scaled(x, 2.0, [])[0].is_inference()
+
+
+def test_what_it_writes_into_has_a_new_version():
+    x, w = torch.ones(3), torch.ones(3, requires_grad=True)
+    product = w * x
+    double_(1.0, x)
+    assert x.tolist() == [2.0] * 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_compiles_without_a_break():
+    def loss(x):
+        return scaled(x, 2.0, [x * x])[0].sum()
+
+    x, y = (torch.arange(3.0).requires_grad_() for _ in range(2))
+    loss(x).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(y).backward()
+    assert torch.equal(x.grad, y.grad)
+    torch.library.opcheck(torch.ops.v05_test.scaled.default, (x, 2.0, [y]))
