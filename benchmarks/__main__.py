@@ -25,7 +25,7 @@ from benchmarks import (
     report,
     wins,
 )
-from benchmarks.harness import OURS, Row, measure
+from benchmarks.harness import OURS, Row, measure, warm_up
 from v05.kernels.wins import FILE
 
 FOLDER = Path(__file__).parent
@@ -46,6 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--op", action="append", choices=list(BENCHES), help="only this op; may be repeated")
     parser.add_argument("--quick", action="store_true", help="the smallest inputs, half a second each, nothing kept")
     parser.add_argument("--ours", action="store_true", help="without rivals, while working on a kernel; nothing kept")
+    parser.add_argument(
+        "--warm-up", action="store_true", help="only one call of each, which fills torch's compile cache"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, help="of timing per case (4; with --quick 0.5)")
     parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
@@ -71,15 +74,14 @@ def describe(row: Row) -> str:
     what = f"{row.op:14} {row.shape:32} {row.dtype:9} {row.direction:19} {row.contender:16}"
     if not row.p50_ms:
         return f"{what} {row.note}"
-    of_device = (
-        f"{float(row.fraction_of_ceiling):5.2f} of {row.ceiling}, host {row.host_us} us  " if row.host_us else ""
-    )
-    return f"{what} {float(row.p50_ms):10.3f} ms  {float(row.ratio_to_ours):8.2f} x v05  {of_device}{row.note}"
+    reached = f"{float(row.fraction_of_ceiling):5.2f} of {row.ceiling}, host {row.host_us} us  " if row.host_us else ""
+    return f"{what} {float(row.p50_ms):10.3f} ms  {float(row.ratio_to_ours):8.2f} x v05  {reached}{row.note}"
 
 
 def main() -> int:
     options = arguments()
     path, begin = options.output / "results.csv", time.perf_counter()
+    unkept = options.quick or options.ours or options.warm_up
     if options.threads:
         torch.set_num_threads(options.threads)
     run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -91,15 +93,20 @@ def main() -> int:
             if options.ours:
                 own = [contender for contender in case.contenders if contender.name.startswith(OURS)]
                 case = replace(case, contenders=own)
+            if options.warm_up:
+                for some in [case, *([case.another(1)] if case.another else [])]:
+                    warm_up(some)
+                torch.compiler.reset()
+                continue
             rows = []
             for row in measure(case, run_id, options.seconds or (0.5 if options.quick else 4.0)):
                 print(describe(row), flush=True)
                 rows.append(row)
-            if not (options.quick or options.ours):
+            if not unkept:
                 append(path, rows)
             torch.compiler.reset()
             gc.collect()
-    if not (options.quick or options.ours):
+    if not unkept:
         report.write(path, options.output)
         print(f"{options.output / 'RESULTS.md'} after {time.perf_counter() - begin:.0f} s")
     return 0

@@ -99,8 +99,9 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
     timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--op"]
     benches = [[Step(f"bench-{op}", [*timing, op], 120)] for op in OPS]
+    compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 120) for op in OPS]  # rivals, side by side
     report = Step("bench-report", [*bench, "--report-only"], 30)
-    return [[build], [imports], [tests, *cuda], [large, *triton], *benches, [report]]
+    return [[build], [imports], [tests, *cuda], [large, *triton], compiling, *benches, [report]]
 
 
 def failures_of(junit: Path) -> list[str]:
