@@ -2,6 +2,7 @@
 // fixed order; a batch of a few thousand tokens needs no such launch. Options on whole sequences take a launch before
 // the pass, and, at the level of sequences, one after it.
 #include "cuda/ops.h"
+#include "cuda/policy_sequences.cuh"
 #include "cuda/policy_token.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/sequences.cuh"
@@ -10,21 +11,19 @@ namespace v05::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kEach = 4;  // neighbouring tokens of a thread, read together
 constexpr int64_t kWarpTokens = kWarp * kEach, kTile = kThreads * kEach;
-constexpr int kResident = 4;        // blocks of the pass at a time on one multiprocessor
-constexpr int64_t kAloneTiles = 4;  // of a batch that one block goes through
+constexpr int kResident = 4;  // blocks of the pass at a time on one multiprocessor
 
 template <class T>
 struct alignas(16) Four {
   T at[kEach];
 };
 
-// Tokens i to i + kEach of n, or 0 past the end.
+// Tokens i to i + kEach of n, or 0 past the end; `whole` where they are all there and begin at a multiple of 16 bytes.
 template <class T>
-__device__ __forceinline__ Four<T> load_four(const T* __restrict__ values, int64_t i, int64_t n, bool aligned) {
-  if (aligned && i + kEach <= n) return *reinterpret_cast<const Four<T>*>(values + i);
+__device__ __forceinline__ Four<T> load_four(const T* __restrict__ values, int64_t i, int64_t n, bool whole) {
+  if (whole) return *reinterpret_cast<const Four<T>*>(values + i);
   Four<T> four;
 #pragma unroll
   for (int k = 0; k < kEach; ++k) four.at[k] = i + k < n ? values[i + k] : T(0);
@@ -32,45 +31,15 @@ __device__ __forceinline__ Four<T> load_four(const T* __restrict__ values, int64
 }
 
 template <class T>
-__device__ __forceinline__ void store_four(T* __restrict__ values, int64_t i, int64_t n, bool aligned,
+__device__ __forceinline__ void store_four(T* __restrict__ values, int64_t i, int64_t n, bool whole,
                                            const Four<T>& four) {
-  if (aligned && i + kEach <= n) {
+  if (whole) {
     *reinterpret_cast<Four<T>*>(values + i) = four;
     return;
   }
 #pragma unroll
   for (int k = 0; k < kEach; ++k)
     if (i + k < n) values[i + k] = four.at[k];
-}
-
-// One sequence: the ratio of its mean and its sampler weight, whichever is asked for.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch) {
-  const int64_t s = blockIdx.x, begin = in.offsets[s], end = in.offsets[s + 1];
-  const bool corrects = whole_sequence(in.correction);
-  double count = 0, x_sum = 0, sampler_sum = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    if (in.weights[i] == T(0)) continue;
-    const T old = in.old_logprobs[i];
-    count += 1;
-    if (in.sequence_level) x_sum += log_ratio(in.logprobs[i], old).value;
-    if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
-  }
-  const double sums[] = {count, x_sum, sampler_sum};
-  const double sum = block_sums<kThreads>(sums);
-  if (threadIdx.x >= kWarp) return;
-  count = __shfl_sync(kEveryLane, sum, 0), x_sum = __shfl_sync(kEveryLane, sum, 1);
-  sampler_sum = __shfl_sync(kEveryLane, sum, 2);
-  if (threadIdx.x != 0) return;
-  if (in.sequence_level) {
-    scratch.kept[s] = T(count);
-    scratch.ratio[s] = exp(T(x_sum / larger(count, 1.0)));
-  }
-  if (corrects) {
-    const double bound = kLogRatioBound<double>;
-    scratch.correction[s] =
-        sampler_weight(exp(T(clamped(sampler_sum, -bound, bound))), masks(in.correction), in.numbers);
-  }
 }
 
 // How many of every `stride`-th sequences from `first` on have an unmasked token, in a warp's first lane.
@@ -95,41 +64,60 @@ __device__ __forceinline__ void store_sum(int field, double sum, T* __restrict__
   *(field == kLoss ? loss : metrics + field - 1) = T(sum);
 }
 
+// What neighbouring tokens of a thread take from their sequences.
+template <bool kPlain, class T>
+struct Shared {
+  Four<T> advantage;
+  int64_t sequence[kEach];
+
+  __device__ __forceinline__ Shared(const PolicyInputs<T>& in, const Span& span, int64_t i, bool full) {
+    if (in.advantage_per_token) advantage = load_four(in.advantages, i, in.n, full);
+    if (kPlain && in.advantage_per_token) return;
+    int64_t s = span.one() ? span.first : span.of(in.offsets, i);
+    int64_t next = s < span.last ? in.offsets[s + 1] : in.n;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (!span.one())
+        while (s < span.last && i + k >= next) next = in.offsets[++s + 1];
+      sequence[k] = s;
+      if (!in.advantage_per_token) advantage.at[k] = span.one() && k ? advantage.at[0] : in.advantages[s];
+    }
+  }
+};
+
 template <Surrogate kSurrogate, bool kPlain, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
     token_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, bool aligned, T* __restrict__ gradient,
                  T* __restrict__ loss, T* __restrict__ metrics) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool looks_up = !in.advantage_per_token || !kPlain;
+  // Every block takes tiles that follow each other, the first ones one more where they do not come out even.
+  const int64_t tiles = (in.n + kTile - 1) / kTile, each = tiles / gridDim.x, more = tiles % gridDim.x;
+  const int64_t begin = blockIdx.x * each + smaller<int64_t>(blockIdx.x, more);
+  const int64_t end = begin + each + (blockIdx.x < more ? 1 : 0);
   T sums[kPolicySums] = {};
-  int64_t low = 0;
-  for (int64_t tile = blockIdx.x; tile * kTile < in.n; tile += gridDim.x) {
+  int64_t low = -1;
+  for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTile + warp * kWarpTokens, i = first + lane * kEach;
     if (first >= in.n) break;
     // Together, before the mask is known: what a masked token holds is read but never used.
-    const Four<T> weight = load_four(in.weights, i, in.n, aligned);
-    const Four<T> logprob = load_four(in.logprobs, i, in.n, aligned);
-    const Four<T> old = load_four(in.old_logprobs, i, in.n, aligned);
-    Four<T> advantage, slope, by_ratio;
-    if (in.advantage_per_token) advantage = load_four(in.advantages, i, in.n, aligned);
-    int64_t s = 0, next = 0;
-    if (looks_up) {
-      const Span span(in.offsets, in.sequences, first, smaller(first + kWarpTokens, in.n) - 1, low);
-      low = span.first;
-      s = span.of(in.offsets, i);
-      next = s < span.last ? in.offsets[s + 1] : in.n;
-    }
+    const bool full = aligned && i + kEach <= in.n;
+    const Four<T> weight = load_four(in.weights, i, in.n, full);
+    const Four<T> logprob = load_four(in.logprobs, i, in.n, full);
+    const Four<T> old = load_four(in.old_logprobs, i, in.n, full);
+    if (low < 0) low = sequence_of(in.offsets, first, 0, in.sequences - 1);
+    const Span span(in.offsets, in.sequences, first, smaller(first + kWarpTokens, in.n) - 1, low);
+    low = span.first;
+    const Shared<kPlain, T> shared(in, span, i, full);
+    Four<T> slope, by_ratio;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      while (looks_up && i + k >= next && i + k < in.n) next = in.offsets[++s + 1];
-      if (!in.advantage_per_token) advantage.at[k] = in.advantages[s];
       slope.at[k] = by_ratio.at[k] = T(0);
       if (weight.at[k] != T(0))
-        slope.at[k] = add_token<kSurrogate, kPlain>(in, scratch, i + k, s, weight.at[k], logprob.at[k], old.at[k],
-                                                    advantage.at[k], sums, &by_ratio.at[k]);
+        slope.at[k] = add_token<kSurrogate, kPlain>(in, scratch, i + k, shared.sequence[k], weight.at[k], logprob.at[k],
+                                                    old.at[k], shared.advantage.at[k], sums, &by_ratio.at[k]);
     }
-    store_four(gradient, i, in.n, aligned, slope);
-    if (!kPlain && in.sequence_level) store_four(scratch.by_ratio, i, in.n, aligned, by_ratio);
+    store_four(gradient, i, in.n, full, slope);
+    if (!kPlain && in.sequence_level) store_four(scratch.by_ratio, i, in.n, full, by_ratio);
   }
   sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
   if (kPlain) sums[kSamplerWeight] = sums[kTokens];
@@ -142,18 +130,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
     store_sum(threadIdx.x, sum, loss, metrics);
   else
     scratch.partial[threadIdx.x * int64_t(gridDim.x) + blockIdx.x] = sum;
-}
-
-// Gives each token of a sequence its share of the derivative by the sequence's mean log-ratio.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    share_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, T* __restrict__ gradient) {
-  const int64_t s = blockIdx.x, begin = in.offsets[s], end = in.offsets[s + 1];
-  double total = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) total += scratch.by_ratio[i];
-  const T part = T(block_sum<kThreads>(total) / larger(double(scratch.kept[s]), 1.0));
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads)
-    if (in.weights[i] != T(0)) gradient[i] += log_ratio(in.logprobs[i], in.old_logprobs[i]).slope * part;
 }
 
 // Adds up what the blocks left, a warp a field.
@@ -174,10 +150,11 @@ __global__ void __launch_bounds__(kThreads)
   const T by = *factor;
   if (by == T(1)) return;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEach; i < n; i += gridDim.x * kTile) {
-    Four<T> four = load_four(values, i, n, aligned);
+    const bool full = aligned && i + kEach <= n;
+    Four<T> four = load_four(values, i, n, full);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) four.at[k] *= by;
-    store_four(values, i, n, aligned, four);
+    store_four(values, i, n, full, four);
   }
 }
 
@@ -215,23 +192,31 @@ bool all_aligned(Pointers... pointers) {
 
 int64_t policy_blocks(int64_t n) {
   const int64_t tiles = (n + kTile - 1) / kTile;
-  return tiles <= kAloneTiles ? 1 : smaller(tiles, blocks_at_a_time());
+  return tiles <= 1 ? 1 : smaller(tiles, blocks_at_a_time());
+}
+
+template <bool kLong, class T>
+static void launch(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
+                   cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n));
+  const unsigned crews = Crew<kLong>::blocks_for(in.sequences);
+  const bool whole = in.sequence_level || whole_sequence(in.correction);
+  const bool plain = !in.sequence_level && in.kl == Kl::none && in.correction == Correction::none;
+  const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient, scratch.by_ratio,
+                                   in.advantage_per_token ? in.advantages : nullptr);
+  if (whole && crews) sequence_kernel<kLong><<<crews, kThreads, 0, stream>>>(in, scratch);
+  const auto kernel = plain ? kernel_of<true, T>(in.surrogate) : kernel_of<false, T>(in.surrogate);
+  kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, aligned, gradient, loss, metrics);
+  if (in.sequence_level && crews) share_kernel<kLong><<<crews, kThreads, 0, stream>>>(in, scratch, gradient);
+  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(scratch.partial, blocks, loss, metrics);
+  check_launch("policy_loss");
 }
 
 template <class T>
 void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n)), sequences = static_cast<unsigned>(in.sequences);
-  const bool whole = in.sequence_level || whole_sequence(in.correction);
-  const bool plain = !in.sequence_level && in.kl == Kl::none && in.correction == Correction::none;
-  const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient, scratch.by_ratio,
-                                   in.advantage_per_token ? in.advantages : nullptr);
-  if (whole && sequences) sequence_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch);
-  const auto kernel = plain ? kernel_of<true, T>(in.surrogate) : kernel_of<false, T>(in.surrogate);
-  kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, aligned, gradient, loss, metrics);
-  if (in.sequence_level && sequences) share_kernel<<<sequences, kThreads, 0, stream>>>(in, scratch, gradient);
-  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(scratch.partial, blocks, loss, metrics);
-  check_launch("policy_loss");
+  const auto run = in.n > in.sequences * kShort ? launch<true, T> : launch<false, T>;
+  run(in, scratch, gradient, loss, metrics, stream);
 }
 
 template <class T>

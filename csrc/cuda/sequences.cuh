@@ -23,17 +23,23 @@ __device__ __forceinline__ int64_t sequence_of(const int64_t* __restrict__ offse
   return low;
 }
 
-// The sequences of the first and the last of some neighbouring tokens.
+// The sequences of the first and the last of some neighbouring tokens, looked for from `low` on: nearby, a step finds
+// both.
 struct Span {
   int64_t first, last;
 
   __device__ __forceinline__ Span(const int64_t* __restrict__ offsets, int64_t sequences, int64_t from, int64_t to,
                                   int64_t low) {
-    first = sequence_of(offsets, from, low, sequences - 1);
-    const int64_t probe = first + threadIdx.x % kWarp;
-    last = first + __popc(__ballot_sync(kEveryLane, probe < sequences && offsets[probe] <= to)) - 1;
-    if (last == first + kWarp - 1) last = sequence_of(offsets, to, last, sequences - 1);
+    const int64_t probe = low + threadIdx.x % kWarp;
+    const int64_t begin = probe < sequences ? offsets[probe] : to + 1;
+    first = low + __popc(__ballot_sync(kEveryLane, begin <= from)) - 1;
+    last = low + __popc(__ballot_sync(kEveryLane, begin <= to)) - 1;
+    if (last < low + kWarp - 1) return;
+    first = sequence_of(offsets, from, first, sequences - 1);
+    last = sequence_of(offsets, to, first, sequences - 1);
   }
+
+  __device__ __forceinline__ bool one() const { return first == last; }
 
   // The sequence of one of the tokens, looked for by the calling lane alone.
   __device__ __forceinline__ int64_t of(const int64_t* __restrict__ offsets, int64_t token) const {
