@@ -93,11 +93,12 @@ TOKEN = {"targets": "*i64", "stride": "i64", "columns": "i64", "ignore_index": "
 @pytest.mark.parametrize("per_row", [False, True])
 def test_token_logprob(target, dtype, wide, per_row):
     types = TOKEN | dict.fromkeys(("logprob", "entropy", "statistics"), f"*{wide}")
-    constants = {"PER_ROW": per_row, "BLOCK_V": token_logprob.BLOCK}
+    constants = {"PER_ROW": per_row, "BLOCK_V": token_logprob.BLOCK // (2 if dtype == "fp64" else 1)}
     types |= {"logits": f"*{dtype}"} | ({"temperatures": "*fp64"} if per_row else {})
     constants |= {} if per_row else {"temperatures": None}
     kernel = token_logprob.forward_kernel
-    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=token_logprob.WARPS))
+    wide_loads = () if per_row else ("logits", "stride")
+    assert_it_fits(target, compile_for(target, kernel, types, constants, wide_loads, num_warps=token_logprob.WARPS))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -105,12 +106,13 @@ def test_token_logprob(target, dtype, wide, per_row):
 @pytest.mark.parametrize("gradients", [("grad_logprob",), ("grad_entropy",), ("grad_logprob", "grad_entropy")])
 def test_token_logprob_backward(target, dtype, wide, gradients):
     types = TOKEN | dict.fromkeys(("entropy", "statistics", *gradients), f"*{wide}")
-    types |= {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
-    constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BLOCK, "temperatures": None}
+    types |= {"logits": f"*{dtype}", "grad_logits": f"*{dtype}", "grad_stride": "i64"}
+    constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BACKWARD_BLOCK, "temperatures": None}
     constants |= {"HAS_LOGPROB": "grad_logprob" in gradients, "HAS_ENTROPY": "grad_entropy" in gradients}
     constants |= {name: None for name in ("grad_logprob", "grad_entropy") if name not in gradients}
     kernel = token_logprob.backward_kernel
-    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=token_logprob.WARPS))
+    wide = ("logits", "stride", "grad_logits", "grad_stride")
+    assert_it_fits(target, compile_for(target, kernel, types, constants, wide, num_warps=token_logprob.BACKWARD_WARPS))
 
 
 POLICY = {"offsets": "*i64", "tokens": "i64", "sequences": "i64"} | dict.fromkeys(Numbers._fields, "fp64")
@@ -293,8 +295,9 @@ def test_linear_logprob_join(target, per_row):
 def test_token_logprob_backward_into_the_dtype_of_products(target, dtype):
     """float32 logits of linear_logprob, whose gradient is rounded as it is written."""
     types = TOKEN | dict.fromkeys(("entropy", "statistics", "grad_logprob", "grad_entropy"), "*fp32")
-    types |= {"logits": "*fp32", "grad_logits": f"*{dtype}"}
-    constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BLOCK, "temperatures": None}
+    types |= {"logits": "*fp32", "grad_logits": f"*{dtype}", "grad_stride": "i64"}
+    constants = {"PER_ROW": False, "BLOCK_V": token_logprob.BACKWARD_BLOCK, "temperatures": None}
     constants |= {"HAS_LOGPROB": True, "HAS_ENTROPY": True}
     kernel = token_logprob.backward_kernel
-    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=token_logprob.WARPS))
+    wide = ("logits", "stride", "grad_logits", "grad_stride")
+    assert_it_fits(target, compile_for(target, kernel, types, constants, wide, num_warps=token_logprob.BACKWARD_WARPS))

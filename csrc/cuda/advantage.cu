@@ -6,6 +6,8 @@ namespace v05::cuda {
 
 namespace {
 
+constexpr int kLanes = 4;  // of a team: groups have 4 to 16 rollouts, and the formulas are evaluated in every lane
+
 constexpr int kPoolThreads = 1024;
 constexpr int64_t kPoolRewards = 8 * kPoolThreads;  // of a block
 
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     advantage_kernel(const Reward* __restrict__ rewards, const int64_t* __restrict__ offsets,
                      const T* __restrict__ prior, const T* __restrict__ moments, int64_t groups, Baseline baseline,
                      Scale scale, T low, T high, T eps, T* __restrict__ out) {
-  Team<T> team(rewards, offsets, groups);
+  Team<kLanes, T> team(rewards, offsets, groups);
   int64_t count = team.count();
   T k = T(count), mean = team.mean(T(0)), s = (high - low) * (high - low) * T(0.25);
   T value = prior && team.present && baseline != Baseline::given ? prior[team.group] : T(0);
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     T squares = 0;
     for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes)
       squares += (widen(rewards[i]) - mean) * (widen(rewards[i]) - mean);
-    factor = inverse_std(team_sum(squares), k - 1, eps);
+    factor = inverse_std(team_sum<kLanes>(squares), k - 1, eps);
   }
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
     T reward = widen(rewards[i]), mu = baseline == Baseline::given ? prior[i] : common;
@@ -108,8 +110,8 @@ template <class Reward, class T>
 void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
                Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream) {
   if (groups == 0) return;
-  advantage_kernel<<<blocks_for(groups), kThreads, 0, stream>>>(rewards, offsets, prior, moments, groups, baseline,
-                                                                scale, low, high, eps, out);
+  advantage_kernel<<<blocks_for<kLanes>(groups), kThreads, 0, stream>>>(rewards, offsets, prior, moments, groups,
+                                                                        baseline, scale, low, high, eps, out);
   check_launch("advantage");
 }
 

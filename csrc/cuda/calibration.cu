@@ -8,6 +8,8 @@ namespace v05::cuda {
 
 namespace {
 
+constexpr int kLanes = 8;  // of a team: one for each component of the mixture at least
+
 template <class T>
 constexpr int kFitThreads = sizeof(T) == 8 ? 512 : 1024;
 
@@ -23,23 +25,23 @@ __device__ __forceinline__ T team_max(T value) {
 
 // Sum of the rewards of a team's group in [0, 1], in every lane.
 template <class T>
-__device__ __forceinline__ T unit_sum(const Calibration<T>& in, const Team<T>& team, bool graded) {
+__device__ __forceinline__ T unit_sum(const Calibration<T>& in, const Team<kLanes, T>& team, bool graded) {
   const T low = T(in.budget.low), high = T(in.budget.high);
   T sum = 0;
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes)
     sum += unit_reward(in.rewards[i], low, high, graded);
-  return team_sum(sum);
+  return team_sum<kLanes>(sum);
 }
 
 template <class T>
-__device__ __forceinline__ T centre_of(const Calibration<T>& in, const Team<T>& team) {
+__device__ __forceinline__ T centre_of(const Calibration<T>& in, const Team<kLanes, T>& team) {
   const T low = T(in.budget.low), high = T(in.budget.high);
   return team.present ? (in.prior[team.group] - low) / (high - low) : T(0.5);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T> in) {
-  Team<T> team(in.rewards, in.offsets, in.groups);
+  Team<kLanes, T> team(in.rewards, in.offsets, in.groups);
   const bool graded = *in.graded;
   const int component = team.lane < kComponents ? team.lane : kComponents - 1;
   const T sum = unit_sum(in, team, graded), centre = component_centre(component, centre_of(in, team));
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kFitThreads<T>) fit_kernel(Calibration<T> in) 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T> in) {
-  Team<T> team(in.rewards, in.offsets, in.groups);
+  Team<kLanes, T> team(in.rewards, in.offsets, in.groups);
   const bool graded = *in.graded;
   const T sum = unit_sum(in, team, graded), centre = centre_of(in, team);
   if (!team.present) return;
@@ -134,9 +136,9 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T> 
 
 template <class T>
 void calibrated(const Calibration<T>& in, cudaStream_t stream) {
-  if (in.groups) likelihood_kernel<<<blocks_for(in.groups), kThreads, 0, stream>>>(in);
+  if (in.groups) likelihood_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in);
   fit_kernel<<<1, kFitThreads<T>, 0, stream>>>(in);
-  if (in.groups) calibrated_kernel<<<blocks_for(in.groups), kThreads, 0, stream>>>(in);
+  if (in.groups) calibrated_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in);
   check_launch("calibrated");
 }
 

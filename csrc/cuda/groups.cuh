@@ -13,10 +13,8 @@
 namespace v05::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;  // of a team: groups have 4 to 16 rollouts
-constexpr int kTeams = kThreads / kLanes;
 
-template <class T>
+template <int kLanes, class T>
 __device__ __forceinline__ T team_sum(T value) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kEveryLane, value, step, kLanes);
@@ -25,7 +23,7 @@ __device__ __forceinline__ T team_sum(T value) {
 
 // The group of the calling lane's team, whose rewards are widened to T as they are read. A team past the last group is
 // empty and takes part in the sums.
-template <class T>
+template <int kLanes, class T>
 struct Team {
   int64_t group, begin, end;
   T first, shifted;  // first reward, and sum of (r - first)
@@ -34,7 +32,7 @@ struct Team {
 
   template <class Reward>
   __device__ Team(const Reward* rewards, const int64_t* offsets, int64_t groups) {
-    group = int64_t(blockIdx.x) * kTeams + threadIdx.x / kLanes;
+    group = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
     lane = threadIdx.x % kLanes;
     present = group < groups;
     begin = present ? offsets[group] : 0;
@@ -42,13 +40,17 @@ struct Team {
     first = begin < end ? widen(rewards[begin]) : T(0);
     T sum = 0;
     for (int64_t i = begin + lane; i < end; i += kLanes) sum += widen(rewards[i]) - first;
-    shifted = team_sum(sum);
+    shifted = team_sum<kLanes>(sum);
   }
 
   __device__ int64_t count() const { return end - begin; }
   __device__ T mean(T otherwise) const { return count() ? first + shifted / T(count()) : otherwise; }
 };
 
-inline unsigned blocks_for(int64_t groups) { return static_cast<unsigned>((groups + kTeams - 1) / kTeams); }
+template <int kLanes>
+unsigned blocks_for(int64_t groups) {
+  constexpr int kTeams = kThreads / kLanes;
+  return static_cast<unsigned>((groups + kTeams - 1) / kTeams);
+}
 
 }  // namespace v05::cuda

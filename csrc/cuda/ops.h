@@ -53,6 +53,7 @@ struct WideOf<double> {
   using type = double;
 };
 
+// Rows have 2^30 columns at most.
 template <class T>
 void token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<typename WideOf<T>::type>& out,
                    cudaStream_t stream);

@@ -5,6 +5,8 @@ namespace v05::cuda {
 
 namespace {
 
+constexpr int kLanes = 4;  // of a team: groups have 4 to 16 rollouts, and the formulas are evaluated in every lane
+
 // Statistics, test, weight, baseline, error, gain, plan and advantages of every group, in one pass over the rewards.
 template <class Reward, class T>
 __global__ void __launch_bounds__(kThreads)
@@ -12,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
                      const T* __restrict__ prior, int64_t groups, Budget<T> budget, T* __restrict__ floats,
                      int64_t* __restrict__ integers, bool* __restrict__ more, T* __restrict__ rollout_baseline,
                      T* __restrict__ advantages) {
-  Team<T> team(rewards, offsets, groups);
+  Team<kLanes, T> team(rewards, offsets, groups);
   if (!team.present) return;
   int64_t count = team.count(), g = team.group;
   T value = prior[g], mean = team.mean(value), s = budget.variance();
@@ -46,8 +48,8 @@ template <class Reward, class T>
 void shrinkage(const Reward* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream) {
   if (groups == 0) return;
-  shrinkage_kernel<<<blocks_for(groups), kThreads, 0, stream>>>(rewards, offsets, prior, groups, budget, floats,
-                                                                integers, more, rollout_baseline, advantages);
+  shrinkage_kernel<<<blocks_for<kLanes>(groups), kThreads, 0, stream>>>(rewards, offsets, prior, groups, budget, floats,
+                                                                        integers, more, rollout_baseline, advantages);
   check_launch("shrinkage");
 }
 

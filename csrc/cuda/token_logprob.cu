@@ -193,18 +193,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide) == 8 ? 1 : 2)
     write_slopes<false>(x, columns, row, place, by_logprob, out);
 }
 
-// Places in a row are counted in 32 bits, a step past its end included.
-void check_columns(int64_t columns) {
-  if (columns > std::numeric_limits<int>::max() / 2)
-    throw std::runtime_error("token_logprob: logits have " + std::to_string(columns) + " columns; allowed: up to 2^30");
-}
-
 }  // namespace
 
 template <class T>
 void token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<typename WideOf<T>::type>& out,
                    cudaStream_t stream) {
-  check_columns(rows.vocabulary);
   if (rows.count == 0) return;
   forward_kernel<<<static_cast<unsigned>(rows.count), kThreads, 0, stream>>>(rows, out);
   check_launch("token_logprob");
@@ -214,7 +207,6 @@ template <class T>
 void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<const typename WideOf<T>::type>& saved,
                             const typename WideOf<T>::type* grad_logprob, const typename WideOf<T>::type* grad_entropy,
                             T* grad_logits, int64_t grad_stride, cudaStream_t stream) {
-  check_columns(rows.vocabulary);
   if (rows.count == 0) return;
   backward_kernel<<<static_cast<unsigned>(rows.count), kThreads, 0, stream>>>(rows, saved, grad_logprob, grad_entropy,
                                                                               grad_logits, grad_stride);

@@ -11,8 +11,8 @@ from v05.kernels import segments
 from v05.kernels.device import on_device_of
 from v05.kernels.token_logprob.rules import rows_of
 
-BLOCK = 4096
-WARPS = 8
+BLOCK, WARPS = 4096, 8
+BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 LOG2_E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["columns", "ignore_index"]  # a new one compiles nothing
 
@@ -56,6 +56,16 @@ def raised(total, weighted, largest, new_largest, scale):
     return total * factor, (weighted + total * shift) * factor
 
 
+@triton.jit
+def with_more(b_max, b_sum, b_weighted, b_logit, scale):
+    """Maxima and sums of the rows of a block, with those of another block."""
+    new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
+    b_sum, b_weighted = raised(b_sum, b_weighted, b_max, new_max, scale)
+    b_exponent = finite((b_logit - tl.where(new_max > float("-inf"), new_max, 0)[:, None]) * scale)
+    b_power = power(b_exponent)
+    return new_max, b_sum + tl.sum(b_power, axis=1), b_weighted + tl.sum(b_power * b_exponent, axis=1)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     logits,
@@ -88,23 +98,18 @@ def forward_kernel(
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
         scale = inverse * unit_of(acc)
         logits += row * stride
-        LANE: tl.constexpr = (
-            128 // logits.dtype.element_ty.primitive_bitwidth
-        )  # of 16 bytes a thread keeps its own sums
+        LANE: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes, summed up by one thread
         b_max = tl.full([BLOCK_V // LANE], float("-inf"), acc)
         b_sum = tl.zeros([BLOCK_V // LANE], acc)
         b_weighted = tl.zeros([BLOCK_V // LANE], acc)
         o_place = tl.arange(0, BLOCK_V // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-        for start in range(0, columns, BLOCK_V):
-            o_column = start + o_place
-            b_logit = tl.load(logits + o_column, mask=o_column < columns, other=float("-inf")).to(acc)
-            new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
-            b_sum, b_weighted = raised(b_sum, b_weighted, b_max, new_max, scale)
-            b_max = new_max
-            b_exponent = finite((b_logit - tl.where(b_max > float("-inf"), b_max, 0)[:, None]) * scale)
-            b_power = power(b_exponent)
-            b_sum += tl.sum(b_power, axis=1)
-            b_weighted += tl.sum(b_power * b_exponent, axis=1)
+        whole = columns.to(tl.int32) // BLOCK_V * BLOCK_V  # in blocks without a mask, whose loads are wide
+        for start in range(0, whole, BLOCK_V):
+            b_logit = tl.load(logits + start + o_place).to(acc)
+            b_max, b_sum, b_weighted = with_more(b_max, b_sum, b_weighted, b_logit, scale)
+        if whole < columns:
+            b_logit = tl.load(logits + whole + o_place, mask=whole + o_place < columns, other=float("-inf")).to(acc)
+            b_max, b_sum, b_weighted = with_more(b_max, b_sum, b_weighted, b_logit, scale)
         row_max = tl.max(b_max, axis=0)
         b_sum, b_weighted = raised(b_sum, b_weighted, b_max, row_max, scale)
         total = tl.sum(b_sum, axis=0)
@@ -121,6 +126,13 @@ def forward_kernel(
         tl.store(log_sum + row, log_total)
 
 
+@triton.jit
+def slopes(b_logit, row_max, scale, log_total, level, slope):
+    """p (level - slope y), where y = log p in the unit of `power`."""
+    b_log_p = finite((b_logit - row_max) * scale - log_total)
+    return power(b_log_p) * (level - slope * b_log_p)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_kernel(
     logits,
@@ -132,6 +144,7 @@ def backward_kernel(
     grad_entropy,
     grad_logits,
     stride: tl.int64,
+    grad_stride: tl.int64,
     columns: tl.int64,
     ignore_index: tl.int64,
     temperature: tl.float64,
@@ -142,35 +155,45 @@ def backward_kernel(
 ):
     """dz_j = [g_l (1[j = y] - p_j) - g_H p_j (log p_j + H)] / temperature of one row, written once."""
     acc: tl.constexpr = entropy.dtype.element_ty
+    kind: tl.constexpr = grad_logits.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     row_max = tl.load(statistics + row)
-    inverse = tl.full([], 0, acc)
-    if (target != ignore_index) & (row_max > float("-inf")):
-        inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
-    by_logprob = tl.full([], 0, acc)
-    by_entropy = tl.full([], 0, acc)
-    if HAS_LOGPROB:
-        by_logprob = tl.load(grad_logprob + row).to(acc)
-    if HAS_ENTROPY:
-        by_entropy = tl.load(grad_entropy + row).to(acc)
-    silent = inverse == 0
-    base = tl.where(silent, 0, row_max)
-    scale = inverse * unit_of(acc)
-    log_total = tl.load(statistics + tl.num_programs(0).to(tl.int64) + row) * unit_of(acc)
-    level = -(by_logprob + by_entropy * tl.load(entropy + row)) * inverse
-    slope = by_entropy * inverse / unit_of(acc)
-    own = by_logprob * inverse
     logits += row * stride
-    grad_logits += row * columns
-    for start in range(0, columns, BLOCK_V):
-        o_column = start + tl.arange(0, BLOCK_V)
-        m_column = o_column < columns
-        b_logit = tl.load(logits + o_column, mask=m_column, other=float("-inf")).to(acc)
-        b_log_p = finite((b_logit - base) * scale - log_total)
-        b_grad = power(b_log_p) * (level - slope * b_log_p) + tl.where(o_column == target, own, 0)
-        b_grad = tl.where(silent, 0, b_grad)
-        tl.store(grad_logits + o_column, b_grad.to(grad_logits.dtype.element_ty), mask=m_column)
+    grad_logits += row * grad_stride
+    o_place = tl.arange(0, BLOCK_V)
+    whole = columns.to(tl.int32) // BLOCK_V * BLOCK_V  # in blocks without a mask, whose loads and stores are wide
+    if (target == ignore_index) | (row_max == float("-inf")):
+        for start in range(0, columns.to(tl.int32), BLOCK_V):
+            tl.store(grad_logits + start + o_place, tl.zeros([BLOCK_V], kind), mask=start + o_place < columns)
+    else:
+        inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
+        by_logprob = tl.full([], 0, acc)
+        by_entropy = tl.full([], 0, acc)
+        if HAS_LOGPROB:
+            by_logprob = tl.load(grad_logprob + row).to(acc) * inverse
+        if HAS_ENTROPY:
+            by_entropy = tl.load(grad_entropy + row).to(acc) * inverse
+        log_total = tl.load(statistics + tl.num_programs(0).to(tl.int64) + row) * unit_of(acc)
+        level = -by_logprob - by_entropy * tl.load(entropy + row)
+        slope = by_entropy / unit_of(acc)
+        scale = inverse * unit_of(acc)
+        for start in range(0, whole, BLOCK_V):
+            b_logit = tl.load(logits + start + o_place).to(acc)
+            b_grad = slopes(b_logit, row_max, scale, log_total, level, slope)
+            b_grad += tl.where(start + o_place == target, by_logprob, 0)
+            tl.store(grad_logits + start + o_place, b_grad.to(kind))
+        if whole < columns:
+            m_column = whole + o_place < columns
+            b_logit = tl.load(logits + whole + o_place, mask=m_column, other=float("-inf")).to(acc)
+            b_grad = slopes(b_logit, row_max, scale, log_total, level, slope)
+            b_grad += tl.where(whole + o_place == target, by_logprob, 0)
+            tl.store(grad_logits + whole + o_place, b_grad.to(kind), mask=m_column)
+
+
+def block_of(logits: Tensor) -> int:
+    """Columns at a time of the forward pass: fewer in float64, for which there are no registers."""
+    return BLOCK if logits.element_size() < 8 else BLOCK // 2
 
 
 def token_logprob(
@@ -196,7 +219,7 @@ def token_logprob(
                 ignore_index,
                 temperature,
                 PER_ROW=temperatures is not None,
-                BLOCK_V=BLOCK,
+                BLOCK_V=block_of(logits),
                 num_warps=WARPS,
             )
     return logprob, entropy, statistics
@@ -232,13 +255,14 @@ def token_logprob_backward(
                 None if grad_entropy is None else grad_entropy.contiguous(),
                 grad_logits,
                 logits.stride(0),
+                grad_logits.stride(0),
                 columns,
                 ignore_index,
                 temperature,
                 PER_ROW=temperatures is not None,
                 HAS_LOGPROB=grad_logprob is not None,
                 HAS_ENTROPY=grad_entropy is not None,
-                BLOCK_V=BLOCK,
-                num_warps=WARPS,
+                BLOCK_V=BACKWARD_BLOCK,
+                num_warps=BACKWARD_WARPS,
             )
     return grad_logits
