@@ -134,7 +134,9 @@ def compile_policy(target, dtype, surrogate, level, kl, correction, per_token=Fa
     constants |= {"PER_TOKEN": per_token, "SELECTS": "selected" not in absent, "BLOCK_T": policy_loss.BLOCK}
     kernel = policy_loss.token_kernel
     types = policy_types(kernel, dtype, **absent)
-    assert_it_fits(target, compile_for(target, kernel, types, constants | absent, num_warps=policy_loss.WARPS))
+    assert_it_fits(
+        target, compile_for(target, kernel, types, constants | absent, num_warps=policy_loss.WARPS[int(dtype[2:]) // 8])
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -166,7 +168,11 @@ def test_policy_loss_sequences(target, dtype, level):
         absent = {} if correction else {"sampler_logprobs": None}
         types = policy_types(triton_sequences.sequence_kernel, dtype, **absent)
         resources = compile_for(
-            target, triton_sequences.sequence_kernel, types, constants | absent, num_warps=policy_loss.WARPS
+            target,
+            triton_sequences.sequence_kernel,
+            types,
+            constants | absent,
+            num_warps=policy_loss.WARPS[int(dtype[2:]) // 8],
         )
         assert_it_fits(target, resources)
 
@@ -178,7 +184,12 @@ def test_policy_loss_share_and_finish(target, dtype):
     kernel = triton_sequences.count_kernel
     assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), {}))
     kernel = triton_sequences.share_kernel
-    assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS))
+    assert_it_fits(
+        target,
+        compile_for(
+            target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS[int(dtype[2:]) // 8]
+        ),
+    )
     types = dict.fromkeys(("values", "factor"), f"*{dtype}") | {"length": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.scale_kernel, types, {"BLOCK_T": policy_loss.SCALED}))
     types = dict.fromkeys(("partial", "loss", "metrics"), f"*{dtype}") | {"programs": "i64"}

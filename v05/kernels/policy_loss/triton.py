@@ -34,7 +34,7 @@ from v05.kernels.policy_loss.triton_terms import (
 from v05.kernels.shrinkage.triton import scalar
 
 BLOCK = 1024
-WARPS = 8
+WARPS = {4: 4, 8: 8}  # by the bytes of a number
 SCALED = 4096
 
 
@@ -199,7 +199,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.numel():
         with on_device_of(gradient):
             programs = triton.cdiv(gradient.numel(), SCALED)
-            scale_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK_T=SCALED, num_warps=WARPS)
+            scale_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK_T=SCALED)
     return gradient
 
 
@@ -214,7 +214,8 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     programs = triton.cdiv(tokens, BLOCK)
     scratch = make_scratch(logprobs, sequences, kinds, programs)
     partial, kept, ratio, correction, by_ratio = scratch
-    shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": WARPS}
+    warps = WARPS[logprobs.element_size()]
+    shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": warps}
     with on_device_of(logprobs):
         if whole_sequences(kinds):
             bounds_of = (by.sampler_floor, by.sampler_cap)
@@ -230,6 +231,6 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             **shared,
         )
         if kinds.level == 1:
-            share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=WARPS)
+            share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=warps)
         finish_kernel[(FIELDS,)](partial, loss, metrics, programs, BLOCK_P=BLOCK)
     return loss, gradient, metrics
