@@ -28,7 +28,7 @@ def backend(request):
 
 
 def compare(backend, data, **options):
-    """Features of the order of torch's error, gradients of its worst, some of which cancel to 0; in float64 to 1e-10."""
+    """Features of the order of torch's error, gradients of its worst, for some cancel to 0; in float64 to 1e-10."""
     exact = run_query_attention("reference", widened(data), **options)
     same = run_query_attention("reference", data, **options)
     with poisoned_outputs():
