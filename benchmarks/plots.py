@@ -23,7 +23,12 @@ def grouped(rows: Iterable[Line], *names: str) -> dict[tuple[str, ...], list[Lin
 
 
 def threads_of(count: str) -> str:
-    return f"{count} thread{'' if count == '1' else 's'}"
+    """Of the processor; a GPU's rows have no count."""
+    return f"{count} thread{'' if count == '1' else 's'}" if count else ""
+
+
+def listed(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def number(value: str, unit: str = "") -> str:
@@ -67,7 +72,7 @@ def bars(rows: list[Line], path: Path) -> None:
         for i, row in enumerate(contenders):
             ratio = "" if row["contender"] == OURS else f"  ({number(row['ratio_to_ours'])} x)"
             axis.text(middle[i] + above[i], i, f"  {number(row['p50_ms'])} ms{ratio}", va="center", fontsize=8)
-        axis.set_title(f"{case[0]}, {case[1]}, {case[2]}, {threads_of(case[3])}", fontsize=9)
+        axis.set_title(listed(*case[:3], threads_of(case[3])), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(cases) :]:
@@ -86,7 +91,7 @@ def roofline(rows: list[Line], path: Path) -> bool:
     if not rows:
         return False
     plt = pyplot()
-    threads = max(rows, key=lambda row: int(row["threads"]))["threads"]
+    threads = max(rows, key=lambda row: int(row["threads"] or 0))["threads"]
     rows = [row for row in rows if row["threads"] == threads]
     copy = statistics.median(float(row["copy_gb_s"]) for row in rows if row is largest(rows, row["op"]))
     product = statistics.median(float(row["matrix_gflop_s"]) for row in rows)
@@ -105,7 +110,7 @@ def roofline(rows: list[Line], path: Path) -> bool:
         axis.scatter(own, rates, s=sizes, marker=marker, label=op, alpha=0.75)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move", ylabel="GFLOP/s")
     axis.legend(fontsize=8, title="larger marks: more bytes", title_fontsize=8)
-    axis.set_title(f"{rows[0]['device']}, {threads_of(threads)}", fontsize=10)
+    axis.set_title(listed(rows[0]["device"], threads_of(threads)), fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

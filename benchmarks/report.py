@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.harness import OURS
-from benchmarks.plots import Line, grouped, number, threads_of
+from benchmarks.harness import GPU_BACKENDS, OURS
+from benchmarks.plots import Line, grouped, listed, number, threads_of
 from v05.study_table import StudyTable
 
 BUSY = 0.25  # cores used by others from which a time is marked
@@ -37,7 +37,8 @@ def read(path: Path) -> list[Line]:
 def latest(path: Path) -> list[Line]:
     """The newest row of every contender, a measured one where there is one, in the order of their first appearance."""
     chosen: dict[tuple[str, ...], Line] = {}
-    for row in read(path):
+    for line in read(path):
+        row = line | {"threads": ""} if line["architecture"] else line
         key = tuple(row[name] for name in ("op", "device", "threads", "shape", "dtype", "pass", "contender"))
         if row["p50_ms"] or not chosen.get(key, row)["p50_ms"]:
             chosen[key] = row
@@ -65,10 +66,12 @@ def table(rows: list[Line]) -> str:
 
 def losses(rows: list[Line]) -> list[str]:
     """A line for every case in which a rival's time is below ours."""
-    won = [row for row in rows if row["contender"] != OURS and float(row["ratio_to_ours"] or 1) < 1]
+    rivals = [row for row in rows if row["contender"].removeprefix(f"{OURS} ") not in (OURS, *GPU_BACKENDS)]
+    won = [row for row in rivals if float(row["ratio_to_ours"] or 1) < 1]
     lines = []
     for row in won:
-        case = f"{row['op']}, {row['shape']}, {row['dtype']}, {row['pass']}, {threads_of(row['threads'])}"
+        where = threads_of(row["threads"]) or row["device"]
+        case = listed(row["op"], row["shape"], row["dtype"], row["pass"], where)
         lines.append(f"* {row['contender']}: {float(row['ratio_to_ours']):.2f} of our time on {case}")
     return lines
 
@@ -89,7 +92,8 @@ def write(path: Path, folder: Path) -> None:
         parts.append(f"## {op}\n\n{device}\n\n![{op}](plots/{stem}.png)\n")
         for (shape, dtype, direction, threads), case in grouped(of_op, "shape", "dtype", "pass", "threads").items():
             newest = max(case, key=lambda row: row["run"])
-            where = f"{threads_of(threads)}, {newest['versions']}, commit {newest['commit']}, {newest['run'][:10]}"
+            made = (newest["versions"], f"commit {newest['commit']}", newest["run"][:10])
+            where = listed(threads_of(threads), *made)
             parts.append(f"### {shape}, {dtype}, {direction}\n\n{where}\n\n{table(case)}\n")
     studies = [StudyTable.read(file) for file in sorted((folder / "studies").glob("*.json"))]
     parts += ["## Studies\n\n" + "\n".join(f"### {study.markdown()}" for study in studies)] if studies else []
