@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results.csv, RESULTS.md and plots")
     parser.add_argument("--write-wins", action="store_true", help="only write dispatch's preference from the rows")
+    parser.add_argument("--rows-only", action="store_true", help="write the rows and no report")
     parser.add_argument("--report-only", action="store_true", help="write the report from the rows there are")
     return parser.parse_args()
 
@@ -106,7 +107,7 @@ def main() -> int:
                 append(path, rows)
             torch.compiler.reset()
             gc.collect()
-    if not unkept:
+    if not (unkept or options.rows_only):
         report.write(path, options.output)
         print(f"{options.output / 'RESULTS.md'} after {time.perf_counter() - begin:.0f} s")
     return 0

@@ -107,7 +107,7 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     tests = pytest_step("tests", "not large", out, 180, parallel=True)  # leaves Triton's kernels compiled behind
     large = pytest_step("large", "large", out, 90, parallel=False)
     bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
-    timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--op"]
+    timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--rows-only", "--op"]
     benches = [[Step(f"bench-{op}", [*timing, op], 120)] for op in OPS]
     compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 120) for op in OPS]  # rivals, side by side
     report = Step("bench-report", [*bench, "--report-only"], 30)
