@@ -7,6 +7,7 @@ import pytest
 import torch
 from common import BACKENDS, DEVICE, DTYPES, KERNELS, compare, on_device, run_policy_loss, scaled, tokens_of, widened
 
+from v05.kernels import policy_loss
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, METRICS, SURROGATES
 from v05.testing import RaggedTokens, error_against, offsets_of
 
@@ -153,6 +154,18 @@ def test_a_split_batch_has_the_same_gradient(backend, level):
         for name in ("loss", *METRICS):
             total = torch.stack([result[name] for result in results]).sum()
             torch.testing.assert_close(total, whole[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_graph_that_is_kept_gives_its_gradient_again(backend, factor):
+    data = tokens_of(scaled(300, 9), 60, seed=8)
+    leaf = data.logprobs.detach().requires_grad_()
+    given = (data.old_logprobs, data.advantages, data.weights)
+    loss = policy_loss(leaf, *given, sequence_offsets=data.sequence_offsets, backend=backend).loss * factor
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone() for _ in range(2))
+    (last,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, last, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

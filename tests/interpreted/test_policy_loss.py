@@ -76,3 +76,15 @@ def test_nothing_to_do():
         assert loss == 0
         assert not gradient.any()
         assert not metrics.any()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_graph_that_is_kept_gives_its_gradient_again(factor):
+    data = ragged_tokens(9, 0, 20, seed=3)
+    logprobs = data.logprobs.clone().requires_grad_()
+    given = (data.old_logprobs, data.advantages, data.weights)
+    loss = policy_loss(logprobs, *given, sequence_offsets=data.sequence_offsets, backend="triton").loss * factor
+    first, second = (torch.autograd.grad(loss, logprobs, retain_graph=True)[0].clone() for _ in range(2))
+    (last,) = torch.autograd.grad(loss, logprobs)
+    assert torch.equal(first, second)
+    assert torch.equal(first, last)
