@@ -81,7 +81,7 @@ def compile_hopper(target, kernel, tile, dtype, types, constants, **descriptors)
     operands = {"hidden": [tile.rows, tile.features], "weight": [tile.columns, tile.features], **descriptors}
     types = types | {name: f"tensordesc<{dtype}{shape}>" for name, shape in operands.items()}
     types |= {"targets": "*i64", "rows": "i64", "columns": "i64", "features": "i64", "temperature": "fp64"}
-    types |= {"temperatures": "*fp64", "bias": f"*{dtype}"}
+    types |= {"inverses": "*fp32", "bias": f"*{dtype}"}
     types = {name: kind for name, kind in types.items() if constants.get(name, kind) is not None}
     constants = constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.features}
     known = ("features", *(name for name, kind in types.items() if kind.startswith("*")))
@@ -96,7 +96,7 @@ def test_linear_logprob_on_hopper(target, dtype, per_row, has_bias):
     tile = tiles.HOPPER[target]
     types = {"order": "*i64", "kept": "*i64", "partial": "*fp32", "chosen": "*fp32"}
     constants = {"PER_ROW": per_row, "HAS_BIAS": has_bias, "PIECES": tile.pieces}
-    constants |= ({} if per_row else {"temperatures": None}) | ({} if has_bias else {"bias": None})
+    constants |= ({} if per_row else {"inverses": None}) | ({} if has_bias else {"bias": None})
     compile_hopper(target, triton_hopper.sums_kernel, tile, dtype, types, constants)
 
 
@@ -109,7 +109,7 @@ def test_linear_logprob_backward_on_hopper(target, dtype, per_row, has_bias, giv
     types = dict.fromkeys(("largest", "log_sum", "entropy", *given), "*fp32") | {"skipped": "i64"}
     constants = {"PER_ROW": per_row, "HAS_BIAS": has_bias, "PIECES": tile.gradient_pieces}
     constants |= {"HAS_LOGPROB": "grad_logprob" in given, "HAS_ENTROPY": "grad_entropy" in given}
-    constants |= ({} if per_row else {"temperatures": None}) | ({} if has_bias else {"bias": None})
+    constants |= ({} if per_row else {"inverses": None}) | ({} if has_bias else {"bias": None})
     constants |= {name: None for name in ("grad_logprob", "grad_entropy") if name not in given}
     out = [tile.rows, tile.columns // tile.gradient_pieces]
     kernel = triton_hopper_gradient.hopper_gradient_kernel

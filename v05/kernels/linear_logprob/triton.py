@@ -116,7 +116,7 @@ class Gpu:
         hopper = hopper_tile_of(hidden, weight, buffer)
         tile = hopper or tile_for(hidden, weight, has_bias)
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        vectors = (given.bias.contiguous() if given.bias is not None else None, given.targets, given.temperatures)
+        vectors = (None if given.bias is None else given.bias.contiguous(), given.targets, _temperatures(given, hopper))
         saved = (softmax.largest, softmax.log_sum, softmax.entropy, by_logprob, by_entropy)
         options = _launch(tile, given) | {
             "HAS_LOGPROB": by_logprob is not None,
@@ -151,6 +151,11 @@ def two_passes(given: Inputs) -> bool:
 def _processors(device: torch.device) -> int:
     """Programs of a kernel in which each takes many tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _temperatures(given: Inputs, hopper: Tile | None) -> Tensor | None:
+    """Those of rows as a kernel that makes logits takes them: divided already on sm_90."""
+    return given.temperatures if hopper is None or given.temperatures is None else (1 / given.temperatures).float()
 
 
 def _descriptors(tile: Tile, hidden: Tensor, weight: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -189,7 +194,7 @@ def _partial(given: Inputs) -> Partial:
     joined = torch.empty(3, rows, dtype=torch.float32, device=device)
     chosen = torch.zeros(rows, dtype=torch.float32, device=device)
     bias = None if given.bias is None else given.bias.contiguous()
-    vectors = (bias, given.targets, given.temperatures, order, kept.sum(), partial, chosen)
+    vectors = (bias, given.targets, _temperatures(given, hopper), order, kept.sum(), partial, chosen)
     options, sizes = _launch(tile, given) | {"PIECES": tile.pieces}, (rows, columns, features)
     with on_device_of(hidden):
         if hopper:

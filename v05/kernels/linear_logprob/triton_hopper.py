@@ -22,6 +22,14 @@ def power_of_two(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def given_inverses(inverses, temperature, o_row, m_row, PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 / temperature of rows; those of rows come divided already, for which there are no registers here."""
+    if PER_ROW:
+        return tl.load(inverses + o_row, mask=m_row, other=0)
+    return inverses_of(inverses, temperature, o_row, m_row, False, BLOCK_M)
+
+
+@triton.jit
 def place_of(index, blocks, wide):
     """Block of rows and block of columns of a tile."""
     per_group = GROUP * wide
@@ -93,7 +101,7 @@ def sums_kernel(
     weight,
     bias,
     targets,
-    temperatures,
+    inverses,
     order,
     kept,
     partial,
@@ -137,9 +145,9 @@ def sums_kernel(
             start = column * BLOCK_N
             o_place = block * BLOCK_M + tl.arange(0, BLOCK_M)
             m_row = o_place < count
-            o_row = tl.load(order + o_place, mask=m_row, other=0)
+            o_row = tl.load(order + o_place, mask=m_row, other=0).to(tl.int32)
             target = tl.load(targets + o_row, mask=m_row, other=-1).to(tl.int32)
-            scale = inverses_of(temperatures, temperature, o_row, m_row, PER_ROW, BLOCK_M) * LOG2_E
+            scale = given_inverses(inverses, temperature, o_row, m_row, PER_ROW, BLOCK_M) * LOG2_E
             none = tl.zeros([BLOCK_M], tl.float32)
             sums = (none + float("-inf"), none, none, none)
             sums = add_tile(b_logit, bias, start, last, target, scale, sums, HAS_BIAS, PIECES, INTERPRETED)

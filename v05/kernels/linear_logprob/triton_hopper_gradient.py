@@ -5,8 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from v05.kernels.linear_logprob.triton_hopper import LN2, LOG2_E, LOWEST, add_product, place_of, power_of_two
-from v05.kernels.linear_logprob.triton_kernels import halves_of, inverses_of
+from v05.kernels.linear_logprob.triton_hopper import (
+    LN2,
+    LOG2_E,
+    LOWEST,
+    add_product,
+    given_inverses,
+    place_of,
+    power_of_two,
+)
+from v05.kernels.linear_logprob.triton_kernels import halves_of
 
 
 @triton.jit
@@ -55,7 +63,7 @@ def hopper_gradient_kernel(
     weight,
     bias,
     targets,
-    temperatures,
+    inverses,
     largest,
     log_sum,
     entropy,
@@ -102,7 +110,7 @@ def hopper_gradient_kernel(
             row_max = tl.load(largest + o_row, mask=m_row, other=0)
             target = tl.load(targets + o_row, mask=m_row, other=skipped)
             counts = (target != skipped) & (row_max > float("-inf"))
-            inverse = tl.where(counts, inverses_of(temperatures, temperature, o_row, counts, PER_ROW, BLOCK_M), 0)
+            inverse = tl.where(counts, given_inverses(inverses, temperature, o_row, counts, PER_ROW, BLOCK_M), 0)
             by_logprob = tl.zeros([BLOCK_M], tl.float32)
             by_entropy = tl.zeros([BLOCK_M], tl.float32)
             if HAS_LOGPROB:
