@@ -199,6 +199,13 @@ def backward(
     return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
 
 
+def keeps(engine: Engine, some: Inputs) -> bool:
+    """Whether gradients of all logits, rounded as for products, take no more memory than a wide copy of the weight."""
+    dtype, wide = some.weight.dtype, some.wide
+    fits = len(some.targets) * dtype.itemsize <= some.weight.shape[1] * wide.itemsize
+    return engine.rounds and dtype != wide and fits
+
+
 def _add_products(engine: Engine, gradient: Tensor, some: Inputs, rows: slice, sums: Gradients, adds: bool) -> None:
     """What the gradient of the logits of some rows gives; the first is not added."""
     if sums.hidden is not None:
@@ -219,8 +226,8 @@ def forward_backward(
 ) -> tuple[Softmax, Gradients]:
     """Log-probs, and gradients from `derivative` of them, rows by rows: each logit is made once.
 
-    The weight's gradient is summed up over the steps in the wide dtype. But where the gradients of all logits, rounded
-    as for products, take no more memory than that, they are kept, and each product is one of all rows.
+    The weight's gradient is summed up over the steps in the wide dtype; or the gradients of all logits are kept, see
+    `keeps`, and each product is one of all rows.
 
     Args:
         engine: the device's.
@@ -234,12 +241,12 @@ def forward_backward(
     height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
     height = height // WHOLE_ROWS * WHOLE_ROWS or height
     dtype, wide = some.weight.dtype, some.wide
-    keeps = engine.rounds and needs.weight and dtype != wide and total * dtype.itemsize <= features * wide.itemsize
     make = some.hidden.new_empty if total else some.hidden.new_zeros
-    buffer, kept = make(height, columns, dtype=wide), make(total, columns, dtype=dtype) if keeps else None
+    buffer = make(height, columns, dtype=wide)
+    kept = make(total, columns, dtype=dtype) if needs.weight and keeps(engine, some) else None
     sums = Gradients(
         make(total, features, dtype=wide) if needs.hidden else None,
-        make(columns, features, dtype=dtype if keeps else wide) if needs.weight else None,
+        make(columns, features, dtype=wide if kept is None else dtype) if needs.weight else None,
         some.hidden.new_zeros(columns, dtype=wide) if needs.bias else None,
     )
     parts = []

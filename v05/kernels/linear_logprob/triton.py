@@ -20,7 +20,7 @@ from v05.kernels.linear_logprob import passes
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
 from v05.kernels.linear_logprob.softmax import Partial, Softmax, finish
-from v05.kernels.linear_logprob.tiles import SPLIT, Tile, hopper_tile_of, tile_for
+from v05.kernels.linear_logprob.tiles import HOPPER, SPLIT, Tile, architecture_of, hopper_tile_of, tile_for
 from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
 from v05.kernels.linear_logprob.triton_hopper import sums_kernel
 from v05.kernels.linear_logprob.triton_hopper_gradient import hopper_gradient_kernel
@@ -142,9 +142,17 @@ class Gpu:
         return buffer
 
 
-def two_passes(given: Inputs) -> bool:
-    """Whether a loss by token needs log-probs before gradients here: float16 needs the largest gradient beforehand."""
-    return given.weight.dtype == torch.float16
+def two_passes(given: Inputs, needs: Needs) -> bool:
+    """Whether a loss by token needs log-probs before gradients here, or is faster so; the same on each rank of a group.
+
+    float16 needs the largest gradient beforehand. On sm_90, whose kernels make logits as fast as cuBLAS makes products,
+    a fourth product takes less than adding many pieces to a float32 copy of the weight's gradient.
+    """
+    dtype, features = given.weight.dtype, given.weight.shape[1]
+    if dtype != torch.bfloat16:
+        return dtype == torch.float16
+    fast = features % 8 == 0 and architecture_of(given.weight.device) in HOPPER
+    return fast and needs.weight and not passes.keeps(Gpu(), given)
 
 
 @cache
