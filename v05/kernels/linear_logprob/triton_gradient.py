@@ -32,7 +32,7 @@ def store_gradient(b_logit, bias, start, last, target, rows_of, out, HAS_BIAS: t
         tl.store(out + o_piece[None, :], b_grad.to(out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "skipped"])
+@triton.jit(do_not_specialize=["rows", "columns", "skipped"], do_not_specialize_on_alignment=["log_sum"])
 def gradient_kernel(
     hidden,
     weight,

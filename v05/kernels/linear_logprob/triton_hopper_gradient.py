@@ -57,7 +57,7 @@ def store_gradient(
         out.store([row, start], b_grad.to(out.dtype))
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "skipped"])
+@triton.jit(do_not_specialize=["rows", "columns", "skipped"], do_not_specialize_on_alignment=["log_sum"])
 def hopper_gradient_kernel(
     hidden,
     weight,
