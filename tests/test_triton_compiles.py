@@ -9,7 +9,6 @@ from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
 from v05.kernels.calibration import triton as calibration
 from v05.kernels.calibration.components import PRIOR_COUNT, STEPS
-from v05.kernels.linear_logprob import tiles, triton_gradient, triton_kernels
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
@@ -233,72 +232,6 @@ def test_query_attention(target, dtype, wide, heads, kernel):
     backward = kernel in (triton_backward.queries_kernel, triton_backward.tokens_backward_kernel)
     warps = query_attention.backward_warps(torch.float64 if wide == "fp64" else torch.float32) if backward else 4
     assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=warps))
-
-
-LINEAR = {"targets": "*i64", "order": "*i64", "kept": "*i64", "partial": "*fp32", "chosen": "*fp32"}
-LINEAR |= dict.fromkeys(("rows", "columns", "features", "hidden_stride", "weight_stride"), "i64")
-LINEAR |= {"temperature": "fp64"}
-STRIDES = ("features", "hidden_stride", "weight_stride")
-
-
-@pytest.mark.parametrize("key", tiles.TILES, ids=str)
-@pytest.mark.parametrize("more", [False, True])
-def test_linear_logprob(key, more):
-    """Every tile of the table, with a temperature for all rows, and with one per row and a bias."""
-    target, size, aligned = key
-    tile = tiles.tile_of(target, size, aligned, has_bias=more)
-    constants = {"PER_ROW": more, "HAS_BIAS": more, "SPLIT": tiles.SPLIT, "INTERPRETED": False}
-    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.features, "PIECES": tile.pieces}
-    kernel = triton_kernels.slice_kernel
-    pointers = ("hidden", "weight", "targets", "order", "partial", "chosen")
-    for dtype in ("bf16", "fp16") if size == 2 else ("fp32",):
-        types = LINEAR | {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
-        types |= {"temperatures": "*fp64", "bias": f"*{dtype}"} if more else {}
-        given = constants | ({} if more else {"temperatures": None, "bias": None})
-        known = pointers + STRIDES if aligned else pointers[2:]
-        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        assert_it_fits(target, compile_for(target, kernel, types, given, known, **launch))
-
-
-@pytest.mark.parametrize("key", tiles.TILES, ids=str)
-@pytest.mark.parametrize("more", [False, True])
-def test_linear_logprob_backward(key, more):
-    target, size, aligned = key
-    tile = tiles.tile_of(target, size, aligned, has_bias=more)
-    constants = {"PER_ROW": more, "HAS_BIAS": more, "HAS_LOGPROB": True, "HAS_ENTROPY": True, "INTERPRETED": False}
-    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.features}
-    constants |= {"PIECES": tile.gradient_pieces} | ({} if more else {"temperatures": None, "bias": None})
-    saved = ("largest", "log_sum", "entropy", "grad_logprob", "grad_entropy")
-    names = ("targets", "rows", "columns", *STRIDES, "temperature")
-    types = {name: LINEAR[name] for name in names} | dict.fromkeys(saved, "*fp32") | {"skipped": "i64"}
-    for dtype in ("bf16", "fp16") if size == 2 else ("fp32",):
-        own = types | dict.fromkeys(("hidden", "weight", "out"), f"*{dtype}")
-        own |= {"temperatures": "*fp64", "bias": f"*{dtype}"} if more else {}
-        known = ("targets", "out") + (("hidden", "weight", *STRIDES) if aligned else ())
-        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        kernel = triton_gradient.gradient_kernel
-        assert_it_fits(target, compile_for(target, kernel, own, constants, known, **launch))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_linear_logprob_without_a_bias_but_a_temperature_per_row(target):
-    """The largest tile, which a training step uses."""
-    tile = tiles.tile_of(target, 2, True, has_bias=False)
-    constants = {"PER_ROW": True, "HAS_BIAS": False, "SPLIT": tiles.SPLIT, "INTERPRETED": False, "bias": None}
-    constants |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.features, "PIECES": tile.pieces}
-    types = LINEAR | {"hidden": "*bf16", "weight": "*bf16", "temperatures": "*fp64"}
-    known = ("hidden", "weight", "targets", "order", "partial", "chosen", *STRIDES)
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-    assert_it_fits(target, compile_for(target, triton_kernels.slice_kernel, types, constants, known, **launch))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("per_row", [False, True])
-def test_linear_logprob_join(target, per_row):
-    types = {"targets": "*i64", "partial": "*fp32", "joined": "*fp32", "rows": "i64", "splits": "i64"}
-    types |= {"temperature": "fp64", "skipped": "i64"} | ({"temperatures": "*fp64"} if per_row else {})
-    constants = {"PER_ROW": per_row, "BLOCK_M": 128} | ({} if per_row else {"temperatures": None})
-    assert_it_fits(target, compile_for(target, triton_kernels.join_kernel, types, constants))
 
 
 @pytest.mark.parametrize("target", TARGETS)

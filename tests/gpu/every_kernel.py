@@ -94,7 +94,7 @@ def attention_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
 def linear_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     if dispatch.why_not("linear_logprob", backend, DEVICE.type) is not None:
         return
-    for dtype, (features, columns) in itertools.product(DTYPES, ((48, 301), (37, 4500))):
+    for dtype, (features, columns) in itertools.product(DTYPES, ((48, 301), (48, 520), (37, 4500))):
         data = layer_of(19, features, columns, dtype)
         rows = torch.linspace(0.5, 1.5, 19, dtype=torch.float64, device=DEVICE)
         name = f"linear_logprob {dtype} {features} x {columns}"

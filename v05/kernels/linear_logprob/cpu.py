@@ -20,6 +20,7 @@ SLICE = 4096  # columns of logits that one product makes: fixed, so that a row's
 class Cpu:
     """The engine of a CPU."""
 
+    rounds = False
     widest = 2048  # the fastest of 1024 to 16384, by a tenth: what is made of a slice is then still in the cache
 
     def slice_width(self, columns: int) -> int:
@@ -74,9 +75,15 @@ class Cpu:
         return Partial(joined[0], joined[1], joined[2], fields[3].sum(0))
 
     def gradient(
-        self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+        self,
+        logits: Tensor,
+        given: Inputs,
+        softmax: Softmax,
+        by_logprob: Tensor | None,
+        by_entropy: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Gradient of the logits, in their place."""
+        """Gradient of the logits, in their place or in out."""
         return token_logprob.token_logprob_backward(
             logits,
             given.targets,
@@ -87,7 +94,7 @@ class Cpu:
             softmax.statistics,
             by_logprob,
             by_entropy,
-            logits,
+            logits if out is None else out,
         )
 
     def buffer_dtype(self, given: Inputs) -> torch.dtype:
@@ -107,7 +114,7 @@ backward = partial(passes.backward, Cpu())
 forward_backward = partial(passes.forward_backward, Cpu())
 
 
-def two_passes(given: Inputs) -> bool:
+def two_passes(given: Inputs, needs: passes.Needs) -> bool:
     """Whether a loss by token is faster here with log-probs before gradients; so it is where products are fast.
 
     Measured with 256 and 512 tokens and a vocabulary of 32,000: in bfloat16 a tenth faster, and without a float32 copy

@@ -18,18 +18,24 @@ from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, fi
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
 BACKWARD_COLUMNS = 1024  # at least at a time
+WHOLE_ROWS = 128  # a product's number of rows is a multiple of it, where there are as many: tiles are then full
 
 
 class Engine(Protocol):
-    """What a pass needs of a device; `widest` is how many columns backward takes at most at a time."""
+    """What a pass needs of a device.
+
+    `widest` is how many columns backward takes at most at a time; `rounds` says whether `multiply` may have an out of
+    the operands' dtype, to which its wide sums are rounded.
+    """
 
     widest: int
+    rounds: bool
 
     def slice_width(self, columns: int) -> int:
         """How many columns of logits are made in one product, forward."""
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor, adds: bool) -> None:
-        """out `[m, n]` = left `[m, k]` times right `[n, k]` transposed, or is increased by it; sums are wide."""
+        """out `[m, n]` = left `[m, k]` times right `[n, k]` transposed, or is increased by it, where out is wide."""
 
     def statistics(self, logits: Tensor, given: Inputs) -> Partial | None:
         """Of one slice of logits; None where a value is not allowed."""
@@ -38,9 +44,15 @@ class Engine(Protocol):
         """Puts slices of the same rows together, in their order."""
 
     def gradient(
-        self, logits: Tensor, given: Inputs, softmax: Softmax, by_logprob: Tensor | None, by_entropy: Tensor | None
+        self,
+        logits: Tensor,
+        given: Inputs,
+        softmax: Softmax,
+        by_logprob: Tensor | None,
+        by_entropy: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Gradient of the logits, in their place or in the dtype that products take."""
+        """Gradient of the logits: in out, or where there is none, in their place or in the dtype that products take."""
 
     def buffer_dtype(self, given: Inputs) -> torch.dtype:
         """What `gradient_again` works in."""
@@ -144,8 +156,9 @@ def backward(
 ) -> Gradients:
     """Gradients from those of log-prob and entropy: slices of the vocabulary are made once more, each for all rows.
 
-    So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole. Upstream gradients
-    come multiplied by `scale`, if given, which is taken out again before a result is rounded.
+    So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole, or none at all
+    (`straight`). Upstream gradients come multiplied by `scale`, if given, which is taken out again before a result is
+    rounded.
     """
     some, rows = given.without_skipped()
     kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
@@ -153,15 +166,21 @@ def backward(
     total, (columns, features) = len(some.targets), given.weight.shape
     least, most = BACKWARD_COLUMNS, engine.widest
     height = max(1, min(total, chunk // least))
-    width = min(columns, most, max(least, chunk // height // least * least))
+    dtype, straight = engine.buffer_dtype(given), scale is None
+    if given.weight.dtype != given.wide:
+        straight = straight and engine.rounds and height == total
+    room = chunk * given.wide.itemsize // dtype.itemsize if straight else chunk
+    width = min(columns, most, max(least, room // height // least * least))
     wide = {"dtype": given.wide, "device": given.hidden.device}
-    buffer = given.hidden.new_empty(height * width, dtype=engine.buffer_dtype(given))
-    hidden = torch.zeros(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
-    weight = torch.zeros_like(given.weight, memory_format=torch.contiguous_format) if needs.weight else None
+    buffer = given.hidden.new_empty(height * width, dtype=dtype)
+    hidden = torch.empty(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
+    make = torch.empty_like if total else torch.zeros_like
+    weight = make(given.weight, memory_format=torch.contiguous_format) if needs.weight else None
     bias = torch.zeros(columns, **wide) if needs.bias else None  # type: ignore[call-overload]
-    own = torch.empty(width if needs.weight else 0, features, **wide)  # type: ignore[call-overload]
+    sums = torch.empty(width if needs.weight and not straight else 0, features, **wide)  # type: ignore[call-overload]
     for left, right in steps(columns if total else 0, width):
         piece = some.slice_of(left, right)
+        own = weight[left:right] if weight is not None and straight else sums[: right - left]
         for first, last in steps(total, height):
             at = slice(first, last)
             part, logits = piece.at(at), buffer[: (last - first) * (right - left)].view(last - first, right - left)
@@ -170,14 +189,31 @@ def backward(
             if hidden is not None:
                 engine.multiply(gradient, part.weight.t(), hidden[at], left > 0)
             if weight is not None:
-                engine.multiply(gradient.t(), part.hidden.t(), own[: right - left], first > 0)
+                engine.multiply(gradient.t(), part.hidden.t(), own, first > 0)
             if bias is not None:
                 bias[left:right] += gradient.sum(0, dtype=given.wide)
-        if weight is not None:
-            weight[left:right] = own[: right - left] if scale is None else own[: right - left] / scale
+        if weight is not None and not straight:
+            weight[left:right] = own if scale is None else own / scale
     if scale is not None:
         hidden, bias = (None if values is None else values / scale for values in (hidden, bias))
     return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
+
+
+def keeps(engine: Engine, some: Inputs) -> bool:
+    """Whether gradients of all logits, rounded as for products, take no more memory than a wide copy of the weight."""
+    dtype, wide = some.weight.dtype, some.wide
+    fits = len(some.targets) * dtype.itemsize <= some.weight.shape[1] * wide.itemsize
+    return engine.rounds and dtype != wide and fits
+
+
+def _add_products(engine: Engine, gradient: Tensor, some: Inputs, rows: slice, sums: Gradients, adds: bool) -> None:
+    """What the gradient of the logits of some rows gives; the first is not added."""
+    if sums.hidden is not None:
+        engine.multiply(gradient, some.weight.t(), sums.hidden[rows], False)
+    if sums.weight is not None:
+        engine.multiply(gradient.t(), some.hidden[rows].t(), sums.weight, adds)
+    if sums.bias is not None:
+        sums.bias.add_(gradient.sum(0, dtype=some.wide))
 
 
 def forward_backward(
@@ -190,39 +226,46 @@ def forward_backward(
 ) -> tuple[Softmax, Gradients]:
     """Log-probs, and gradients from `derivative` of them, rows by rows: each logit is made once.
 
+    The weight's gradient is summed up over the steps in the wide dtype; or the gradients of all logits are kept, see
+    `keeps`, and each product is one of all rows.
+
     Args:
         engine: the device's.
         some: rows that all count, or whose derivative is 0.
         derivative: of a loss by log-prob and entropy, from the softmax of rows first to last.
-        needs: which gradients are wanted; the weight's is summed up in the wide dtype, over all rows.
-        chunk: logits that may exist at a time; at least one row's do.
+        needs: which gradients are wanted.
+        chunk: wide logits that may exist at a time; at least one row's do.
         group: ranks with the other slices of the vocabulary, and as many rows at a time.
     """
     total, (columns, features) = len(some.targets), some.weight.shape
     height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
-    wide = {"dtype": some.wide, "device": some.hidden.device}
-    buffer = torch.empty(height, columns, **wide)  # type: ignore[call-overload]
-    hidden = torch.zeros(total, features, **wide) if needs.hidden else None  # type: ignore[call-overload]
-    weight = torch.zeros(columns, features, **wide) if needs.weight else None  # type: ignore[call-overload]
-    bias = torch.zeros(columns, **wide) if needs.bias else None  # type: ignore[call-overload]
+    height = height // WHOLE_ROWS * WHOLE_ROWS or height
+    dtype, wide = some.weight.dtype, some.wide
+    make = some.hidden.new_empty if total else some.hidden.new_zeros
+    buffer = make(height, columns, dtype=wide)
+    kept = make(total, columns, dtype=dtype) if needs.weight and keeps(engine, some) else None
+    sums = Gradients(
+        make(total, features, dtype=wide) if needs.hidden else None,
+        make(columns, features, dtype=wide if kept is None else dtype) if needs.weight else None,
+        some.hidden.new_zeros(columns, dtype=wide) if needs.bias else None,
+    )
     parts = []
     for first, last in steps(total, height):
-        part, logits, partials = some.at(slice(first, last)), buffer[: last - first], []
+        rows = slice(first, last)
+        part, logits, partials = some.at(rows), buffer[: last - first], []
         for left, right in steps(columns, width):
             piece = part.slice_of(left, right)
             make_logits(engine, piece, logits[:, left:right])
             partials.append(_statistics(engine, logits[:, left:right], piece, some))
         parts.append(finish(part, engine.join(partials, part), group))
-        if not any(needs):
-            continue
-        gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last))
-        if hidden is not None:
-            engine.multiply(gradient, some.weight.t(), hidden[first:last], False)
-        if weight is not None:
-            engine.multiply(gradient.t(), part.hidden.t(), weight, first > 0)
-        if bias is not None:
-            bias += gradient.sum(0, dtype=some.wide)
-    own = None if weight is None else weight.to(some.weight.dtype)
-    empty = some.hidden.new_empty(0, dtype=some.wide)
+        if any(needs):
+            out = None if kept is None else kept[rows]
+            gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last), out)
+            if kept is None:
+                _add_products(engine, gradient, some, rows, sums, first > 0)
+    if kept is not None and total:
+        _add_products(engine, kept, some, slice(total), sums, False)
+    own = None if sums.weight is None else sums.weight.to(dtype)
+    empty = some.hidden.new_empty(0, dtype=wide)
     softmax = Softmax(*(torch.cat(field) for field in zip(Softmax(*[empty] * 4), *parts, strict=True)))
-    return softmax, Gradients(hidden, own, bias)
+    return softmax, sums._replace(weight=own)

@@ -239,9 +239,9 @@ def linear_policy_loss(
     Gradients of hidden, weight and bias are made in the forward pass, from logits that exist once: three products
     where the two ops need four. A ratio or a sampler weight for whole sequences needs every log-prob before any
     gradient, so there log-probs come first and the logits are made twice; so it is for float16 on a device, and for
-    bfloat16 on a CPU. A selection by covariance that is not given takes a pass of its own. The gradient of a bfloat16
-    or float16 weight is summed up in a float32 copy of it where logits exist once, and in one slice of it where they
-    are made twice.
+    bfloat16 on a CPU and, with more tokens than twice the features, on sm_90. A selection by covariance that is not
+    given takes a pass of its own. Where logits exist once, the gradient of a bfloat16 weight is summed up in a float32
+    copy of it, or made of a bfloat16 gradient of all logits where that is no larger.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of

@@ -82,7 +82,7 @@ def compute(given: Inputs, tokens: options.Inputs, work: Work, group: dist.Proce
         group: ranks with the other slices of the vocabulary.
     """
     run = dispatch.implementation("linear_logprob", work.backend)
-    if not any(work.needs) or whole_sequences(work.kinds) or run.two_passes(given):
+    if not any(work.needs) or whole_sequences(work.kinds) or run.two_passes(given, work.needs):
         softmax = run.forward(given, work.chunk, group)
         loss, gradient, metrics = _finish(tokens, softmax, work)
         if not any(work.needs):

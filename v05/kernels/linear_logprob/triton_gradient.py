@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from v05.kernels.linear_logprob.triton_kernels import halves_of, tile_of_logits
-from v05.kernels.token_logprob.triton import inverse_temperature_of
+from v05.kernels.linear_logprob.triton_kernels import halves_of, inverses_of, tile_of_logits
 
 
 @triton.jit
@@ -33,7 +32,7 @@ def store_gradient(b_logit, bias, start, last, target, rows_of, out, HAS_BIAS: t
         tl.store(out + o_piece[None, :], b_grad.to(out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "skipped"])
+@triton.jit(do_not_specialize=["rows", "columns", "skipped"], do_not_specialize_on_alignment=["log_sum"])
 def gradient_kernel(
     hidden,
     weight,
@@ -89,11 +88,7 @@ def gradient_kernel(
     row_max = tl.load(largest + o_row, mask=m_row, other=0)
     target = tl.load(targets + o_row, mask=m_row, other=skipped)
     counts = (target != skipped) & (row_max > float("-inf"))
-    if PER_ROW:
-        inverse = (1.0 / tl.load(temperatures + o_row, mask=counts, other=1)).to(tl.float32)
-    else:
-        inverse = tl.zeros([BLOCK_M], tl.float32) + inverse_temperature_of(temperatures, temperature, 0, 0, tl.float32)
-    inverse = tl.where(counts, inverse, 0)
+    inverse = tl.where(counts, inverses_of(temperatures, temperature, o_row, counts, PER_ROW, BLOCK_M), 0)
     by_logprob = tl.zeros([BLOCK_M], tl.float32)
     by_entropy = tl.zeros([BLOCK_M], tl.float32)
     if HAS_LOGPROB:

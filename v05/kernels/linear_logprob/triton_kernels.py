@@ -43,6 +43,15 @@ def tile_of_logits(
 
 
 @triton.jit
+def inverses_of(temperatures, temperature, o_row, m_row, PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 / temperature of rows."""
+    if PER_ROW:
+        return (1.0 / tl.load(temperatures + o_row, mask=m_row, other=1)).to(tl.float32)
+    one = inverse_temperature_of(temperatures, temperature, 0, 0, tl.float32)
+    return tl.zeros([BLOCK_M], tl.float32) + one
+
+
+@triton.jit
 def halves_of(b_tile):
     """The left and the right half of the columns of a tile, in the registers where they are."""
     rows: tl.constexpr = b_tile.shape[0]
@@ -125,12 +134,7 @@ def slice_kernel(
         m_row = o_place < count
         o_row = tl.load(order + o_place, mask=m_row, other=0)
         target = tl.load(targets + o_row, mask=m_row, other=-1).to(tl.int32)
-        if PER_ROW:
-            inverse = (1.0 / tl.load(temperatures + o_row, mask=m_row, other=1)).to(tl.float32)
-        else:
-            inverse = tl.zeros([BLOCK_M], tl.float32) + inverse_temperature_of(
-                temperatures, temperature, 0, 0, tl.float32
-            )
+        inverse = inverses_of(temperatures, temperature, o_row, m_row, PER_ROW, BLOCK_M)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         weighted = tl.zeros([BLOCK_M], tl.float32)
@@ -161,7 +165,7 @@ def slice_kernel(
         tl.store(chosen + o_row, own, mask=m_row & (target >= first) & (target < last))
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "skipped"])
 def join_kernel(
     targets,
     temperatures,
@@ -173,31 +177,32 @@ def join_kernel(
     skipped: tl.int64,
     PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Largest logit, log of the sum and entropy of a block of rows, their slices taken in order."""
+    """Largest logit, log of the sum and entropy of a block of rows, BLOCK_S slices at a time, in their order."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
     m_kept = m_row & (tl.load(targets + o_row, mask=m_row, other=skipped) != skipped)
-    if PER_ROW:
-        inverse = (1.0 / tl.load(temperatures + o_row, mask=m_kept, other=1)).to(tl.float32)
-    else:
-        inverse = tl.zeros([BLOCK_M], tl.float32) + inverse_temperature_of(temperatures, temperature, 0, 0, tl.float32)
+    inverse = inverses_of(temperatures, temperature, o_row, m_kept, PER_ROW, BLOCK_M)
+    o_split = tl.arange(0, BLOCK_S)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(0, splits):
-        own = tl.load(partial + split * 3 * rows + o_row, mask=m_kept, other=float("-inf"))
-        largest = tl.maximum(largest, own)
+    for first in range(0, splits, BLOCK_S):
+        m_own = ((first + o_split) < splits)[:, None] & m_kept[None, :]
+        fields = partial + (first + o_split)[:, None] * 3 * rows + o_row[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(fields, mask=m_own, other=float("-inf")), axis=0))
     base = tl.where(largest > float("-inf"), largest, 0)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(0, splits):
-        fields = partial + split * 3 * rows + o_row
-        own = tl.load(fields, mask=m_kept, other=float("-inf"))
-        own_sum = tl.load(fields + rows, mask=m_kept, other=0)
-        own_weighted = tl.load(fields + 2 * rows, mask=m_kept, other=0)
-        shift = tl.where(own > float("-inf"), (own - base) * inverse, 0)
+    for first in range(0, splits, BLOCK_S):
+        m_own = ((first + o_split) < splits)[:, None] & m_kept[None, :]
+        fields = partial + (first + o_split)[:, None] * 3 * rows + o_row[None, :]
+        own = tl.load(fields, mask=m_own, other=float("-inf"))
+        own_sum = tl.load(fields + rows, mask=m_own, other=0)
+        own_weighted = tl.load(fields + 2 * rows, mask=m_own, other=0)
+        shift = tl.where(own > float("-inf"), (own - base[None, :]) * inverse[None, :], 0)
         factor = tl.exp(shift)
-        weighted += tl.where(factor > 0, (own_weighted + own_sum * shift) * factor, 0)
-        total += own_sum * factor
+        weighted += tl.sum(tl.where(factor > 0, (own_weighted + own_sum * shift) * factor, 0), axis=0)
+        total += tl.sum(own_sum * factor, axis=0)
     some = (largest > float("-inf")) | (total != total)
     log_total = tl.where(some, tl.log(tl.where(some, total, 1)), 0)
     entropy = log_total - weighted / tl.where(some, total, 1)
