@@ -1,5 +1,6 @@
 """What the GPU tests share: the device, its backends, each op as a function of tensors, and the comparison."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,6 +221,14 @@ def assert_close(actual: Outputs, same: Outputs, exact: Outputs, but: tuple[str,
                 assert torch.equal(value, same[name])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def allocated() -> int:
+    """Bytes that tensors take on the GPU. The thread of the last backward lets go of its gradients with the next one."""
+    torch.ones(1, device=DEVICE, requires_grad=True).sum().backward()
+    torch.cuda.synchronize()
+    gc.collect()
+    return torch.cuda.memory_allocated()
 
 
 @contextmanager

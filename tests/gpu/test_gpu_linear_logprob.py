@@ -1,12 +1,11 @@
 """linear_logprob and linear_policy_loss on the device against float64: dtypes, sizes, bits, graphs, memory."""
 
-import gc
 import itertools
 import math
 
 import pytest
 import torch
-from common import DEVICE, DRY_RUN, DTYPES, INFINITY, assert_same_bits, needs_gpu, on_device, scaled
+from common import DEVICE, DRY_RUN, DTYPES, INFINITY, allocated, assert_same_bits, needs_gpu, on_device, scaled
 from linear import (
     BACKENDS,
     KERNELS,
@@ -205,9 +204,7 @@ def test_memory(run, rows):
     data = layer_of(rows, 1024, 151_936, torch.bfloat16)
     gradients = data.hidden.nbytes + data.weight.nbytes
     run("triton", layer_of(64, 1024, 500, torch.bfloat16))
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     torch.cuda.reset_peak_memory_stats()
     run("triton", data)
     torch.cuda.synchronize()
@@ -215,7 +212,7 @@ def test_memory(run, rows):
     # gradients made in the forward pass are summed up in a float32 copy of the weight, or kept in as much
     extra -= 4 * data.weight.numel() if run is run_linear_policy_loss else 0
     assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
-    assert torch.cuda.memory_allocated() <= before
+    assert allocated() <= before
 
 
 @pytest.mark.large

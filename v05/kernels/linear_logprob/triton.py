@@ -7,6 +7,8 @@ A loss whose gradients are made in the forward pass stores the logits of some ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -45,6 +47,18 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+@contextmanager
+def _wide_sums() -> Iterator[None]:
+    """Has a product with few elements and long sums, which is put together from parts, round only the whole."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
 class Gpu:
     """The engine of a GPU: torch's products with float32 sums, and token_logprob's kernels."""
 
@@ -62,7 +76,8 @@ class Gpu:
             wide = torch.promote_types(out.dtype, torch.float32)
             out.copy_(torch.addmm(out.to(wide), left.to(wide), right.to(wide), beta=int(adds)))
         elif left.dtype == out.dtype:
-            torch.addmm(out, left, right, out=out) if adds else torch.mm(left, right, out=out)
+            with _wide_sums():
+                torch.addmm(out, left, right, out=out) if adds else torch.mm(left, right, out=out)
         elif not adds:
             torch.mm(left, right, out_dtype=out.dtype, out=out)
         elif _adds_in_place(out.device, left.dtype):
