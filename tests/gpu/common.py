@@ -224,7 +224,7 @@ def assert_close(actual: Outputs, same: Outputs, exact: Outputs, but: tuple[str,
 
 
 def allocated() -> int:
-    """Bytes that tensors take on the GPU. The thread of the last backward lets go of its gradients with the next one."""
+    """Bytes that tensors take on the GPU. The thread of a backward may let go of its gradients with the next one."""
     torch.ones(1, device=DEVICE, requires_grad=True).sum().backward()
     torch.cuda.synchronize()
     gc.collect()
