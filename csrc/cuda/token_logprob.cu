@@ -155,11 +155,11 @@ __device__ __forceinline__ void write_vectors(const T* x, int first, int columns
 
 // The target, whose share is its own, is written once more by the thread that wrote it before.
 template <bool kWhole, class T, class Wide>
-__device__ __forceinline__ void write_slopes(const T* x, int columns, const RowSlope<Wide>& row, int target,
-                                             Wide by_logprob, T* out) {
+__device__ __forceinline__ void write_slopes(const T* x, int columns, const RowSlope<Wide>& row, int target, Wide own,
+                                             T* out) {
   constexpr int kSize = Vector<T>::kSize, kStep = kThreads * kSize;
   const bool owns = target / kSize % kThreads == threadIdx.x;
-  const Wide chosen = owns ? row.at(Wide(widen(x[target]))) + by_logprob : Wide(0);
+  const Wide chosen = owns ? row.at(Wide(widen(x[target]))) + own : Wide(0);
   int i = threadIdx.x * kSize;
   for (; i < columns - (kUnrollBackward - 1) * kStep; i += kUnrollBackward * kStep)
     write_vectors<kWhole, kUnrollBackward>(x, i, columns, row, out);
@@ -186,11 +186,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide) == 8 ? 1 : 2)
   const Wide by_entropy = grad_entropy ? grad_entropy[t] * inverse_temperature : Wide(0);
   const RowSlope<Wide> row{max, inverse_temperature * unit<Wide>(), saved.log_sum[t] * unit<Wide>(),
                            -by_logprob - by_entropy * saved.entropy[t], by_entropy / unit<Wide>()};
-  const int place = int(target < 0 || target >= columns ? columns - 1 : target);
+  const bool inside = target >= 0 && target < columns;
+  const int place = inside ? int(target) : 0;
+  const Wide own = inside ? by_logprob : Wide(0);
   if (in_vectors(x, columns) && in_vectors(out, columns))
-    write_slopes<true>(x, columns, row, place, by_logprob, out);
+    write_slopes<true>(x, columns, row, place, own, out);
   else
-    write_slopes<false>(x, columns, row, place, by_logprob, out);
+    write_slopes<false>(x, columns, row, place, own, out);
 }
 
 }  // namespace
