@@ -77,8 +77,16 @@ def test_groups_grow_where_the_prior_is_wrong(pool):
     assert 4 < right.rollouts < wrong.rollouts < 16
 
 
+def test_dearer_rollouts_are_fewer(pool):
+    spent = [quality(pool, Drawn("v05", "sd 0.5", 1, 16, 40, cost=cost)).rollouts for cost in (1 / 256, 1 / 64, 1 / 8)]
+    assert spent == sorted(spent, reverse=True)
+    assert spent[0] > spent[-1] >= 1
+    assert quality(pool, Drawn("v05", "sd 0.5", 1, 16, 40, cost=1 / 64)).size == "1 to 16 at 1/64"
+
+
 def test_names_and_numbers_are_checked():
     assert drawn_as("v05_calibrated_loo:2-16", "constant", 100) == Drawn("v05_calibrated_loo", "constant", 2, 16, 100)
+    assert drawn_as("v05:1-4", "constant", 100, cost=1 / 64).cost == 1 / 64
     assert drawn_as("rloo:3", "constant", 100) == Drawn("rloo", "constant", 3, 3, 100)
     assert drawn_as("grpo", "constant", 100) == Drawn("grpo", "constant", 4, 4, 100)
     with pytest.raises(InputError, match="estimator is 'v05:a'; allowed: name, name:k or name:k-k_max"):

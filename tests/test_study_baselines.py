@@ -116,4 +116,7 @@ def test_gradient_reads_its_pool_and_goes_on(tmp_path):
         ("v05", 2, 8),
     ]
     assert "2 to 8" in output
+    run("gradient", *options, "--estimators", "rloo,v05:2-8", "--cost", "1/256, 1/64")
+    assert [row["cost"] for row in lines(tmp_path)] == [1 / 256, 1 / 256, 1 / 64]
+    assert "2 to 8 at 1/64" in (tmp_path / "table.json").read_text(encoding="utf-8")
     assert (tmp_path / "gradients.png").stat().st_size > 1000

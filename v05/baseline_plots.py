@@ -60,7 +60,7 @@ def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
     figure = Figure(figsize=(5.2 * len(priors), 1.2 + 0.3 * most), layout="constrained")
     for axis, prior in zip(figure.subplots(1, len(priors), squeeze=False)[0], priors, strict=True):
         shown = sorted((row for row in rows if row.prior == prior), key=lambda row: -row.variance * row.rollouts)
-        labels = [f"{r.estimator}:{r.k_init}" + (f" to {r.k_max}" if r.k_max > r.k_init else "") for r in shown]
+        labels = [f"{row.estimator}:{row.size}" for row in shown]
         axis.barh(
             labels,
             [row.variance * row.rollouts for row in shown],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from v05.tasks import Task
 
 BLOCKS: Final = 10  # of repeats: what intervals are drawn from
 CHUNK: Final = 1024  # rollouts of a prompt sampled at once
+COST: Final = 1 / 256  # of a rollout, the paper's
 
 
 class Pool(NamedTuple):
@@ -55,11 +57,19 @@ class GradientQuality(NamedTuple):
     bias_half_width: float
     variance: float
     variance_half_width: float
+    cost: float = COST
+
+    @property
+    def size(self) -> str:
+        """Rollouts of a group, and at which cost it grows."""
+        price = Fraction(self.cost).limit_denominator(10_000)
+        return str(self.k_init) if self.k_init == self.k_max else f"{self.k_init} to {self.k_max} at {price}"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """How groups are drawn: `k_init` rollouts of every prompt, growing to `k_max` where the look-ahead wants more."""
+    """How groups are drawn: `k_init` rollouts of every prompt, growing to `k_max` where the look-ahead wants more at
+    `cost` a rollout, in units of the largest variance of a reward."""
 
     estimator: str
     prior: str
@@ -67,6 +77,7 @@ class Drawn:
     k_max: int = 4
     repeats: int = 2000
     seed: int = 0
+    cost: float = COST
 
     def __post_init__(self) -> None:
         """Refuses names and numbers that cannot be studied."""
@@ -75,6 +86,8 @@ class Drawn:
                 raise InputError(f"{what} is {name!r}; allowed: {', '.join(known)}")
         if not 1 <= self.k_init <= self.k_max:
             raise InputError(f"k_init is {self.k_init} and k_max {self.k_max}; allowed: 1 <= k_init <= k_max")
+        if not 0 <= self.cost <= 1:
+            raise InputError(f"cost is {self.cost}; allowed: 0 to 1")
         if self.repeats < 2 * BLOCKS:
             raise InputError(f"repeats is {self.repeats}; allowed: {2 * BLOCKS} or more")
 
@@ -146,7 +159,7 @@ def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -
     while drawn.k_max > drawn.k_init:
         rewards, offsets = ragged(pool.rewards.gather(1, places), counts)
         bounds = dict(k_init=drawn.k_init, k_max=drawn.k_max)
-        test = shrinkage(rewards, offsets, prior, fusion=fusion, **bounds)  # type: ignore[arg-type]
+        test = shrinkage(rewards, offsets, prior, fusion=fusion, cost=drawn.cost, **bounds)  # type: ignore[arg-type]
         if not test.roll_out_more.any():
             break
         counts = torch.maximum(counts, test.planned)
@@ -215,11 +228,11 @@ def _summary(
     factor, bias, variance = whole.tolist()
     _, bias_spread, variance_spread = (1.96 * spread).tolist()
     where = (drawn.estimator, drawn.prior, drawn.k_init, drawn.k_max)
-    return GradientQuality(*where, rollouts, factor, bias, bias_spread, variance, variance_spread)
+    return GradientQuality(*where, rollouts, factor, bias, bias_spread, variance, variance_spread, drawn.cost)
 
 
-def drawn_as(text: str, prior: str, repeats: int, seed: int = 0) -> Drawn:
-    """How groups are drawn that `estimator[:k[-k_max]]` describes: 4 rollouts each, k, or k growing to k_max.
+def drawn_as(text: str, prior: str, repeats: int, seed: int = 0, cost: float = COST) -> Drawn:
+    """How groups are drawn that `estimator[:k[-k_max]]` describes: 4 rollouts each, k, or k growing to k_max at a cost.
 
     Raises:
         InputError: a name or a number that is not allowed.
@@ -228,4 +241,4 @@ def drawn_as(text: str, prior: str, repeats: int, seed: int = 0) -> Drawn:
     first, _, last = (size or "4").partition("-")
     if not first.isdecimal() or not (last or first).isdecimal():
         raise InputError(f"estimator is {text!r}; allowed: name, name:k or name:k-k_max, such as v05:4-16")
-    return Drawn(estimator, prior, int(first), int(last or first), repeats, seed)
+    return Drawn(estimator, prior, int(first), int(last or first), repeats, seed, cost)

@@ -47,7 +47,7 @@ class StudyFolder:
             self.results[self._key(row)] = row
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[key] for key in self.keys)
+        return tuple(row.get(key) for key in self.keys)
 
     def has(self, **key: Any) -> bool:
         """Return whether a result is there."""

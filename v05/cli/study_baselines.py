@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,14 @@ def progressing() -> Iterator[Progress]:
 def listed(text: str) -> tuple[str, ...]:
     """The names in a comma-separated option."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """The numbers in a comma-separated `--cost`, such as 1/256."""
+    try:
+        return tuple(float(Fraction(part)) for part in listed(text))
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--cost is {text!r}; allowed: numbers and fractions from 0 to 1, by commas") from None
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -128,25 +137,32 @@ def gradient(
     repeats: Annotated[int, typer.Option(help="Groups drawn of every prompt.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the groups.")] = 0,
     task: Annotated[str, typer.Option(help="Task whose warm start is the policy.")] = TrainConfig.task,
+    cost: Annotated[
+        str, typer.Option(help="Of a rollout, over the largest variance; growing groups at each.")
+    ] = "1/256",
 ) -> None:
     """Compare gradients from a few rollouts with the gradient of a large pool of them, at the policy's warm start."""
-    asked = [drawn_as(name, prior, repeats, seed) for prior in listed(priors) for name in listed(estimators)]
+    asked = [
+        drawn
+        for prior in listed(priors)
+        for name in listed(estimators)
+        for place, price in enumerate(fractions(cost))
+        if (drawn := drawn_as(name, prior, repeats, seed, price)).k_max > drawn.k_init or place == 0
+    ]
     if prompts < 1 or pool < 2:
         raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
     settings = dict(task=task, prompts=prompts, pool=pool, repeats=repeats, seed=seed)
-    folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max"))
+    folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max", "cost"))
     with progressing() as progress:
         sampled = read_pool(output, task, prompts, pool, progress)
         bar = progress.add_task("estimators", total=len(asked))
         for drawn in asked:
-            key = dict(estimator=drawn.estimator, prior=drawn.prior, k_init=drawn.k_init, k_max=drawn.k_max)
-            if not folder.has(**key):
+            if not folder.has(**dataclasses.asdict(drawn)):
                 folder.add(quality(sampled, drawn)._asdict())
             progress.advance(bar)
     found = [GradientQuality(**row) for row in folder.results.values()]
-    command = (
-        f"v05 study gradient --output runs/gradient --task {task} --prompts {prompts} --pool {pool} --repeats {repeats}"
-    )
+    sizes = f"--prompts {prompts} --pool {pool} --repeats {repeats} --cost {cost}"
+    command = f"v05 study gradient --output runs/gradient --task {task} {sizes}"
     table = gradients_table(found, f"Gradients on {task} relative to the truth, ±95 %", command)
     table.write(output / "table.json")
     plot_gradients(found, output / "gradients.png")
@@ -183,7 +199,7 @@ def gradients_table(found: list[GradientQuality], title: str, command: str) -> S
         [
             row.estimator,
             row.prior,
-            str(row.k_init) if row.k_init == row.k_max else f"{row.k_init} to {row.k_max}",
+            row.size,
             f"{row.rollouts:.2f}",
             f"{row.factor:.3f}",
             f"{row.bias:.4f} ±{row.bias_half_width:.4f}",
