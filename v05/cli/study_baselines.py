@@ -162,7 +162,8 @@ def gradient(
             progress.advance(bar)
     found = [GradientQuality(**row) for row in folder.results.values()]
     sizes = f"--prompts {prompts} --pool {pool} --repeats {repeats} --cost {cost}"
-    command = f"v05 study gradient --output runs/gradient --task {task} {sizes}"
+    chosen = f'--priors "{priors}" --estimators {estimators}'
+    command = f"v05 study gradient --output runs/gradient --task {task} {chosen} {sizes}"
     table = gradients_table(found, f"Gradients on {task} relative to the truth, ±95 %", command)
     table.write(output / "table.json")
     plot_gradients(found, output / "gradients.png")
