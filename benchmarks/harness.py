@@ -120,13 +120,15 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def commit() -> str:
-    """The commit measured, with `+` where the tree has changes; V05_COMMIT where the tree came without its history."""
+    """The commit measured, with `+` where the tree has changes: V05_COMMIT for a tree that came without its history."""
+    if "V05_COMMIT" in os.environ:
+        return os.environ["V05_COMMIT"]
     try:
         folder = Path(__file__).parent
         command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("V05_COMMIT", "unknown")
+        return "unknown"
 
 
 def rival(name: str, modules: str, make: Callable[..., Run]) -> Contender:

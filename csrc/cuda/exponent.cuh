@@ -5,7 +5,7 @@
 
 namespace v05::cuda {
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 // power(unit<Wide>() * x) is e^x, so that a factor on x takes the unit in once for all.
 template <class Wide>

@@ -1,6 +1,6 @@
 // Policy losses: one pass over the tokens stores the gradient and leaves partial sums, which a last launch adds up in a
-// fixed order; a batch of a few thousand tokens needs no such launch. Options on whole sequences take a launch before
-// the pass, and, at the level of sequences, one after it.
+// fixed order; what one block goes through needs no such launch. Options on whole sequences take a launch before the
+// pass, and, at the level of sequences, one after it.
 #include "cuda/ops.h"
 #include "cuda/policy_sequences.cuh"
 #include "cuda/policy_token.cuh"
@@ -58,7 +58,7 @@ __device__ __forceinline__ T sequences_kept(const PolicyInputs<T>& in, int64_t f
   return kept;
 }
 
-// The fields that a plain token leaves out, and where a sum goes: metrics follow the loss.
+// Where a sum goes: the first field is the loss, the others are metrics.
 template <class T>
 __device__ __forceinline__ void store_sum(int field, double sum, T* __restrict__ loss, T* __restrict__ metrics) {
   *(field == kLoss ? loss : metrics + field - 1) = T(sum);
@@ -215,7 +215,7 @@ static void launch(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T
 template <class T>
 void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
                  cudaStream_t stream) {
-  const auto run = in.n > in.sequences * kShort ? launch<true, T> : launch<false, T>;
+  const auto run = in.n > in.sequences * kShortMean ? launch<true, T> : launch<false, T>;
   run(in, scratch, gradient, loss, metrics, stream);
 }
 

@@ -9,9 +9,9 @@ namespace v05::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int64_t kShort = 4 * kThreads;  // tokens of a sequence that a warp alone goes through
+constexpr int64_t kShortMean = kThreads;  // tokens of sequences, in the mean, that a warp each goes through
 
-// The threads that go through a sequence together: a warp, or a block where sequences are long.
+// The threads that go through a sequence together: a warp, or a block where sequences are long in the mean.
 template <bool kLong>
 struct Crew {
   static constexpr int kSize = kLong ? kThreads : kWarp;

@@ -79,17 +79,8 @@ def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bo
 def sanitizer_step(tool: str, backend: str, limit: float) -> Step:
     """Each tensor is an allocation of its own under memcheck, so that a step past its end is one into nothing."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [
-        program,
-        "--tool",
-        tool,
-        "--launch-timeout",
-        "120",
-        "--error-exitcode",
-        "9",
-        "--target-processes",
-        "application-only",
-    ]
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+    command += ["--launch-timeout", "120"]  # other steps keep the processor busy
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
     command += [sys.executable, "tests/gpu/every_kernel.py", "--backend", backend]
     own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}

@@ -7,15 +7,16 @@ import triton
 import triton.language as tl
 
 from v05.kernels.linear_logprob.triton_kernels import LENGTHS, halves_of, inverses_of
+from v05.kernels.token_logprob.triton import LOG2_E
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e4)  # its power of two is 0, and 0 times it is 0, not NaN
 GROUP = tl.constexpr(16)  # blocks of rows that go through all columns together, and so find the weight in the cache
 
 
 @triton.jit
 def power_of_two(x, INTERPRETED: tl.constexpr):
+    """2^x in one instruction, 0 below the smallest normal number."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

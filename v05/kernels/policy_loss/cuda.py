@@ -12,7 +12,7 @@ from v05.kernels.policy_loss.scratch import FIELDS
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; one launch up to 4,096 tokens, two beyond, one or two more for options on whole
+    """Same contract as the CPU backend; one launch up to 1,024 tokens, two beyond, one or two more for options on whole
     sequences; no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences

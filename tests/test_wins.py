@@ -1,0 +1,39 @@
+"""Which backend a benchmark's rows make the preferred one."""
+
+from benchmarks.wins import wins_of
+
+ROW = dict(op="advantage", architecture="sm_90", dtype="float32", elements="5000", shape="s", run="1", commit="c")
+ROW |= {"pass": "forward", "host_us": "40", "p50_ms": "1"}
+
+
+def row(contender: str, **changes: str) -> dict[str, str]:
+    return ROW | {"contender": contender} | changes
+
+
+def orders(*rows: dict[str, str]) -> list[tuple[str, ...]]:
+    return [win.order for win in wins_of(list(rows))]
+
+
+def test_the_faster_backend_comes_first():
+    assert orders(row("v05 cuda", p50_ms="2"), row("v05 triton", p50_ms="1")) == [("triton", "cuda")]
+    assert orders(row("v05 cuda", p50_ms="1"), row("v05 triton", p50_ms="2")) == [("cuda", "triton")]
+
+
+def test_where_the_host_takes_longer_it_decides():
+    slow_host = row("v05 triton", p50_ms="0.002", host_us="90")
+    assert orders(row("v05 cuda", p50_ms="0.003"), slow_host) == [("cuda", "triton")]
+
+
+def test_the_newest_run_of_the_slowest_pass_decides():
+    old = (row("v05 cuda", p50_ms="1"), row("v05 triton", p50_ms="2"))
+    new = (row("v05 cuda", p50_ms="3", run="2"), row("v05 triton", p50_ms="2", run="2"))
+    assert orders(*old, *new) == [("triton", "cuda")]
+    backward = {"pass": "forward + backward"}
+    last = (row("v05 cuda", p50_ms="4", run="2", **backward), row("v05 triton", p50_ms="5", run="2", **backward))
+    assert orders(*old, *new, *last) == [("cuda", "triton")]
+
+
+def test_rivals_processors_and_single_backends_make_no_win():
+    assert not orders(row("torch eager"), row("v05"), row("v05 cuda"))
+    assert not orders(row("v05 cuda", architecture=""), row("v05 triton", architecture=""))
+    assert not orders(row("v05 cuda", p50_ms=""), row("v05 triton"))
