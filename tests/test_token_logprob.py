@@ -396,3 +396,8 @@ def test_any_input_gives_a_right_answer_or_a_clear_error(data):
         assert messages[0] == messages[1]
     else:
         compare(logits, targets, temperature=temperature)
+
+
+def test_rows_are_as_long_as_32_bits_count():
+    with pytest.raises(ValueError, match="logits has 1073741825 columns; allowed: up to 1073741824"):
+        token_logprob(torch.empty(0, 2**30 + 1), torch.empty(0, dtype=torch.int64))

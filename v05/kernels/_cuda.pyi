@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
 # The native CUDA module: device addresses of contiguous tensors, sizes, a stream, and their dtype: `wide` says float64,
-# `dtype` is an index into DTYPES of v05/kernels/token_logprob/rules.py, that of the rewards, the logits or the states.
+# `dtype` is an index into DTYPES of v05/kernels/segments.py, that of the rewards, the logits or the states.
 
 def shrinkage(
     rewards: int,

@@ -1,4 +1,4 @@
-"""Ragged segments: offsets, lengths, and the checks that every op shares."""
+"""Ragged segments: offsets, lengths, dtypes, and the checks that every op shares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+
+# What kernels read, in the order in which the native modules number them.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def lengths(offsets: Tensor) -> Tensor:

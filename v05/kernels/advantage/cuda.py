@@ -8,7 +8,6 @@ from torch import Tensor
 from v05.kernels import _cuda, segments
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.device import on_device_of, stream_of
-from v05.kernels.token_logprob.rules import DTYPES
 
 
 def batch_moments(rewards: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
@@ -18,7 +17,7 @@ def batch_moments(rewards: Tensor, lengths: Tensor | None, eps: float) -> Tensor
     moments = rewards.new_empty(2, dtype=segments.working_dtype(rewards))
     partial = rewards.new_empty(_cuda.moment_blocks(n), 3, dtype=torch.float64)
     addresses = (rewards.data_ptr(), segments.address(lengths), n, eps, partial.data_ptr(), moments.data_ptr())
-    _cuda.batch_moments(*addresses, stream_of(rewards), DTYPES.index(rewards.dtype))
+    _cuda.batch_moments(*addresses, stream_of(rewards), segments.DTYPES.index(rewards.dtype))
     return moments
 
 
@@ -55,6 +54,6 @@ def group_advantage(
             eps,
             out.data_ptr(),
             stream_of(rewards),
-            DTYPES.index(rewards.dtype),
+            segments.DTYPES.index(rewards.dtype),
         )
     return out

@@ -12,7 +12,6 @@ from v05.kernels.linear_logprob import passes
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.softmax import Partial, Softmax
 from v05.kernels.token_logprob import cpu as token_logprob
-from v05.kernels.token_logprob.rules import DTYPES
 
 SLICE = 4096  # columns of logits that one product makes: fixed, so that a row's sums are always cut the same way
 
@@ -33,7 +32,7 @@ class Cpu:
         An element has the same bits whatever the other rows and columns are, and however many threads there are.
         """
         _cpu.matrix_product(
-            DTYPES.index(right.dtype),
+            segments.DTYPES.index(right.dtype),
             left.dtype == out.dtype,
             (left.data_ptr(), *left.stride()),
             (right.data_ptr(), *right.stride()),

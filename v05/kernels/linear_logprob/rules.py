@@ -7,7 +7,7 @@ from torch import Tensor
 
 from v05.kernels import segments
 from v05.kernels.linear_logprob.inputs import Inputs
-from v05.kernels.token_logprob.rules import DTYPES, bad_rows, check_rows, row_error
+from v05.kernels.token_logprob.rules import bad_rows, check_rows, row_error
 
 CPU_CHUNK, DEVICE_CHUNK = 2**25, 2**27  # logits that exist at a time
 ROWS_CHECKED, COLUMNS_CHECKED = 64, 4096  # at a time, where bad logits are looked for
@@ -33,8 +33,8 @@ def check_shapes(
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if matrix.dim() != 2 or matrix.shape[1] == 0:
             raise ValueError(f"{name} has shape {list(matrix.shape)}; allowed: two dimensions, at least one column")
-        if matrix.dtype not in DTYPES:
-            raise TypeError(f"{name} is {matrix.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+        if matrix.dtype not in segments.DTYPES:
+            raise TypeError(f"{name} is {matrix.dtype}; allowed: {', '.join(map(str, segments.DTYPES))}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; allowed: at least one row")
     if weight.shape[1] != hidden.shape[1]:

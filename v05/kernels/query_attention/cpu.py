@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from v05.kernels import _cpu
+from v05.kernels import _cpu, segments
 from v05.kernels.query_attention.buffers import Saved, make_gradients, make_inputs, make_outputs
-from v05.kernels.query_attention.rules import DTYPES, check_values
+from v05.kernels.query_attention.rules import check_values
 
 
 def query_attention(
@@ -18,7 +18,7 @@ def query_attention(
     given = make_inputs(states, offsets, queries, weights)
     features, saved = make_outputs(states, queries, heads)
     good = _cpu.query_attention(
-        DTYPES.index(states.dtype),
+        segments.DTYPES.index(states.dtype),
         given.addresses(),
         given.sizes(heads),
         eps,
@@ -45,7 +45,7 @@ def query_attention_backward(
     given, grad_features = make_inputs(states, offsets, queries, weights), grad_features.contiguous()
     gradients = make_gradients(states, queries, weights, for_states)
     _cpu.query_attention_backward(
-        DTYPES.index(states.dtype),
+        segments.DTYPES.index(states.dtype),
         given.addresses(),
         given.sizes(heads),
         eps,

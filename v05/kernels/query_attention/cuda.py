@@ -11,7 +11,7 @@ from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.query_attention.assemble import weight_gradients
 from v05.kernels.query_attention.buffers import Saved, make_inputs, make_outputs
-from v05.kernels.query_attention.rules import DTYPES, HEAD
+from v05.kernels.query_attention.rules import HEAD
 
 
 def query_attention(
@@ -23,7 +23,7 @@ def query_attention(
     keys = features.new_empty(heads, states.shape[0], 2 * HEAD)
     with on_device_of(states):
         _cuda.query_attention(
-            DTYPES.index(states.dtype),
+            segments.DTYPES.index(states.dtype),
             given.addresses(),
             given.sizes(heads),
             eps,
@@ -58,7 +58,7 @@ def query_attention_backward(
     grad_states, grad_queries = states.new_empty(states.shape if for_states else (0,)), make(queries.shape)
     with on_device_of(states):
         _cuda.query_attention_backward(
-            DTYPES.index(states.dtype),
+            segments.DTYPES.index(states.dtype),
             given.addresses(),
             given.sizes(heads),
             eps,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from v05.kernels import segments
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HEAD = 2  # width of a head: that of the published adapter, and the one that kernels are written for
 MOST_HEADS = 4
 
@@ -63,8 +62,8 @@ def check_shapes(
     """Raises where the arguments do not fit together; no element is read."""
     if states.dim() != 2 or states.shape[1] == 0:
         raise ValueError(f"states has shape {list(states.shape)}; allowed: two dimensions, at least one column")
-    if states.dtype not in DTYPES:
-        raise TypeError(f"states is {states.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    if states.dtype not in segments.DTYPES:
+        raise TypeError(f"states is {states.dtype}; allowed: {', '.join(map(str, segments.DTYPES))}")
     segments.check_offsets("offsets", offsets, states)
     if not 1 <= heads <= MOST_HEADS:
         raise ValueError(f"heads is {heads}; allowed: 1 to {MOST_HEADS}")

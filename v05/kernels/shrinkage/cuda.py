@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import _cuda
+from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.shrinkage.rules import Budget, Outputs
-from v05.kernels.token_logprob.rules import DTYPES
 
 
 def shrinkage(
@@ -35,6 +34,6 @@ def shrinkage(
             rollout_baseline.data_ptr() if leave_one_out else 0,
             advantage.data_ptr() if advantages else 0,
             stream_of(rewards),
-            DTYPES.index(rewards.dtype),
+            segments.DTYPES.index(rewards.dtype),
         )
     return floats, integers, more, rollout_baseline, advantage

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
-from v05.kernels.token_logprob.rules import DTYPES
 
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
 
@@ -68,7 +67,7 @@ def check_group_values(rewards: Tensor, offsets: Tensor, prior: Tensor | None, l
 
 def readable(rewards: Tensor, backend: str) -> Tensor:
     """The rewards in a dtype that the backend reads: half precision on a GPU as it is, else the working dtype."""
-    as_it_is = backend in ("cuda", "triton") and rewards.dtype in DTYPES
+    as_it_is = backend in ("cuda", "triton") and rewards.dtype in segments.DTYPES
     return rewards if as_it_is else rewards.to(segments.working_dtype(rewards))
 
 

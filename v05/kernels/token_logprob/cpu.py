@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import _cpu, segments
-from v05.kernels.token_logprob.rules import DTYPES, check_values, rows_of
+from v05.kernels.token_logprob.rules import check_values, rows_of
 
 
 def unchecked(
@@ -20,7 +20,7 @@ def unchecked(
     logprob, entropy = torch.empty(rows, dtype=dtype), torch.empty(rows, dtype=dtype)
     statistics = torch.empty(2, rows, dtype=dtype)
     bad = _cpu.token_logprob(
-        DTYPES.index(logits.dtype),
+        segments.DTYPES.index(logits.dtype),
         logits.data_ptr(),
         logits.stride(0),
         rows,
@@ -69,7 +69,7 @@ def token_logprob_backward(
     if grad_logits is None:
         grad_logits = torch.empty(rows, columns, dtype=logits.dtype)
     _cpu.token_logprob_backward(
-        DTYPES.index(logits.dtype),
+        segments.DTYPES.index(logits.dtype),
         logits.data_ptr(),
         logits.stride(0),
         rows,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
-from v05.kernels.token_logprob.rules import DTYPES, rows_of
+from v05.kernels.token_logprob.rules import rows_of
 
 
 def _inputs(
@@ -29,7 +29,7 @@ def token_logprob(
     statistics = torch.empty(2, rows, dtype=dtype, device=logits.device)
     largest = statistics.data_ptr()
     outputs = (logprob.data_ptr(), entropy.data_ptr(), largest, largest + rows * statistics.element_size())
-    kind, addresses = DTYPES.index(logits.dtype), tuple(map(segments.address, held))
+    kind, addresses = segments.DTYPES.index(logits.dtype), tuple(map(segments.address, held))
     with on_device_of(logits):
         _cuda.token_logprob(kind, addresses, sizes, temperature, outputs, stream_of(logits))
     return logprob, entropy, statistics
@@ -56,7 +56,7 @@ def token_logprob_backward(
     saved = (entropy.data_ptr(), largest, largest + logits.shape[0] * statistics.element_size())
     with on_device_of(logits):
         _cuda.token_logprob_backward(
-            DTYPES.index(logits.dtype),
+            segments.DTYPES.index(logits.dtype),
             tuple(map(segments.address, held)),
             sizes,
             temperature,

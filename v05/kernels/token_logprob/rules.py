@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from v05.kernels import segments
+
 MOST_COLUMNS = 2**30  # places in a row are counted in 32 bits
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e6
 
@@ -26,8 +27,8 @@ def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
         raise ValueError(f"logits has shape {list(logits.shape)}; allowed: two dimensions, at least one column")
     if logits.shape[1] > MOST_COLUMNS:
         raise ValueError(f"logits has {logits.shape[1]} columns; allowed: up to {MOST_COLUMNS}")
-    if logits.dtype not in DTYPES:
-        raise TypeError(f"logits is {logits.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    if logits.dtype not in segments.DTYPES:
+        raise TypeError(f"logits is {logits.dtype}; allowed: {', '.join(map(str, segments.DTYPES))}")
     check_rows(targets, temperature, logits, "the logits are")
 
 
