@@ -1,6 +1,6 @@
 """Launches every variant of every kernel of a backend once, on small ragged inputs: what compute-sanitizer watches.
 
-python tests/gpu/every_kernel.py --backend cuda
+python tests/gpu/every_kernel.py --backend cuda --part groups
 """
 
 import argparse
@@ -105,15 +105,18 @@ def linear_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"linear_policy_loss {name}, by {level}", partial(run_linear_policy_loss, backend, data, level=level)
 
 
-CALLS = (groups_calls, policy_calls, logprob_calls, linear_calls, attention_calls)
+PARTS = {"groups": (groups_calls, policy_calls), "rows": (logprob_calls, linear_calls, attention_calls)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", action="append", help="may be repeated; cuda and triton if not given")
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="may be repeated; all if not given")
+    options = parser.parse_args()
+    chosen = [calls for part in options.part or PARTS for calls in PARTS[part]]
     failed = 0
-    for backend in parser.parse_args().backend or ("cuda", "triton"):
-        for name, call in itertools.chain(*(calls(backend) for calls in CALLS)):
+    for backend in options.backend or ("cuda", "triton"):
+        for name, call in itertools.chain(*(calls(backend) for calls in chosen)):
             print(f"{backend} {name}", flush=True)
             try:
                 call()

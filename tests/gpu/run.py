@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -76,15 +77,15 @@ def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bo
     return Step(name, [*command, f"--junitxml={out / name}.xml"], limit, out / f"{name}.xml")
 
 
-def sanitizer_step(tool: str, backend: str, limit: float) -> Step:
+def sanitizer_step(tool: str, backend: str, part: str, limit: float) -> Step:
     """Each tensor is an allocation of its own under memcheck, so that a step past its end is one into nothing."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    command += ["--launch-timeout", "120"]  # other steps keep the processor busy
+    command += ["--launch-timeout", "120"]  # the others keep the processor busy
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command += [sys.executable, "tests/gpu/every_kernel.py", "--backend", backend]
+    command += [sys.executable, "tests/gpu/every_kernel.py", "--backend", backend, "--part", part]
     own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-    return Step(f"{tool}-{backend}", command, limit, environment=own)
+    return Step(f"{tool}-{backend}-{part}", command, limit, environment=own)
 
 
 def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
@@ -94,7 +95,8 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     target = {"V05_CUDA_ARCHS": architecture, "PIP_BREAK_SYSTEM_PACKAGES": "1"}
     build = Step("build", [*install, "--no-deps", "-v", "-e", "."], 150, environment=target)
     imports = Step("import", [python, "-c", "import v05.kernels._cpu, v05.kernels._cuda, triton"], 60)
-    cuda, triton = ([sanitizer_step(tool, b, 150) for tool in ("memcheck", "racecheck")] for b in ("cuda", "triton"))
+    watched = itertools.product(("memcheck", "racecheck"), ("cuda", "triton"), ("groups", "rows"))
+    sanitizers = [sanitizer_step(*what, 150) for what in watched]
     tests = pytest_step("tests", "not large", out, 180, parallel=True)  # leaves Triton's kernels compiled behind
     large = pytest_step("large", "large", out, 90, parallel=False)
     bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
@@ -102,7 +104,7 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     benches = [[Step(f"bench-{op}", [*timing, op], 120)] for op in OPS]
     compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 120) for op in OPS]  # rivals, side by side
     report = Step("bench-report", [*bench, "--report-only"], 30)
-    return [[build], [imports], [tests, *cuda], [large, *triton], compiling, *benches, [report]]
+    return [[build], [imports], [tests], [large, *sanitizers], compiling, *benches, [report]]
 
 
 def failures_of(junit: Path) -> list[str]:
