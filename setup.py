@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 FORMULAS = [str(CSRC / name) for name in ("formulas.h", "inputs.h", "calibration.h", "attention_binding.h")]
-CPU_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS += ["-fno-thread-jumps", "-Wall"]  # g++ threads jumps through selects, which then do not vectorise
 CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "90", "100", "120")
