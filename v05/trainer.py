@@ -84,8 +84,7 @@ class Trainer:
         self.streams = stream.streams
         self.sampler: StreamSampler | None = None
         if stream.streams and ranks.leads:
-            streaming = cast(StreamingEngine, engine)
-            parts = (self.algorithm, task, streaming, self.grader, prior)
+            parts = (self.algorithm, task, cast(StreamingEngine, engine), self.grader, prior)
             self.sampler = StreamSampler(config, stream, *parts, lambda prompt: policy.encode([prompt])[0])
         self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
         self.counters = Counters()
@@ -134,11 +133,12 @@ class Trainer:
 
     def _right(self) -> tuple[int, int]:
         """Sample and judge the held-out answers with the engine's present weights."""
+        generate = self.engine.generate if self.sampler is None else self.sampler.generate
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
         tickets: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
-            answers = self.engine.generate(
+            answers = generate(
                 part,
                 [self.config.heldout_samples] * len(part),
                 seed=seed_of("heldout", self.config.heldout_seed, start),
