@@ -28,6 +28,7 @@ from v05.rollout.hf import TransformersEngine, pieces
 from v05.rollout.pack import pack
 from v05.run import train_run
 from v05.sampler_gap import GapWatch
+from v05.stream_config import StreamConfig
 from v05.tasks.problems import Problems
 
 SUMS = ("one plus one", "one plus two", "two plus one", "two plus two", "zero plus two", "zero plus one", "one", "two")
@@ -309,6 +310,22 @@ def test_answers_longer_than_the_models_positions_are_refused(data: Path, tmp_pa
     model = settings_for(write_model(tmp_path / "model"), data, max_new_tokens=64)
     with pytest.raises(InputError, match="64 positions, of which the longest prompt takes 5"):
         train_run(TINY, tmp_path / "run", tmp_path, StopRequest(), silent, model=model)
+
+
+def test_an_engine_is_stopped_where_no_trainer_can_be_made_of_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(TransformersEngine):
+        times = 0
+
+        def close(self) -> None:
+            Closed.times += 1
+
+    monkeypatch.setattr("v05.run.make_engine", lambda name, policy, *rest, **options: Closed(policy))
+    model, config = settings_for(write_model(tmp_path / "model"), data), dataclasses.replace(TINY, algorithm="dapo:4")
+    with pytest.raises(InputError, match="which drops equal groups"):
+        train_run(config, tmp_path / "run", tmp_path, StopRequest(), silent, model=model, stream=StreamConfig("stream"))
+    assert Closed.times == 1
 
 
 def test_a_sampler_that_lags_behind_is_noticed(tmp_path: Path) -> None:

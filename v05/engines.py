@@ -96,8 +96,8 @@ def streaming(engine: Engine) -> Engine:
     return engine if hasattr(engine, "submit") else QueuedEngine(engine)
 
 
-def close_engine(engine: Engine) -> None:
-    """Stop an engine that has something to stop."""
+def close_engine(engine: Engine | None) -> None:
+    """Stop an engine, if there is one and it has something to stop."""
     close = getattr(engine, "close", None)
     if close is not None:
         close()

@@ -165,7 +165,11 @@ def make_user_trainer(
         engine = make_engine(model.engine, policy, model.sequences_at_once, model=model.model, **own)
     options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
     sampler = streaming(engine) if stream.streams and engine is not None else engine
-    return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+    try:
+        return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+    except BaseException:
+        close_engine(engine)
+        raise
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:
