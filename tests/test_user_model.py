@@ -328,6 +328,18 @@ def test_an_engine_is_stopped_where_no_trainer_can_be_made_of_it(
     assert Closed.times == 1
 
 
+def test_a_gradient_that_is_not_finite_is_not_learnt_from(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path)), train=True)
+    settings = dict(learning_rate=0.1, temperature=0.7, epochs=1, micro_batches=1)
+    learner = Learner(policy, parse_algorithm("grpo"), **settings)  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in learner.weights().items()}
+    last = next(reversed(list(policy.model.parameters())))
+    last.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="update 4: the gradient's norm is nan; allowed: finite"):
+        learner.learn(*batch_of(policy), 3)
+    assert all(torch.equal(value, before[name]) for name, value in learner.weights().items())
+
+
 def test_a_sampler_that_lags_behind_is_noticed(tmp_path: Path) -> None:
     policy = load_policy(str(write_model(tmp_path)), train=True)
     batch, advantages = batch_of(policy)

@@ -1,6 +1,7 @@
 """Learning from a batch: log-probs, loss, gradients summed over micro-batches and ranks, a step."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -142,6 +143,9 @@ class Learner:
         Returns:
             Sums of the loss's metrics; `loss`, `gradient_norm`; `entropy` in nats, the mean over the tokens; and how
             far trainer and sampler are apart, see `v05.sampler_gap.with_gap_metrics`.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; no step was taken with it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (update + 1) / WARM_UP)
@@ -160,6 +164,8 @@ class Learner:
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     _add(totals, name, float(value) if counts else 0.0)
             norm = self._clip()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"update {update + 1}: the gradient's norm is {norm}; allowed: finite")
             self.optimizer.step()
         totals = self.ranks.combine(totals, LARGEST)
         return {**with_gap_metrics(totals), "entropy": totals["entropy"] / len(batch.tokens), "gradient_norm": norm}
