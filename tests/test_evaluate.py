@@ -17,7 +17,10 @@ from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
 from v05.evaluate import Sampling, evaluate, fingerprint
+from v05.policy import Policy
+from v05.pretrained import load_policy
 from v05.rollout.engine import Rollout
+from v05.rollout.hf import TransformersEngine
 from v05.tasks.data import BENCHMARKS, Source, digest, read_data
 from v05.tasks.pool import RewardPool
 
@@ -241,6 +244,29 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
     assert isinstance(other.exception, InputError)
     assert "temperature is 0.5 and was 1.0" in str(other.exception)
+
+
+def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> Policy:
+        asked["device"] = options["device"]
+        return load_policy(name, **options)
+
+    def engine(name: str, policy: Policy, **options: Any) -> TransformersEngine:
+        asked.update(options, name=name)
+        return TransformersEngine(policy)
+
+    monkeypatch.setattr("v05.pretrained.load_policy", load)
+    monkeypatch.setattr("v05.engines.make_engine", engine)
+    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one plus one", "answer": "two"}])
+    command = ["evaluate", "--model", str(write_model(tmp_path / "model")), "--data", str(data), "--engine", "vllm"]
+    command += ["--output", str(tmp_path / "out"), "--samples", "2", "--max-new-tokens", "3", "--verifier", "exact"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert (asked["name"], asked["device"], asked["longest"]) == ("vllm", "cpu", 5 + 3)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_running_it_on_its_own_output_changes_nothing(tmp_path):
         ({**GOOD, "rewards": [1, None]}, r"rewards\[1\] is null"),
         ({**GOOD, "rewards": [1, 2]}, r"rewards\[1\] is 2; allowed: -1 to 1"),
         ({**GOOD, "rewards": [float("nan")]}, r"rewards\[0\] is nan"),
+        ({**GOOD, "rewards": [10**400]}, r"rewards\[0\] is 10{39}; allowed: -1 to 1"),
         ({**GOOD, "prior": -1.5}, "prior is -1.5; allowed: -1 to 1"),
     ],
 )
@@ -146,6 +147,13 @@ def test_blocks_do_not_show(tmp_path):
     assert len(summary.sample) == 20_000 < summary.groups_with_rollouts
 
 
+def test_half_a_pair_of_surrogates_passes_through(tmp_path):
+    source = write(tmp_path / "in.jsonl", {**GOOD, "prompt": "é"}, {**GOOD, "prompt": "cut off \ud83d"})
+    fuse_file(source, tmp_path / "out.jsonl")
+    assert [line["prompt"] for line in read_lines(tmp_path / "out.jsonl")] == ["é", "cut off \ud83d"]
+    assert '"é"' in (tmp_path / "out.jsonl").read_text("utf-8")
+
+
 def test_a_million_lines_would_not_fill_memory(tmp_path):
     """Peak memory of 60,000 more lines stays within a block's worth."""
     line = json.dumps({"prompt": "x" * 400, "rewards": [1, 1, -1, -1], "prior": 0.0}) + "\n"
@@ -169,6 +177,8 @@ def test_settings_and_paths_that_are_not_allowed(tmp_path):
         fuse_file(str(tmp_path / "absent.jsonl"), tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="No such file"):
         fuse_file(write(tmp_path / "in.jsonl", GOOD), tmp_path / "absent" / "out.jsonl")
+    with pytest.raises(InputError, match="is a folder; allowed: a file"):
+        fuse_file(write(tmp_path / "in.jsonl", GOOD), tmp_path)
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

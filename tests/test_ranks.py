@@ -22,6 +22,7 @@ from v05.pretrained import load_policy
 from v05.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from v05.rollout.hf import TransformersEngine
 from v05.run import train_run
+from v05.stream_config import StreamConfig
 from v05.team import Team, deal
 
 CASES: dict[str, dict[str, Any]] = {
@@ -174,6 +175,18 @@ def run_together(ranks: Ranks, folder: Path) -> None:
     assert again["heldout_after"] == whole["heldout_after"]
     finished = train_run(TINY, folder / "part", folder, StopRequest(), silent, resume=True, **options)
     assert finished == again
+    train_run(TINY, folder / "streamed", folder, StopRequest(), silent, stream=StreamConfig("stream"), **options)
+
+
+def test_the_leader_samples_alone_where_rollouts_stream(together: tuple[Path, list[dict[str, Any]]]) -> None:
+    lines = [json.loads(line) for line in (together[0] / "streamed" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["rollouts"] >= TINY.rollouts
+    assert any(line["stalest"] > 0 for line in lines[1:])
+    assert not any(line["requests_garbage"] or line["requests_given_up"] for line in lines[1:])
+    checkpoint = read_checkpoint(together[0] / "streamed" / "checkpoints")
+    assert checkpoint is not None
+    for name, value in load_policy(str(together[0] / "streamed" / "policy")).model.named_parameters():
+        assert torch.equal(value, checkpoint.tensors["policy"][name])
 
 
 def test_a_run_of_two_processes_goes_on_bit_for_bit(together: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -1,5 +1,6 @@
 """Training with a scheduler: the same bits after a stop, budgets kept, old rollouts weighed by what has changed."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -140,6 +141,30 @@ def test_old_rollouts_are_weighed_by_what_has_changed() -> None:
     assert found["loss"] == pytest.approx(float(expected.loss.detach()), rel=1e-4)
     assert found["ratio_sum"] == pytest.approx(float((logprobs.detach() - batch.logprobs).exp().sum()), rel=1e-4)
     assert found["sampler_gap"] == pytest.approx(float((logprobs.detach() - batch.logprobs).abs().max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["batch", "stream"])
+def test_weights_are_pushed_once_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    trainer = make_trainer(TrainConfig(**SMALL), tmp_path, StopRequest(), silent, StreamConfig(mode))
+    pushed: list[dict[str, torch.Tensor]] = []
+    push = TransformersEngine.update_weights
+
+    def watched(engine: TransformersEngine, weights: dict[str, torch.Tensor]) -> None:
+        pushed.append({name: value.clone() for name, value in weights.items()})
+        push(engine, weights)
+
+    monkeypatch.setattr(TransformersEngine, "update_weights", watched)
+    trainer.evaluate()
+    start = copy.deepcopy(trainer.state())
+    trainer.update()
+    trainer.evaluate()
+    trainer.update()
+    assert len(pushed) == 2
+    assert any(not torch.equal(value, pushed[0][name]) for name, value in pushed[1].items())
+    trainer.load_state(*start)
+    trainer.evaluate()
+    assert len(pushed) == 3
+    assert all(torch.equal(value, pushed[0][name]) for name, value in pushed[2].items())
 
 
 def test_a_queue_is_one_batch_in_any_order() -> None:

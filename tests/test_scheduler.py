@@ -348,6 +348,52 @@ def test_a_cap_on_tokens_keeps_growth_under_it() -> None:
     assert all(step.tokens == 5 * int(step.outcome.counts.sum()) for step in steps)
 
 
+def test_a_conflict_is_counted_once_whenever_the_run_was_stopped() -> None:
+    bounds = limits("planned", prompts=24, rollouts=24 * 4 + 12)
+    clean = steps_of(scheduler(LookAhead(), bounds), 1)[0]
+    for when in range(0, 120, 4):
+        first, looks = scheduler(LookAhead(), bounds), iter(range(10**6))
+        if first.next_step(lambda looks=looks, when=when: next(looks) >= when) is not None:  # type: ignore[misc]
+            break
+        second = scheduler(LookAhead(), bounds)
+        second.load_state(json.loads(json.dumps(first.state())))
+        step = steps_of(second, 1)[0]
+        assert (step.conflicts, step.extra) == (clean.conflicts, clean.extra), when
+    assert when > 40
+
+
+def test_a_request_is_not_late_because_nobody_looked() -> None:
+    """Learning and evaluation between two steps may take longer than an answer is allowed to."""
+    engine, away = SimulatedEngine(8, success, short), [0.0]
+    made = Scheduler(engine, source, Signs(), LookAhead(), limits(seconds=2000), 0, lambda: engine.now + away[0])
+    for version in range(5):
+        assert made.next_step() is not None
+        assert made.requests.waiting
+        made.push({}, version + 1)
+        away[0] += 10_000
+    assert (made.trouble.timed_out, made.trouble.resubmitted, made.trouble.given_up) == (0, 0, 0)
+
+
+def test_a_batch_beside_the_requests_outlives_the_engine() -> None:
+    class Batches(Faulty):
+        def generate(self, prompts, counts, *, seed, temperature, max_new_tokens):  # type: ignore[no-untyped-def]
+            if self._happens("dies"):
+                self._die()
+            return [[f"{prompt} {seed}"] * count for prompt, count in zip(prompts, counts, strict=True)]
+
+    engine = Batches(SimulatedEngine(8, success, short), {})
+    made = scheduler(LookAhead(), limits(restarts=99), engine)  # type: ignore[arg-type]
+    clean = steps_of(scheduler(LookAhead(), limits()), 3)
+    first = steps_of(made, 1)
+    engine.faults = {"dies": 0.5}
+    asked = dict(seed=5, temperature=1.0, max_new_tokens=4)
+    for _ in range(8):
+        assert made.revived.generate(["a", "b"], [2, 1], **asked) == [["a 5", "a 5"], ["b 5"]]  # type: ignore[arg-type]
+    assert engine.deaths > 0
+    engine.faults = {}
+    assert rewards_of(first + steps_of(made, 2)) == rewards_of(clean)
+
+
 class Slow(Signs):
     """Judges when asked to wait only."""
 

@@ -46,7 +46,8 @@ def test_a_study_tunes_runs_and_goes_on(tmp_path: Path) -> None:
     table = StudyTable.read(tmp_path / "table.json")
     assert [row[0] for row in table.rows] == ["grpo:4", "reinforce", "v05:1"]
     assert {len(row) for row in table.rows} == {len(table.columns)}
-    assert "v05 study train" in table.command
+    assert table.command.startswith("v05 study train --output runs/arithmetic --task arithmetic")
+    assert table.command.endswith("--heldout 8 --policy tiny --warm-start-steps 2")
     assert "interquartile mean of 2 seeds" in " ".join(output.split())
     assert (tmp_path / "training.png").stat().st_size > 1000
     for folder in tmp_path.glob("runs/*"):

@@ -111,7 +111,7 @@ def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int)
         sample, _, _ = trainer._sample()
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, aggregation, max_length=3)
-        trainer._learn(batch, sample.groups.rewards - 0.4)
+        trainer.learner.learn(batch, sample.groups.rewards - 0.4, 0)
         grads = [parameter.grad for parameter in trainer.policy.model.parameters()]
         gradients.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
     assert gradients[0].abs().max() > 1e-4

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from v05.rollout.hf import TransformersEngine, pieces
 from v05.rollout.pack import pack
 from v05.run import train_run
 from v05.sampler_gap import GapWatch
+from v05.stream_config import StreamConfig
 from v05.tasks.problems import Problems
 
 SUMS = ("one plus one", "one plus two", "two plus one", "two plus two", "zero plus two", "zero plus one", "one", "two")
@@ -311,13 +312,32 @@ def test_answers_longer_than_the_models_positions_are_refused(data: Path, tmp_pa
         train_run(TINY, tmp_path / "run", tmp_path, StopRequest(), silent, model=model)
 
 
-def test_a_growing_gap_between_sampler_and_trainer_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    watch = GapWatch(limit=0.1)
-    with caplog.at_level(logging.WARNING):
-        for update, gap in enumerate([None, 0.05, 0.2, 0.3, 0.41]):
-            watch.see({"update": update, "sampler_gap": 1.5, "sampler_gap_mean": gap})
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["update 2", "update 4"]
-    assert "0.2 nats a token in the mean (largest 1.5; warned above 0.1)" in caplog.text
+def test_an_engine_is_stopped_where_no_trainer_can_be_made_of_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(TransformersEngine):
+        times = 0
+
+        def close(self) -> None:
+            Closed.times += 1
+
+    monkeypatch.setattr("v05.run.make_engine", lambda name, policy, *rest, **options: Closed(policy))
+    model, config = settings_for(write_model(tmp_path / "model"), data), dataclasses.replace(TINY, algorithm="dapo:4")
+    with pytest.raises(InputError, match="which drops equal groups"):
+        train_run(config, tmp_path / "run", tmp_path, StopRequest(), silent, model=model, stream=StreamConfig("stream"))
+    assert Closed.times == 1
+
+
+def test_a_gradient_that_is_not_finite_is_not_learnt_from(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path)), train=True)
+    settings = dict(learning_rate=0.1, temperature=0.7, epochs=1, micro_batches=1)
+    learner = Learner(policy, parse_algorithm("grpo"), **settings)  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in learner.weights().items()}
+    last = next(reversed(list(policy.model.parameters())))
+    last.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="update 4: the gradient's norm is nan; allowed: finite"):
+        learner.learn(*batch_of(policy), 3)
+    assert all(torch.equal(value, before[name]) for name, value in learner.weights().items())
 
 
 def test_a_sampler_that_lags_behind_is_noticed(tmp_path: Path) -> None:
@@ -330,4 +350,6 @@ def test_a_sampler_that_lags_behind_is_noticed(tmp_path: Path) -> None:
     metrics = learner.learn(stale, advantages, 0)
     assert metrics["sampler_gap_mean"] == pytest.approx(0.25, abs=1e-5)
     assert metrics["sampler_gap"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["sampler_effective"] == pytest.approx(1.0, abs=1e-9)  # a common factor loses no sample
+    assert metrics["sampler_kl"] == pytest.approx(math.exp(0.25) - 1.25, abs=1e-5)
     assert GapWatch().see({"update": 1, **metrics})

@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import torch
+from tiny_models import make_tokenizer
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "<user>", "<assistant>", "plus", "is", "?")
+WORDS = ("<end>", "zero", "one", "two", "three", "four", "five", "<user>", "<assistant>", "plus", "is", "?")
+TEMPLATE = (
+    "{% for message in messages %}<user> {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 def write_model(folder: Path, kind: str = "qwen3", *, chat: bool = True, tied: bool = False, seed: int = 0) -> Path:
@@ -17,20 +22,12 @@ def write_model(folder: Path, kind: str = "qwen3", *, chat: bool = True, tied: b
         tied: whether the output layer is the embedding.
         seed: fixes the weights.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-    vocabulary = {word: number for number, word in enumerate(["<end>", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
-    if chat:
-        tokenizer.chat_template = (
-            "{% for message in messages %}<user> {{ message.content }} {% endfor %}"
-            "{% if add_generation_prompt %}<assistant> {% endif %}"
-        )
+    tokenizer = make_tokenizer(WORDS, spaced=True, unknown="?", pad_token=None, eos_token="<end>", unk_token="?")
+    tokenizer.chat_template = TEMPLATE if chat else None
     tokenizer.save_pretrained(folder)
-    shared = dict(vocab_size=len(vocabulary), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0)
+    shared = dict(vocab_size=len(WORDS), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0)
     widths = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     widths |= dict(num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2)
     config = {

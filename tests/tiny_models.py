@@ -1,6 +1,8 @@
 """Language models of random weights, made at test time: small, and with all that a real one has."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,27 +11,39 @@ from v05.value.embedder import TokenStates, TransformersEmbedder
 LETTERS = "0123456789+= abcdefghijklmnopqrstuvwxyz.,?$\\"
 
 
+def make_tokenizer(words: Sequence[str], *, spaced: bool = False, unknown: str = "<pad>", **options: Any) -> Any:
+    """Return a tokenizer of transformers whose ids are places in `words`, which are letters unless they are `spaced`.
+
+    `options` are transformers' own; without them `<pad>` fills up and `<eos>` ends.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
+    if spaced:
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"pad_token": "<pad>", "eos_token": "<eos>", **options})
+
+
+def qwen3_config(vocabulary: int, width: int, *, heads: int = 2, **settings: Any) -> Any:
+    """Return the configuration of a Qwen3 of two layers; `settings` are transformers' own."""
+    from transformers import Qwen3Config
+
+    sizes: dict[str, Any] = dict(hidden_size=width, intermediate_size=2 * width, head_dim=width // 2)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads // 2)
+    return Qwen3Config(vocab_size=vocabulary, **{**sizes, **settings})
+
+
 def write_qwen3(folder: Path, seed: int = 0, width: int = 32) -> Path:
     """Write a causal Qwen3 of two layers with a tokenizer of one token a letter, and return its folder."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+    from transformers import Qwen3Model
 
-    letters = {letter: number for number, letter in enumerate(["<pad>", "<eos>", *LETTERS])}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    letters = ["<pad>", "<eos>", *LETTERS]
+    make_tokenizer(letters).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(letters),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
-    Qwen3Model(config).save_pretrained(folder)
+    Qwen3Model(qwen3_config(len(letters), width, head_dim=16, max_position_embeddings=256)).save_pretrained(folder)
     return folder
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
 from v05.errors import InputError
 from v05.policy import Policy
-from v05.rollout import make
 from v05.rollout.engine import Engine
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.queued import QueuedEngine
+from v05.rollout.vllm_async import AsyncVllm
+from v05.rollout.vllm_in_process import InProcessVllm
+from v05.rollout.vllm_library import VllmSettings
+from v05.rollout.vllm_server import ServerEngine, ServerSettings
 
-ENGINES: Final = make.KINDS
+ENGINES: Final = ("hf", "vllm", "vllm-sync")
 ADDRESSES: Final = ("http://", "https://")
 
 
@@ -48,26 +52,43 @@ def make_engine(
     longest: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Return an engine that samples from `policy`; later weights arrive through `update_weights`.
+    """Start an engine that samples from `policy`; later weights arrive through `update_weights`.
 
     Args:
-        name: one of `ENGINES`, or a server's address; all but `hf`, transformers in this process, also stream.
+        name: `hf` (transformers, in this process, batches alone), `vllm` (continuous batching in a process of its own),
+            `vllm-sync` (vLLM in this process), or the address of a vLLM server, `http://host:port`.
         policy: model and tokenizer.
         sequences_at_once: answers in one batch of `hf` at most; None for no limit.
-        model: folder or name that the other engines load.
-        dtype: of their weights.
-        longest: prompt and answer together, in tokens; None for the model's own limit.
-        options: more arguments of theirs, see `v05.rollout.make`.
+        model: folder or name of the same model, which the other engines load.
+        dtype: of the weights that vLLM loads: `auto`, `float32`, `bfloat16` or `float16`. A server has its own.
+        longest: prompt and answer together, in tokens, of vLLM in a process of ours; None for the model's own limit.
+        options: more arguments of vLLM's engine, or fields of `ServerSettings` for a server; none for `hf`.
 
     Raises:
-        InputError: no engine has that name, or an option is not allowed.
+        InputError: no engine has that name, an option is not allowed, or a package is missing.
+        EngineDied: there is no healthy server at the address.
     """
     check_engine(name)
+    options = dict(options or {})
     if name == "hf":
+        _check_options(name, options, set())
         return TransformersEngine(policy, sequences_at_once)
-    engine: Any = make.make_engine(name, model, dtype=dtype, max_model_len=longest, options=options)
+    engine: Any
+    if name in ENGINES:
+        settings = VllmSettings(model, dtype, longest, options=options)
+        engine = AsyncVllm(settings) if name == "vllm" else InProcessVllm(settings)
+    else:
+        allowed = {field.name for field in dataclasses.fields(ServerSettings)} - {"url", "model", "chat"}
+        _check_options(name, options, allowed)
+        engine = ServerEngine(ServerSettings(name, model, **options))
     engine.codec = PolicyCodec(policy)
     return cast(Engine, engine)
+
+
+def _check_options(name: str, options: Mapping[str, Any], allowed: set[str]) -> None:
+    unknown = sorted(options.keys() - allowed)
+    if unknown:
+        raise InputError(f"option {unknown[0]!r} of engine {name!r}; allowed: {', '.join(sorted(allowed)) or 'none'}")
 
 
 def streaming(engine: Engine) -> Engine:
@@ -75,8 +96,8 @@ def streaming(engine: Engine) -> Engine:
     return engine if hasattr(engine, "submit") else QueuedEngine(engine)
 
 
-def close_engine(engine: Engine) -> None:
-    """Stop an engine that has something to stop."""
+def close_engine(engine: Engine | None) -> None:
+    """Stop an engine, if there is one and it has something to stop."""
     close = getattr(engine, "close", None)
     if close is not None:
         close()

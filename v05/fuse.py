@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +13,7 @@ import torch
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.shrinkage.rules import make_budget
-from v05.records import bad_path, read_blocks, set_aside, whole_file
+from v05.records import aside, bad_path, read_blocks, whole_output, write_line
 
 PLOT_POINTS = 20_000
 
@@ -133,7 +128,7 @@ class Decisions:
         for g, (record, *values) in enumerate(zip(records, *columns, strict=True)):
             record.update(zip(names, values, strict=True))
             record["advantages"] = advantages[self.bounds[g] : self.bounds[g + 1]]
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            write_line(record, out)
 
 
 def fuse_file(
@@ -159,23 +154,12 @@ def fuse_file(
     """
     config = config or FuseConfig()
     summary = Summary()
-    with ExitStack() as stack:
-        if output is None:
-            out: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
-        else:
-            out = stack.enter_context(whole_file(output))
-        bad: IO[str] | None = None
+    with whole_output(output) as out, aside(bad_path(source, output)) as set_aside:
         for block in read_blocks(source, *config.reward_range, skip_bad=config.skip_bad):
             if block.records:
                 decisions = Decisions(block.records, config)
                 decisions.write(block.records, out)
                 summary.add(decisions)
-            if block.bad:
-                bad = bad or stack.enter_context(whole_file(bad_path(source, output)))
-                set_aside(block, bad)
-                summary.bad_lines += len(block.bad)
+            summary.bad_lines += set_aside(block)
             on_bytes(block.bytes_read)
-        if output is None:
-            out.seek(0)
-            shutil.copyfileobj(out, sys.stdout)
     return summary

@@ -1,6 +1,7 @@
 """Learning from a batch: log-probs, loss, gradients summed over micro-batches and ranks, a step."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,11 +14,11 @@ from v05.errors import InputError
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
+from v05.sampler_gap import LARGEST, gap_sums, with_gap_metrics
 from v05.sharding import shard, split_as, whole
 
 GRADIENT_NORM: Final = 1.0  # gradients are scaled down to this norm
 WARM_UP: Final = 10  # updates of linearly rising learning rate, while Adam's averages fill
-LARGEST: Final = ("sampler_gap",)  # metrics that micro-batches combine by their maximum; all others are sums
 
 
 class Step(torch.nn.Module):
@@ -55,7 +56,7 @@ class Step(torch.nn.Module):
         Returns:
             The loss, differentiable; metrics, sums and counts; the log-probs that the ratio refers to, [T]; and the
             entropy summed over the tokens, 0 where `old_logprobs` was given. Where it was not, metrics also have how
-            far the policy is from the sampler: `sampler_gap`, the largest, and `sampler_gap_mean`, a sum.
+            far the policy is from the sampler, see `v05.sampler_gap.gap_sums`.
         """
         device = self.policy.device
         targets, weights, offsets, advantages = (
@@ -86,9 +87,8 @@ class Step(torch.nn.Module):
 
     def _reference(self, own: Tensor, batch: PackedTokens) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the log-probs that the ratio refers to, and how far the policy's own are from the sampler's."""
-        sampled = batch.logprobs.to(own.device)
-        gaps = (own - sampled).abs()
-        return sampled if self.behaviour else own, {"sampler_gap": gaps.max(), "sampler_gap_mean": gaps.sum()}
+        sampled, weights = batch.logprobs.to(own.device), batch.weights.to(own.device)
+        return sampled if self.behaviour else own, gap_sums(own, sampled, weights)
 
 
 class Learner:
@@ -142,14 +142,16 @@ class Learner:
 
         Returns:
             Sums of the loss's metrics; `loss`, `gradient_norm`; `entropy` in nats, the mean over the tokens; and how
-            far trainer and sampler are apart in log-probability, in nats: `sampler_gap`, the largest, and
-            `sampler_gap_mean`.
+            far trainer and sampler are apart, see `v05.sampler_gap.with_gap_metrics`.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; no step was taken with it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (update + 1) / WARM_UP)
         parts = share(batch, self.micro_batches, self.ranks)
         old_logprobs: list[Tensor] = []
-        totals: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "sampler_gap": 0.0, "sampler_gap_mean": 0.0}
+        totals: dict[str, float] = {}
         for epoch in range(self.epochs):
             self.optimizer.zero_grad(set_to_none=True)
             for part, (sequences, tokens, counts) in enumerate(parts):
@@ -162,11 +164,11 @@ class Learner:
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     _add(totals, name, float(value) if counts else 0.0)
             norm = self._clip()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"update {update + 1}: the gradient's norm is {norm}; allowed: finite")
             self.optimizer.step()
-        totals = {**self.ranks.combine(totals, LARGEST), "gradient_norm": norm}
-        for name in ("entropy", "sampler_gap_mean"):
-            totals[name] /= len(batch.tokens)
-        return totals
+        totals = self.ranks.combine(totals, LARGEST)
+        return {**with_gap_metrics(totals), "entropy": totals["entropy"] / len(batch.tokens), "gradient_norm": norm}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the policy's weights by parameter name, whole, for an engine or a file; all ranks call this."""

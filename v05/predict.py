@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +11,7 @@ import numpy as np
 import torch
 
 from v05.errors import InputError
-from v05.records import bad_path, read_blocks, set_aside, whole_file
+from v05.records import aside, bad_path, read_blocks, whole_output, write_line
 from v05.scored import parse_prompt, parse_scored
 from v05.value.measure import Reliability, auc, reliability
 from v05.value.model import V0, Record
@@ -69,15 +64,11 @@ def read_context(path: Path, low: float, high: float, skip_bad: bool, bad: Path)
         InputError: the file cannot be opened, or holds no line.
     """
     prompts, scores, wrong = [], [], 0
-    with ExitStack() as stack:
-        aside: IO[str] | None = None
+    with aside(bad) as set_aside:
         for block in read_blocks(str(path), low, high, skip_bad=skip_bad, parse=parse_scored):
             prompts += [record["prompt"] for record in block.records]
             scores += [float(record["score"]) for record in block.records]
-            if block.bad:
-                aside = aside or stack.enter_context(whole_file(bad))
-                set_aside(block, aside)
-                wrong += len(block.bad)
+            wrong += set_aside(block)
     if not prompts:
         raise InputError(f"{path} has no outcome; allowed: lines of prompt and score")
     return Record(prompts, torch.tensor(scores, dtype=torch.float64)), wrong
@@ -117,24 +108,13 @@ def predict_file(
     record, wrong = read_context(context, low, high, skip_bad, beside)
     conditioned = model.condition([record], reward_range=reward_range)
     summary = Prediction(context=len(record.prompts), bad_lines=wrong, span=high - low)
-    with ExitStack() as stack:
-        if output is None:
-            out: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
-        else:
-            out = stack.enter_context(whole_file(output))
-        bad: IO[str] | None = None
+    with whole_output(output) as out, aside(bad_path(prompts, output)) as set_aside:
         for block in read_blocks(prompts, low, high, skip_bad=skip_bad, size=BLOCK, parse=parse_prompt):
             if block.records:
                 probability = conditioned.predict([line["prompt"] for line in block.records]).tolist()
                 write_lines(block.records, probability, summary, reward_range, out)
-            if block.bad:
-                bad = bad or stack.enter_context(whole_file(bad_path(prompts, output)))
-                set_aside(block, bad)
-                summary.bad_lines += len(block.bad)
+            summary.bad_lines += set_aside(block)
             on_bytes(block.bytes_read)
-        if output is None:
-            out.seek(0)
-            shutil.copyfileobj(out, sys.stdout)
     return summary
 
 
@@ -148,7 +128,7 @@ def write_lines(
     """Writes each line with its probability, and adds it to the summary."""
     low, high = reward_range
     for line, value in zip(records, probability, strict=True):
-        out.write(json.dumps({**line, "probability": value}, ensure_ascii=False) + "\n")
+        write_line({**line, "probability": value}, out)
         summary.prompts += 1
         summary.total += value
         if line.get("score") is not None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,8 @@ def check_number(value: Any, where: str, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {json.dumps(value)[:40]}; allowed: a number from {low:g} to {high:g}")
     if not low <= value <= high:
-        raise ValueError(f"{where} is {value:g}; allowed: {low:g} to {high:g}")
+        shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+        raise ValueError(f"{where} is {shown}; allowed: {low:g} to {high:g}")
     return float(value)
 
 
@@ -139,16 +141,42 @@ def bad_path(source: str, output: Path | None) -> Path:
     return beside.with_name(beside.stem + ".bad.jsonl")
 
 
-def set_aside(block: Block, bad: IO[str]) -> None:
-    """Writes the malformed lines of a block, each with its number and the reason."""
-    for error, text in block.bad:
-        line = {"line": error.line, "reason": error.reason, "text": text.decode("utf-8", "replace").rstrip("\n")}
-        bad.write(json.dumps(line, ensure_ascii=False) + "\n")
+def write_line(record: Mapping[str, Any], out: IO[str]) -> None:
+    """Writes a record; characters stay as they are but where UTF-8 has none for them, as for half a surrogate pair."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(record)
+    out.write(text + "\n")
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Callable[[Block], int]]:
+    """A function that writes the malformed lines of a block, with numbers and reasons, and returns how many there are.
+
+    The file is made at the first of them, and appears as `whole_file` has it.
+    """
+    with ExitStack() as stack:
+        bad: IO[str] | None = None
+
+        def put(block: Block) -> int:
+            nonlocal bad
+            if block.bad:
+                bad = bad or stack.enter_context(whole_file(path))
+                for error, raw in block.bad:
+                    text = raw.decode("utf-8", "replace").rstrip("\n")
+                    write_line({"line": error.line, "reason": error.reason, "text": text}, bad)
+            return len(block.bad)
+
+        yield put
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Opens a file for writing that appears under its name only when everything was written."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; allowed: a file in a folder that can be written")
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
@@ -163,3 +191,16 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def whole_output(path: Path | None) -> Iterator[IO[str]]:
+    """The same, or where there is no path a file that goes to standard output when everything was written."""
+    if path is not None:
+        with whole_file(path) as out:
+            yield out
+        return
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        yield out
+        out.seek(0)
+        shutil.copyfileobj(out, sys.stdout)

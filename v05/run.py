@@ -159,13 +159,17 @@ def make_user_trainer(
         raise InputError(f"mode is {stream.mode!r} with {ranks.count} processes; allowed for {model.engine}: stream")
     prior = make_prior(config, task.reward_range)
     engine = None
-    if model.engine == "hf" or ranks.leads:  # other engines sample for all ranks
+    if ranks.leads or (model.engine == "hf" and not stream.streams):  # else the leader's samples for all ranks
         longest = model.max_prompt_tokens + model.max_new_tokens
         own: dict[str, Any] = {"dtype": model.dtype, "longest": longest, "options": json.loads(model.engine_options)}
         engine = make_engine(model.engine, policy, model.sequences_at_once, model=model.model, **own)
     options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
     sampler = streaming(engine) if stream.streams and engine is not None else engine
-    return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+    try:
+        return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+    except BaseException:
+        close_engine(engine)
+        raise
 
 
 def binomial_interval(right: int, total: int) -> tuple[float, float]:

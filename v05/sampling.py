@@ -12,6 +12,7 @@ from v05.algorithms import Algorithm
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.rollout.budget import BudgetRule, Fixed, LookAhead, ReinforceAda, Utility, Variance
+from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
 from v05.rollout.sample import Sample
 from v05.rollout.scheduler import Scheduler
@@ -108,6 +109,13 @@ class StreamSampler:
         }
         after = self.scheduler.trouble.counts()
         return sample, step.conflicts, metrics | {f"requests_{name}": after[name] - before[name] for name in after}
+
+    def generate(
+        self, prompts: Sequence[str], counts: Sequence[int], *, seed: int, temperature: float, max_new_tokens: int
+    ) -> list[list[Rollout]]:
+        """Sample a batch beside what is in flight; see `v05.rollout.engine.Engine`."""
+        limits: dict[str, Any] = dict(seed=seed, temperature=temperature, max_new_tokens=max_new_tokens)
+        return self.scheduler.revived.generate(prompts, counts, **limits)
 
     def _source(self, first: int, count: int) -> tuple[list[str], Tensor]:
         prompts = self.task.prompts(self.config.seed, first, count)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.algorithms import equal_groups, parse_algorithm
-from v05.batch import Groups, PackedTokens
+from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.counters import Counters
 from v05.kernels import shrinkage
@@ -84,11 +84,11 @@ class Trainer:
         self.streams = stream.streams
         self.sampler: StreamSampler | None = None
         if stream.streams and ranks.leads:
-            streaming = cast(StreamingEngine, engine)
-            parts = (self.algorithm, task, streaming, self.grader, prior)
+            parts = (self.algorithm, task, cast(StreamingEngine, engine), self.grader, prior)
             self.sampler = StreamSampler(config, stream, *parts, lambda prompt: policy.encode([prompt])[0])
         self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
         self.counters = Counters()
+        self.pushed: int | None = None  # updates behind the weights that the engine has
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
     @property
@@ -108,15 +108,17 @@ class Trainer:
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
-        learnt = self._learn(batch, advantages) if rollouts else {}
+        learnt = self.learner.learn(batch, advantages, self.counters.update) if rollouts else {}
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
         self._count(sample, first_conflicts)
         return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, first_conflicts)
 
     def _push(self) -> None:
-        """Give the engine the policy's weights; all ranks call this."""
-        weights = self.learner.weights()
+        """Give the engine the policy's weights unless it has them; all ranks call this."""
+        if self.pushed == self.counters.update:
+            return
+        weights, self.pushed = self.learner.weights(), self.counters.update
         if self.sampler is not None:
             self.sampler.push(weights, self.counters.update)
         elif self.streams:
@@ -134,11 +136,12 @@ class Trainer:
 
     def _right(self) -> tuple[int, int]:
         """Sample and judge the held-out answers with the engine's present weights."""
+        generate = self.engine.generate if self.sampler is None else self.sampler.generate
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
         tickets: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
-            answers = self.engine.generate(
+            answers = generate(
                 part,
                 [self.config.heldout_samples] * len(part),
                 seed=seed_of("heldout", self.config.heldout_seed, start),
@@ -230,10 +233,6 @@ class Trainer:
             return 0
         return int((self._test(sample.groups, sample.prior).deviation[started:] > 0).sum())
 
-    def _learn(self, batch: PackedTokens, advantages: Tensor) -> dict[str, float]:
-        """Learn from this update's batch; return sums of metrics."""
-        return self.learner.learn(batch, advantages, self.counters.update)
-
     def _count(self, sample: Sample, first_conflicts: int) -> None:
         """Add an update to the counters."""
         counters = self.counters
@@ -294,6 +293,7 @@ class Trainer:
             self.prior.load_state_dict(tensors["prior"])
         self.mixture = tensors.get("mixture", {}).get("state")
         self.counters = Counters(**{name: value for name, value in counters.items() if name != "in_flight"})
+        self.pushed = None
         if self.streams:
             self._push()
         if self.sampler is not None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 from padded import Padded
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny_models import make_tokenizer, qwen3_config
+from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.kernels import group_advantage, policy_loss
@@ -19,25 +19,11 @@ BATCH, PROMPT, WIDTH, VOCABULARY = 8, 3, 12, 24
 def policy(tmp_path_factory):
     """The folder of a tiny random model, and its tokenizer."""
     folder = str(tmp_path_factory.mktemp("policy"))
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(chr(97 + i) for i in range(VOCABULARY - 2))])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    words = ["<pad>", "<eos>", *(chr(97 + i) for i in range(VOCABULARY - 2))]
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.4,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder, tokenizer
+    settings = dict(num_hidden_layers=1, pad_token_id=0, eos_token_id=1, initializer_range=0.4)
+    Qwen3ForCausalLM(qwen3_config(VOCABULARY, 16, **settings)).save_pretrained(folder)
+    return folder, make_tokenizer(words, spaced=True)
 
 
 def make_trainer(policy, tmp_path, rewards=lambda completions, **_: [0.0] * len(completions), **options):

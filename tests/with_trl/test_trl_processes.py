@@ -23,6 +23,7 @@ VARIANTS = [
 
 def run(folder, output, launcher, rows, variants):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}  # as pytest has it, for `tiny_models`
     command = [*launcher, str(SCRIPT), folder, output, str(rows), json.dumps(variants)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

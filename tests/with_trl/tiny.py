@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny_models import make_tokenizer, qwen3_config
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from v05.integrations.trl import V05Config, V05Trainer
 
@@ -16,25 +16,11 @@ PROMPTS = [f"{a} {b} c" for a in "abcd" for b in "ef"]
 
 def write_policy(folder: str) -> str:
     """Write a random Qwen3 of one layer and its tokenizer of one token a letter; return the folder."""
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *LETTERS])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
-    PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names).save_pretrained(folder)
+    words = ["<pad>", "<eos>", *LETTERS]
+    make_tokenizer(words, spaced=True, unk_token="<pad>", padding_side="left").save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
+    settings = dict(num_hidden_layers=1, pad_token_id=0, eos_token_id=1, initializer_range=0.4)
+    config = qwen3_config(VOCABULARY, 16, tie_word_embeddings=False, **settings)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_tokenizer, qwen3_config
 
 from v05.value.embedder import TransformersEmbedder
 from v05.value.vllm_embedder import VllmEmbedder
@@ -15,27 +16,13 @@ PROMPTS = ["47+8=", "", "1", "2+3=" * 40, "9+9+9=", "12" * 300]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     path = tmp_path_factory.mktemp("qwen3")
     letters = ["<pad>", "<eos>", *"0123456789+="]
-    backend = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
+    make_tokenizer(letters).save_pretrained(path)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(letters),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    Qwen3ForCausalLM(qwen3_config(len(letters), 64, heads=4, max_position_embeddings=512)).save_pretrained(path)
     return path
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tiny_models import make_tokenizer, qwen3_config
 from torch import Tensor
 
 from v05.rollout.engine import Rollout
@@ -16,36 +17,17 @@ TEMPLATE = (
 
 def make_model(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Return a causal Qwen3 of two layers whose distributions are far from uniform."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(LETTERS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
+    settings = dict(max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=False)
+    config = qwen3_config(len(LETTERS), 64, heads=4, pad_token_id=0, eos_token_id=1, bos_token_id=None, **settings)
     return Qwen3ForCausalLM(config).eval().to(dtype)
 
 
 def write(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
     """Write the model of `seed` and its tokenizer of single letters to `folder`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(LETTERS)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = make_tokenizer(LETTERS)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     make_model(seed, dtype).save_pretrained(folder)

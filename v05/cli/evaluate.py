@@ -72,8 +72,10 @@ def run(
     quiet_transformers()
     verifier = make_verifier(judging["verifier"], judging["reward_range"])
     records = read_data(source, needs_answer(verifier))
-    policy = load_policy(model, dtype=dtype, device=device)
-    check_positions(policy, max(prompt_lengths(policy, records, source.place)), sampling.max_new_tokens)
+    # Other engines load the model themselves, and want the device's memory.
+    policy = load_policy(model, dtype=dtype, device=device if engine == "hf" else "cpu")
+    longest = max(prompt_lengths(policy, records, source.place))
+    check_positions(policy, longest, sampling.max_new_tokens)
     settings = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,7 +85,8 @@ def run(
         def on_problems(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        sampler = make_engine(engine, policy, model=model, dtype=dtype)
+        longest += sampling.max_new_tokens
+        sampler = make_engine(engine, policy, model=model, dtype=dtype, longest=longest)
         try:
             return evaluate(sampler, records, pool, sampling, output, settings, stop, on_problems)
         except Interrupted as stopped:
@@ -105,7 +108,7 @@ def evaluate_command(
     reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (0.0, 1.0),
     engine: Annotated[str, typer.Option(help="What generates: hf, vllm, vllm-sync, http://host:port.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Of the engine hf: auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Fixes the samples.")] = 0,
     batch: Annotated[int, typer.Option(help="Problems generated at once.")] = 8,
     split: Annotated[str | None, typer.Option(help="Of a data set.")] = None,

@@ -16,7 +16,7 @@ from v05.errors import InputError
 from v05.plots import plot_training
 from v05.run import Interrupted
 from v05.study_folder import StudyFolder
-from v05.train_report import table_of, target
+from v05.train_report import Trained, table_of, target
 from v05.train_study import RATES, TrainStudy, best_rates, carry_out, choose_rates, final_runs, trained_of, tuning_runs
 
 PAPER = "v05,grpo:16,dapo:16,grpo:4,dr_grpo:16,dr_grpo:4"
@@ -54,32 +54,12 @@ def train(
     study = TrainStudy(listed(algorithms), swept, tuning_seeds, seeds, config)
     settings = {**dataclasses.asdict(study), "algorithms": None, "seeds": None}  # more of either may be asked for later
     StudyFolder(output, settings, ())
-    try:
-        with StopRequest() as stop, progressing() as progress:
-            task_id = progress.add_task("sweep", total=None)
-
-            def on_done(done: int, total: int) -> None:
-                progress.update(task_id, completed=done, total=total)
-
-            carry_out(tuning_runs(study), output, workers, stop, on_done)
-            scores = choose_rates(study, output)
-            chosen = best_rates(scores)
-            task_id = progress.add_task("runs", total=None)
-            carry_out(final_runs(study, chosen), output, workers, stop, on_done)
-    except Interrupted as stopped:
-        typer.echo(f"v05: {stopped}; the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    trained = trained_of(study, output, chosen)
-    command = (
-        f"v05 study train --output runs/{task} --task {task} --prior {prior} --algorithms {algorithms} --rates {rates} "
-        f"--tuning-seeds {tuning_seeds} --seeds {seeds} --rollouts {rollouts} --per-update {per_update} "
-        f"--heldout {heldout}"
-    )
+    trained, chosen = trained_in(study, output, workers)
     title = (
         f"Held-out accuracy in % on {task}, prior {prior}, after so many rollouts, {per_update} an update: "
         f"interquartile mean of {seeds} seeds, 95 % bootstrap intervals"
     )
-    table = table_of(trained, command, title)
+    table = table_of(trained, command_of(study, rates), title)
     edge = [name for name, rate in chosen.items() if rate in (min(swept), max(swept)) and len(swept) > 2]
     if edge:
         table.notes.append(f"Best at an end of the sweep ({rates}): {', '.join(edge)}.")
@@ -87,3 +67,44 @@ def train(
     plot_training(trained, target(trained), output / "training.png")
     Console().print(table.rich())
     Console().print(f"results: {output}", soft_wrap=True)
+
+
+def trained_in(study: TrainStudy, output: Path, workers: int) -> tuple[list[Trained], dict[str, float]]:
+    """Carry out what is left of a study, with progress; return its final runs and each algorithm's learning rate."""
+    try:
+        with StopRequest() as stop, progressing() as progress:
+            bar = progress.add_task("sweep", total=None)
+
+            def on_done(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            carry_out(tuning_runs(study), output, workers, stop, on_done)
+            chosen = best_rates(choose_rates(study, output))
+            bar = progress.add_task("runs", total=None)
+            carry_out(final_runs(study, chosen), output, workers, stop, on_done)
+    except Interrupted as stopped:
+        typer.echo(f"v05: {stopped}; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    return trained_of(study, output, chosen), chosen
+
+
+def command_of(study: TrainStudy, rates: str) -> str:
+    """Return the command that repeats a study, with its rates as they were given."""
+    config = study.config
+    options = {
+        "task": config.task,
+        "prior": config.prior,
+        "algorithms": ",".join(study.algorithms),
+        "rates": rates,
+        "tuning-seeds": study.tuning_seeds,
+        "seeds": study.seeds,
+        "rollouts": config.rollouts,
+        "per-update": config.rollouts_per_update,
+        "heldout": config.heldout_prompts,
+    }
+    if config.policy != TrainConfig.policy:
+        options["policy"] = config.policy
+    if config.warm_start_steps != TrainConfig.warm_start_steps:
+        options["warm-start-steps"] = config.warm_start_steps
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"v05 study train --output runs/{config.task} {given}"

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from v05.checkpoint import Interrupted, StopRequest
+from v05.cli.progress import ProgressReporter, reporting
 from v05.cli.quiet import quiet_transformers
+from v05.compare import compare as compare_algorithms
+from v05.compare import reference_of
 from v05.config import PRIORS, TrainConfig, make_config, read_settings
 from v05.errors import InputError
 from v05.model_config import ModelConfig, make_model_config
+from v05.ranks import Ranks, join_ranks, leave_ranks
+from v05.run import binomial_interval, train_run
+from v05.run_folder import remove_run
 from v05.stream_config import StreamConfig, make_stream_config
 
 MODEL_RATE = 1e-6  # learning rate of a user's model where none is given
-
-
-class RateColumn(ProgressColumn):
-    """Units done per second, lately."""
-
-    def render(self, task: Task) -> Text:
-        """Return the rate, blank until there is one."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "", style="progress.data.speed")
-
-
-class ProgressReporter:
-    """Shows every stage as one line of a rich progress display."""
-
-    def __init__(self, progress: Progress) -> None:
-        """Draw on `progress`."""
-        self.progress = progress
-        self.stage, self.task = "", progress.add_task("", visible=False, note="")
-
-    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
-        """Show that `done` of `total` units of `stage` are done; `note` says what was measured last."""
-        if stage != self.stage:
-            self.stage, self.task = stage, self.progress.add_task(stage, total=total, note=note)
-        self.progress.update(self.task, completed=done, total=total, note=note)
 
 
 def train(
@@ -79,56 +62,60 @@ def train(
     threads: Annotated[int, typer.Option(help="Processor threads; the bits depend on it.")] = 1,
 ) -> None:
     """Train a small policy, or a model of yours on your data, by reinforcement learning; or compare algorithms."""
-    from v05.checkpoint import StopRequest
-    from v05.ranks import join_ranks, leave_ranks
-    from v05.run import Interrupted
-
-    given = {
-        "algorithm": algorithm,
-        "rollouts": rollouts,
-        "learning_rate": learning_rate,
-        "prior": prior,
-        "seed": seed,
-        "heldout_seed": heldout_seed,
-        "rollouts_per_update": rollouts_per_update,
-        "micro_batches": micro_batches,
-    }
+    given: dict[str, Any] = {"algorithm": algorithm, "rollouts": rollouts, "prior": prior, "seed": seed}
+    given |= {"learning_rate": learning_rate, "rollouts_per_update": rollouts_per_update}
+    given |= {"micro_batches": micro_batches, "heldout_seed": heldout_seed}
     own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
     own |= {"engine_options": engine_options, "max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
     sampling = _given({"mode": mode, "rule": rule, "window": window})
     settings, user, stream = _settings(config, _given(given), _given(own), sampling, output, resume)
-    if stream.streams and compare is not None:
-        raise InputError(f"--mode is {stream.mode} with --compare; allowed there: batch")
-    if user is not None and compare is not None:
-        raise InputError("--compare is given with --model; allowed: one of them")
-    if seeds is not None and compare is None:
-        raise InputError("--seeds is given without --compare; allowed: both, or --seed")
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
+    if compare is not None:
+        _check_comparison(user, stream)
+    elif seeds is not None:
+        raise InputError("--seeds is given without --compare; allowed: both, or --seed")
     _set_threads(threads)
     if user is not None:
         quiet_transformers()
+
+    def work(stop: StopRequest, reporter: ProgressReporter, ranks: Ranks) -> Table:
+        if compare is None:
+            return _one(settings, user, stream, output, stop, reporter, resume, overwrite, ranks)
+        return _several(settings, compare, seeds, output, stop, reporter, overwrite, ranks)
+
+    again = f"v05 train --output {output} --resume" if compare is None else "run the same command again"
+    _carry_out(work, output, again)
+
+
+def _carry_out(work: Callable[[StopRequest, ProgressReporter, Ranks], Table], output: Path, again: str) -> None:
+    """Work, with progress on the screen, as one of torchrun's processes where it started some; print what came of it.
+
+    Args:
+        work: returns what to print.
+        output: folder that it writes to.
+        again: how to go on after a stop.
+    """
     ranks = join_ranks()
-    if ranks.count > 1 and compare is not None:
-        raise InputError(f"{ranks.count} processes are given; allowed with --compare: 1")
     console = Console(quiet=not ranks.leads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
     try:
-        with StopRequest() as stop, Progress(*columns, *late, console=console) as progress:
-            reporter = ProgressReporter(progress)
-            if compare is None:
-                table = _one(settings, user, stream, output, stop, reporter, resume, overwrite, ranks)
-            else:
-                table = _several(settings, compare, seeds, output, stop, reporter, overwrite)
+        with StopRequest() as stop, reporting(console) as reporter:
+            table = work(stop, reporter, ranks)
     except Interrupted as interrupted:
-        again = "run the same command again" if compare else f"v05 train --output {output} --resume"
         console.print(f"Stopped: {interrupted}. To go on: {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from interrupted
     finally:
         leave_ranks()
     console.print(table)
     console.print(f"files: {output}", soft_wrap=True, highlight=False)
+
+
+def _check_comparison(user: ModelConfig | None, stream: StreamConfig) -> None:
+    """Raise InputError for what goes with one run alone."""
+    if stream.streams:
+        raise InputError(f"--mode is {stream.mode} with --compare; allowed there: batch")
+    if user is not None:
+        raise InputError("--compare is given with --model; allowed: one of them")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +149,6 @@ def _settings(
 
 
 def _set_threads(threads: int) -> None:
-    import torch
-
     if threads < 1:
         raise InputError(f"--threads is {threads}; allowed: 1 or more")
     torch.set_num_threads(threads)
@@ -174,16 +159,13 @@ def _one(
     user: ModelConfig | None,
     stream: StreamConfig,
     output: Path,
-    stop: Any,
+    stop: StopRequest,
     reporter: ProgressReporter,
     resume: bool,
     overwrite: bool,
-    ranks: Any,
+    ranks: Ranks,
 ) -> Table:
     """Train once; return what to print."""
-    from v05.run import binomial_interval, train_run
-    from v05.run_folder import remove_run
-
     if overwrite and ranks.leads:
         remove_run(output)
     options: dict[str, Any] = {"resume": resume, "model": user, "stream": stream, "ranks": ranks}
@@ -214,20 +196,20 @@ def _several(
     names: str,
     seeds: str | None,
     output: Path,
-    stop: Any,
+    stop: StopRequest,
     reporter: ProgressReporter,
     overwrite: bool,
+    ranks: Ranks,
 ) -> Table:
     """Compare; return what to print."""
-    from v05.compare import compare, reference_of
-    from v05.run_folder import remove_run
-
+    if ranks.count > 1:
+        raise InputError(f"{ranks.count} processes are given; allowed with --compare: 1")
     algorithms = [settings.algorithm, *(name.strip() for name in names.split(",") if name.strip())]
     chosen = [settings.seed] if seeds is None else _whole_numbers(seeds)
     if overwrite:
         for run in sorted((output / "runs").glob("*-seed*")):
             remove_run(run)
-    curves = compare(settings, algorithms, chosen, output, stop, reporter)
+    curves = compare_algorithms(settings, algorithms, chosen, output, stop, reporter)
     target = reference_of(curves)
     table = Table(title=f"Held-out accuracy, mean of {len(chosen)} seeds", title_justify="left")
     table.add_column("rollouts", justify="right")

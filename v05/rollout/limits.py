@@ -25,7 +25,8 @@ class Limits:
             are as long as the step's others on average; None for no cap.
         temperature: of sampling.
         max_new_tokens: of an answer.
-        seconds: that a request may take, by the scheduler's clock, waiting in the engine's queue included.
+        seconds: that a request may take, by the scheduler's clock, waiting in the engine's queue included; the time
+            between two steps, when nobody looks for its answer, left out.
         attempts: at a rollout before it is given up, 1 or more.
         restarts: of an engine that dies, without a finished rollout in between, before it counts as lost.
         poll: seconds, by the same clock, that the engine may be silent before a stop is looked for.

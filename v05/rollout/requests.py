@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -37,6 +38,18 @@ class Requests:
         self.waiting: dict[int, Asked] = {}
         self.numbers = 0
         self.withdrawn: set[int] = set()  # numbers whose answers, should they come, are late
+        self._left = clock()  # when answers were looked for last
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While answers are looked for: no other time counts towards the deadlines of requests that wait."""
+        away = self.clock() - self._left
+        for asked in self.waiting.values():
+            asked.deadline += away
+        try:
+            yield
+        finally:
+            self._left = self.clock()
 
     def new(self, step: Step, group: Group, place: int, urgent: bool) -> Request:
         """Return a request for one rollout, entered in the book."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from v05.rollout.engine import Engine, Rollout
 from v05.rollout.requests import Requests
 from v05.rollout.step import Trouble
 from v05.rollout.streaming import EngineDied, Outcome, Request, StreamingEngine
@@ -50,6 +51,18 @@ class RevivedEngine:
     def abort(self, numbers: Sequence[int]) -> None:
         """Take requests back."""
         self._alive(lambda: self.engine.abort(numbers))
+
+    def generate(
+        self, prompts: Sequence[str], counts: Sequence[int], *, seed: int, temperature: float, max_new_tokens: int
+    ) -> list[list[Rollout]]:
+        """Sample a batch beside the requests, see `Engine`; again where the engine dies meanwhile."""
+        engine = cast(Engine, self.engine)
+        limits: dict[str, Any] = dict(seed=seed, temperature=temperature, max_new_tokens=max_new_tokens)
+        rows: list[list[Rollout]] | None = None
+        while rows is None:
+            rows = self._alive(lambda: engine.generate(prompts, counts, **limits))
+        self.lived()
+        return rows
 
     def _alive(self, act: Callable[[], Any]) -> Any:
         try:

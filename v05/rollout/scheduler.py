@@ -105,15 +105,16 @@ class Scheduler:
             EngineDied: more often in a row than `limits.restarts`.
             NoRollouts: every rollout of the step had to be given up.
         """
-        while True:
-            self._start()
-            if self.steps and self.steps[0].done:
-                return self._leave()
-            if stopped():
-                self._reward(self.judged)
-                return None
-            self._collect()
-            self._test()
+        with self.requests.watched():
+            while True:
+                self._start()
+                if self.steps and self.steps[0].done:
+                    return self._leave()
+                if stopped():
+                    self._reward(self.judged)
+                    return None
+                self._collect()
+                self._test()
 
     def _start(self) -> None:
         """Start steps while they may be in flight."""
@@ -238,8 +239,8 @@ class Scheduler:
     def _grow(self, step: Step, ready: Sequence[Group]) -> None:
         wishes = self.wishes.setdefault(step.number, [])
         for group, (more, gain) in zip(ready, self.rules.more(ready), strict=True):
-            step.conflicts += more > 0 and not group.grown
             if not group.tested:
+                step.conflicts += more > 0
                 group.tested, self.expected = True, 0.98 * self.expected + 0.02 * more
             wishes.append(Wish(group, min(more, 1) if self.limits.mode in ("barrier", "async") else more, gain))
 
@@ -257,7 +258,7 @@ class Scheduler:
         else:
             given = share_out(wanted, [wish.gain for wish in wishes], max(0, left))
         for wish, count in zip(wishes, given, strict=True):
-            wish.group.done, wish.group.grown = count == 0, wish.group.grown or count > 0
+            wish.group.done = count == 0
         step.extra += sum(given)
         self._ask(step, [wish.group for wish in wishes], given, urgent=True)
 

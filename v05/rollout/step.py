@@ -27,7 +27,6 @@ class Group:
         rewards: theirs.
         prompt_ids: token ids of the prompt, once an answer has brought them.
         tested: whether its first rollouts have been in.
-        grown: whether it was given more than its first rollouts.
         done: whether the group wants no more.
     """
 
@@ -40,7 +39,6 @@ class Group:
     rewards: dict[int, float] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
     tested: bool = False
-    grown: bool = False
     done: bool = False
 
     @property

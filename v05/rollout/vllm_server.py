@@ -93,7 +93,7 @@ class ServerEngine(ConcurrentEngine):
     """One HTTP request per answer; see `StreamingEngine` and `Engine`.
 
     The server must report log-probabilities at the sampling temperature (`--logprobs-mode processed_logprobs`); no
-    answer tells whether it does, but `v05.rollout.drift` shows it when it does not.
+    answer tells whether it does, but `v05 train` warns when it does not (`v05.sampler_gap`).
     """
 
     def __init__(self, settings: ServerSettings) -> None:

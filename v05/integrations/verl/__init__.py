@@ -5,9 +5,9 @@ every training worker, rollout server and agent loop worker. Registering upon im
 of verl's is replaced.
 """
 
-from v05.integrations.verl.versions import check_verl
+from v05.integrations.versions import check_version, installed
 
-check_verl()
+check_version("verl", "0.9.1", "0.10", installed("verl"))  # tested with 0.9.1
 
 from v05.integrations.verl.fused_logprob import linear_cross_entropy  # noqa: E402
 from v05.integrations.verl.registration import estimator_names, loss_names, register  # noqa: E402

@@ -1,14 +1,14 @@
-"""Engines by name, and what is said of names and options that do not exist."""
+"""Engines by name, what is said of names and options that do not exist, and the weights that engines get."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from v05.engines import PolicyCodec, check_engine, make_engine
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
-from v05.rollout.make import make_engine
 from v05.rollout.weights_file import check_weights, weights_file
 
 
@@ -18,22 +18,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_transformers_samples_what_the_policy_itself_does(folder: Path) -> None:
-    engine = make_engine("hf", folder, dtype="float32")
-    itself = TransformersEngine(make_policy("0123456789+=", "tiny", 0))
+def test_transformers_samples_what_the_policy_itself_does() -> None:
+    policy = make_policy("0123456789+=", "tiny", 0)
+    engine, itself = make_engine("hf", policy), TransformersEngine(make_policy("0123456789+=", "tiny", 0))
     arguments = dict(seed=1, temperature=1.0, max_new_tokens=5)
     assert engine.generate(["1+2="], [3], **arguments) == itself.generate(["1+2="], [3], **arguments)
 
 
-def test_what_is_not_allowed(folder: Path) -> None:
+def test_other_engines_read_and_write_as_the_policy_does() -> None:
+    policy = make_policy("0123456789+=", "tiny", 0)
+    codec = PolicyCodec(policy)
+    assert codec.encode("1+2=") == tuple(policy.encode(["1+2="])[0])
+    assert codec.decode([*codec.encode("1+2="), *policy.end_ids]) == "1+2="
+
+
+def test_what_is_not_allowed() -> None:
+    policy = make_policy("0123456789+=", "tiny", 0)
     with pytest.raises(InputError, match="engine is 'sglang'; allowed: hf, vllm, vllm-sync, or a server's address"):
-        make_engine("sglang", folder)
+        make_engine("sglang", policy)
     with pytest.raises(InputError, match="option 'block_size' of engine 'hf'; allowed: none"):
-        make_engine("hf", folder, options={"block_size": 32})
+        make_engine("hf", policy, options={"block_size": 32})
     with pytest.raises(InputError, match="option 'block_size' of engine 'http://x'; allowed: dialect, served_model"):
-        make_engine("http://x", folder, options={"block_size": 32})
-    with pytest.raises(InputError, match="chat with the engine 'hf'"):
-        make_engine("hf", folder, chat=True)
+        make_engine("http://x", policy, options={"block_size": 32})
+    for name in ("hf", "vllm", "vllm-sync", "http://127.0.0.1:8000", "https://x"):
+        check_engine(name)
 
 
 def test_weights_in_a_file_are_the_weights_and_are_gone_after_use(tmp_path: Path) -> None:
