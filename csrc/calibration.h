@@ -11,6 +11,7 @@ namespace v05 {
 constexpr int kComponents = 7;  // six strengths, and one that ignores the prior: strength 1, centred in the middle
 constexpr int kFitSteps = 30;
 constexpr double kComponentCount = 0.5;  // groups that each component counts for beside the batch and the state
+constexpr double kNear = 1e-6;           // of the range: how near to an end a reward of two values lies
 
 template <class T>
 V05_FN T component_strength(int i) {
@@ -27,6 +28,12 @@ template <class T>
 V05_FN T unit_reward(T reward, T low, T high, bool graded) {
   T z = (reward - low) / (high - low);
   return graded ? z : z > T(0.5) ? T(1) : T(0);
+}
+
+// Whether a reward is neither the smallest nor the largest possible. NaN is not.
+template <class T>
+V05_FN bool between_ends(T reward, T low, T high, T near) {
+  return (std::fabs(reward - low) > near) & (std::fabs(high - reward) > near);
 }
 
 // B(x + a, k - x + b) / B(a, b) is a product of k ratios; their logarithm is taken a few at a time, so that nothing
@@ -155,36 +162,46 @@ V05_FN Fusion<T> calibrated_fusion(T mean, int64_t count, T prior, const Belief<
           planned};
 }
 
-// What calibrated fusion reads and writes, on the host and on a device alike. graded [1]; state [kComponents], decayed;
-// table [kComponents, groups] and weights [kComponents] are scratch. floats, integers, more as those of shrinkage;
-// rollout_baseline [n] and advantages [n] may be null.
-template <class T>
+// What calibrated fusion reads and writes, on the host and on a device alike; rewards are widened to T as they are
+// read. state [kComponents], of earlier batches, may be null and counts `decay` times. table [2 kComponents + 1,
+// groups] and weights [kComponents] are scratch. floats, integers, more as those of shrinkage; rollout_baseline [n] and
+// advantages [n] may be null; graded [1] says whether a reward lies between the ends.
+template <class T, class Reward = T>
 struct Calibration {
-  const T* rewards;
+  const Reward* rewards;
   const int64_t* offsets;
-  const T* prior;
-  const bool* graded;
-  const T* state;
+  const T *prior, *state;
   int64_t n, groups;
   Budget<double> budget;
+  double decay;
   T *table, *weights, *floats;
   int64_t* integers;
   bool* more;
   T *rollout_baseline, *advantages, *new_state;
+  bool* graded;
+
+  // Groups of earlier batches that count for a component.
+  V05_FN T remembered(int component) const { return state ? state[component] * T(decay) : T(0); }
+  V05_FN T near() const { return T(kNear * (budget.high - budget.low)); }
+  // [kComponents, groups], the likelihoods of two-valued or of graded rewards.
+  V05_FN T* table_of(bool graded) const { return table + (graded ? kComponents * groups : 0); }
+  // [groups], 1 where a group has a reward between the ends.
+  V05_FN T* between() const { return table + 2 * kComponents * groups; }
 };
 
-// From addresses: those of the inputs (rewards to state), and those of what is written (table to new_state).
-template <class T>
-Calibration<T> calibration_at(const uintptr_t* in, int64_t n, int64_t groups, const Budget<double>& budget,
-                              const uintptr_t* out) {
-  Calibration<T> c{};
-  c.rewards = reinterpret_cast<const T*>(in[0]), c.offsets = reinterpret_cast<const int64_t*>(in[1]);
-  c.prior = reinterpret_cast<const T*>(in[2]), c.graded = reinterpret_cast<const bool*>(in[3]);
-  c.state = reinterpret_cast<const T*>(in[4]), c.n = n, c.groups = groups, c.budget = budget;
-  c.table = reinterpret_cast<T*>(out[0]), c.weights = reinterpret_cast<T*>(out[1]);
-  c.floats = reinterpret_cast<T*>(out[2]), c.integers = reinterpret_cast<int64_t*>(out[3]);
-  c.more = reinterpret_cast<bool*>(out[4]), c.rollout_baseline = reinterpret_cast<T*>(out[5]);
-  c.advantages = reinterpret_cast<T*>(out[6]), c.new_state = reinterpret_cast<T*>(out[7]);
+// From addresses: those of the inputs (rewards to state), and those of what is written (scratch to graded).
+template <class T, class Reward = T>
+Calibration<T, Reward> calibration_at(const uintptr_t* in, int64_t n, int64_t groups, const Budget<double>& budget,
+                                      double decay, const uintptr_t* out) {
+  Calibration<T, Reward> c{};
+  c.rewards = reinterpret_cast<const Reward*>(in[0]), c.offsets = reinterpret_cast<const int64_t*>(in[1]);
+  c.prior = reinterpret_cast<const T*>(in[2]), c.state = reinterpret_cast<const T*>(in[3]);
+  c.n = n, c.groups = groups, c.budget = budget, c.decay = decay;
+  c.table = reinterpret_cast<T*>(out[0]), c.weights = c.table + (2 * kComponents + 1) * groups;
+  c.floats = reinterpret_cast<T*>(out[1]), c.integers = reinterpret_cast<int64_t*>(out[2]);
+  c.more = reinterpret_cast<bool*>(out[3]), c.rollout_baseline = reinterpret_cast<T*>(out[4]);
+  c.advantages = reinterpret_cast<T*>(out[5]), c.new_state = reinterpret_cast<T*>(out[6]);
+  c.graded = reinterpret_cast<bool*>(out[7]);
   return c;
 }
 

@@ -31,9 +31,9 @@ void shrinkage(Address rewards, Address offsets, Address prior, int64_t n, int64
 }
 
 template <class T>
-void calibrated(const std::array<Address, 5>& in, int64_t n, int64_t groups, const v05::Budget<double>& budget,
-                const std::array<Address, 8>& out) {
-  v05::cpu::calibrated(v05::calibration_at<T>(in.data(), n, groups, budget, out.data()));
+void calibrated(const std::array<Address, 4>& in, int64_t n, int64_t groups, const v05::Budget<double>& budget,
+                double decay, const std::array<Address, 8>& out) {
+  v05::cpu::calibrated(v05::calibration_at<T>(in.data(), n, groups, budget, decay, out.data()));
 }
 
 template <class T>
@@ -132,9 +132,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "calibrated",
-      [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
-         int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, bool wide) {
-        (wide ? calibrated<double> : calibrated<float>)(in, n, groups, {low, high, cost, k_init, k_max}, out);
+      [](const std::array<Address, 4>& in, int64_t n, int64_t groups, double low, double high, double cost,
+         int64_t k_init, int64_t k_max, double decay, const std::array<Address, 8>& out, bool wide) {
+        (wide ? calibrated<double> : calibrated<float>)(in, n, groups, {low, high, cost, k_init, k_max}, decay, out);
       },
       Guard());
 

@@ -21,7 +21,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Calls body with a zero of the dtype: an index into DTYPES of v05/kernels/token_logprob/rules.py.
+// Calls body with a zero of the dtype: an index into DTYPES of v05/kernels/segments.py.
 template <class Body>
 void with_dtype(int dtype, const Body& body) {
   switch (dtype) {
@@ -48,6 +48,18 @@ void shrinkage(Address rewards, Address offsets, Address prior, int64_t groups, 
                          v05::Budget<T>{T(low), T(high), T(cost), k_init, k_max}, at<T>(floats), at<int64_t>(integers),
                          at<bool>(more), at<T>(rollout_baseline), at<T>(advantages),
                          reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void calibrated(const std::array<Address, 4>& in, int64_t n, int64_t groups, double low, double high, double cost,
+                int64_t k_init, int64_t k_max, double decay, const std::array<Address, 8>& out, Address stream,
+                int dtype) {
+  with_dtype(dtype, [&](auto zero) {
+    using Reward = decltype(zero);
+    using T = typename v05::cuda::WideOf<Reward>::type;
+    const v05::Budget<double> budget{low, high, cost, k_init, k_max};
+    v05::cuda::calibrated(v05::calibration_at<T, Reward>(in.data(), n, groups, budget, decay, out.data()),
+                          reinterpret_cast<cudaStream_t>(stream));
   });
 }
 
@@ -140,17 +152,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of v05; each takes addresses of contiguous tensors, a stream, and their dtype.";
 
   m.def("shrinkage", &shrinkage);
-  m.def("calibrated",
-        [](const std::array<Address, 5>& in, int64_t n, int64_t groups, double low, double high, double cost,
-           int64_t k_init, int64_t k_max, const std::array<Address, 8>& out, Address stream, bool wide) {
-          const v05::Budget<double> budget{low, high, cost, k_init, k_max};
-          const auto on = reinterpret_cast<cudaStream_t>(stream);
-          if (wide)
-            v05::cuda::calibrated(v05::calibration_at<double>(in.data(), n, groups, budget, out.data()), on);
-          else
-            v05::cuda::calibrated(v05::calibration_at<float>(in.data(), n, groups, budget, out.data()), on);
-        });
-
+  m.def("calibrated", &calibrated);
   m.def("moment_blocks", &v05::cuda::moment_blocks);
   m.def("batch_moments", &batch_moments);
   m.def("advantage", &advantage);

@@ -137,6 +137,49 @@ def test_the_plan_stops_where_a_rollout_gains_no_more_than_it_costs(backend):
     assert calibrated(data, cost=0.0, k_max=20, backend=backend).planned.eq(20).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("end", [-1.0, 1.0])
+def test_a_reward_next_to_an_end_is_not_graded(backend, dtype, end):
+    """Within a millionth of the range, here 2; as the reference rounds it, in either dtype."""
+    data = ragged_groups(9, 2, 5, seed=2, dtype=dtype)
+    for steps, graded in ((0.0, False), (1.5e-6, False), (2.5e-6, True), (0.3, True)):
+        rewards = data.rewards.clone()
+        rewards[3] = end - end * steps
+        assert calibrated(data._replace(rewards=rewards), backend=backend).graded.item() is graded
+
+
+@pytest.mark.parametrize("groups", [1, 70, 20_000])
+def test_one_graded_reward_among_all_makes_the_batch_graded(backend, groups):
+    data = ragged_groups(groups, 4, 8, seed=9)
+    for place in (0, data.rewards.numel() // 2, -1):
+        rewards = data.rewards.clone()
+        rewards[place] = 0.5
+        assert calibrated(data._replace(rewards=rewards), backend=backend).graded
+    assert not calibrated(data, backend=backend).graded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [TWO, GRADED])
+def test_half_precision_is_read_as_float32(backend, dtype, values):
+    data = ragged_groups(60, 0, 9, values=values, dtype=dtype)
+    options = dict(leave_one_out=True, advantages=True, backend=backend)
+    wide = calibrated(data._replace(rewards=data.rewards.float(), prior=data.prior.float()), **options)
+    for ours, theirs in zip(calibrated(data, **options), wide, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_of_any_floating_dtype(backend):
+    data = ragged_groups(30, 0, 9)
+    state = torch.arange(7, dtype=torch.float64)
+    given = [calibrated(data, state=state.to(dtype), backend=backend) for dtype in (torch.float32, torch.float16)]
+    given.append(calibrated(data, state=state.requires_grad_(), backend=backend))
+    given.append(calibrated(data, state=torch.stack([state.detach()] * 2, 1)[:, 0], backend=backend))
+    for result in given:
+        assert torch.equal(result.state, given[0].state)
+        assert torch.equal(result.baseline, given[0].baseline)
+    assert not given[0].state.requires_grad
+
+
 def test_few_rollouts_plan_the_first_ones(backend):
     data = ragged_groups(30, 0, 3, seed=1)
     assert calibrated(data, k_init=5, backend=backend).planned.eq(5).all()
@@ -150,9 +193,13 @@ def test_without_a_reward_the_prior_stands_nearly_alone(backend):
     assert result.baseline.tolist() == pytest.approx(expected, abs=1e-6)
     assert result.weight.tolist() == [0, 0]
     assert not result.state.any()
+    assert not result.graded
     none = calibrated((torch.empty(0), torch.tensor([0]), torch.empty(0)), backend=backend)
     assert none.baseline.numel() == 0
     assert not none.state.any()
+    assert not none.graded
+    kept = calibrated((torch.empty(0), torch.tensor([0]), torch.empty(0)), state=torch.arange(7.0), backend=backend)
+    torch.testing.assert_close(kept.state, 0.9 * torch.arange(7.0))
 
 
 def test_one_rollout_and_one_prompt(backend):
@@ -248,15 +295,15 @@ def test_finite_and_equal_to_the_reference(lengths, graded, seed, decay):
     assert (results[0].baseline <= 1).all()
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("state", [None, torch.ones(7)], ids=["fresh", "remembered"])
+def test_opcheck_and_compile(state):
     data = ragged_groups(20, 0, 5)
-    state = torch.ones(7)
-    graded = torch.tensor(False)
     op = torch.ops.v05.calibrated.default
-    given = (data.rewards, data.offsets, data.prior, graded, state, -1.0, 1.0, 1 / 256, 4, 16, True, True, "cpu")
-    torch.library.opcheck(op, given)
-    fast = torch.compile(lambda *given: calibrated(given, leave_one_out=True), fullgraph=True)
-    for ours, theirs in zip(fast(*data), calibrated(data, leave_one_out=True), strict=True):
+    torch.library.opcheck(op, (*data, state, 0.9, -1.0, 1.0, 1 / 256, 4, 16, True, True, "cpu"))
+    torch.compiler.reset()
+    options = dict(leave_one_out=True, state=state)
+    fast = torch.compile(lambda *given: calibrated(given, **options), fullgraph=True)
+    for ours, theirs in zip(fast(*data), calibrated(data, **options), strict=True):
         assert ours is None or torch.equal(ours, theirs)
 
 

@@ -8,7 +8,7 @@ from v05.kernels.advantage import triton_moments
 from v05.kernels.advantage.estimators import Baseline, Scale
 from v05.kernels.advantage.triton import advantage_kernel
 from v05.kernels.calibration import triton as calibration
-from v05.kernels.calibration.components import PRIOR_COUNT, STEPS
+from v05.kernels.calibration.components import NEAR, PRIOR_COUNT, STEPS
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kl, Numbers, Surrogate
@@ -38,25 +38,40 @@ def test_shrinkage(target, dtype, wide, leave_one_out, advantages):
 
 
 CALIBRATION = {"offsets": "*i64", "graded": "*i1", "integers": "*i64", "more": "*i1", "groups": "i64"}
-CALIBRATION |= {"low": "fp64", "high": "fp64", "cost": "fp64", "k_init": "i64", "k_max": "i64"}
+CALIBRATION |= {"low": "fp64", "high": "fp64", "cost": "fp64", "k_init": "i64", "k_max": "i64", "decay": "fp64"}
+CALIBRATION_BLOCKS = {"BLOCK_G": calibration.BLOCK_GROUPS, "BLOCK_K": calibration.BLOCK_ROLLOUTS}
+FIT = {"COUNT": PRIOR_COUNT, "STEPS": STEPS, "BLOCK_F": calibration.BLOCK_FIT}
 
 
-def compile_calibration(target, kernel, dtype, constants, **options):
+def compile_calibration(target, kernel, dtype, wide, constants, **options):
+    """Pointers are aligned, as those of new tensors are: layouts depend on it."""
     names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
-    types = {name: CALIBRATION.get(name, f"*{dtype}") for name in names}
-    assert_it_fits(target, compile_for(target, kernel, types, constants, **options))
+    types = CALIBRATION | {"rewards": f"*{dtype}"}
+    types = {name: types.get(name, f"*{wide}") for name in names}
+    pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
+    resources = compile_for(target, kernel, types, constants, pointers, **options)
+    assert_it_fits(target, resources)
+    return resources
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-def test_calibration(target, dtype):
-    blocks = {"BLOCK_G": calibration.BLOCK_GROUPS, "BLOCK_K": calibration.BLOCK_ROLLOUTS}
-    compile_calibration(target, calibration.likelihood_kernel, dtype, blocks)
-    fit = {"COUNT": PRIOR_COUNT, "STEPS": STEPS, "BLOCK_F": calibration.BLOCK_FIT}
-    compile_calibration(target, calibration.fit_kernel, dtype, fit, num_warps=calibration.FIT_WARPS)
-    for own in (False, True):
-        asked = {"LEAVE_ONE_OUT": own, "ADVANTAGES": True}
-        compile_calibration(target, calibration.calibrated_kernel, dtype, asked | blocks, num_warps=calibration.WARPS)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
+def test_calibration_of_groups(target, dtype, wide):
+    """A warp works alone, without shared memory: nothing that two threads could write."""
+    asked = [(calibration.likelihood_kernel, {"NEAR": NEAR})]
+    asked += [(calibration.calibrated_kernel, {"LEAVE_ONE_OUT": own, "ADVANTAGES": True}) for own in (False, True)]
+    for kernel, constants in asked:
+        constants |= CALIBRATION_BLOCKS
+        resources = compile_calibration(target, kernel, dtype, wide, constants, num_warps=calibration.WARPS)
+        assert resources.shared == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("wide", ["fp32", "fp64"])
+@pytest.mark.parametrize("remembers", [False, True])
+def test_calibration_of_the_mixture(target, wide, remembers):
+    constants = FIT if remembers else FIT | {"state": None}
+    compile_calibration(target, calibration.fit_kernel, wide, wide, constants, num_warps=calibration.FIT_WARPS)
 
 
 @pytest.mark.parametrize("target", TARGETS)

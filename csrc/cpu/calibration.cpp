@@ -2,6 +2,7 @@
 // Sums are gathered by blocks of groups, whatever the number of threads.
 #include "calibration.h"
 
+#include <atomic>
 #include <vector>
 
 #include "ops.h"
@@ -12,7 +13,19 @@ namespace v05::cpu {
 
 namespace {
 
-constexpr int64_t kGroupsPerThread = 512, kLanes = 16, kBlock = 1024;
+constexpr int64_t kGroupsPerThread = 512, kRewardsPerThread = 1 << 16, kLanes = 16, kBlock = 1024;
+
+template <class T>
+bool any_between_ends(const Calibration<T>& in) {
+  const T low = T(in.budget.low), high = T(in.budget.high), near = in.near();
+  std::atomic<bool> found{false};
+  parallel_for(in.n, in.n, kRewardsPerThread, [&](int64_t begin, int64_t end) {
+    bool some = false;
+    for (int64_t i = begin; i < end; ++i) some |= between_ends(in.rewards[i], low, high, near);
+    if (some) found = true;
+  });
+  return found;
+}
 
 // Sum of a group's rewards in [0, 1], exact where they have two values.
 template <class T>
@@ -30,11 +43,12 @@ double centre_of(const Calibration<T>& in, int64_t g) {
 
 template <class T>
 void tabulate(const Calibration<T>& in, bool graded, int64_t begin, int64_t end) {
+  T* table = in.table_of(graded);
   for (int64_t g = begin; g < end; ++g) {
     int64_t first = in.offsets[g], last = in.offsets[g + 1];
     double row[kComponents] = {};  // a group without rewards counts for nothing
     if (last > first) likelihoods(unit_sum(in, first, last, graded), last - first, centre_of(in, g), graded, row);
-    for (int i = 0; i < kComponents; ++i) in.table[i * in.groups + g] = T(row[i]);
+    for (int i = 0; i < kComponents; ++i) table[i * in.groups + g] = T(row[i]);
   }
 }
 
@@ -61,17 +75,17 @@ struct Shares {
 };
 
 template <class T>
-void fit(const Calibration<T>& in) {
+void fit(const Calibration<T>& in, bool graded) {
   const int64_t blocks = (in.groups + kBlock - 1) / kBlock;
   std::vector<double> partial(blocks * kComponents);
   double start[kComponents], soft[kComponents] = {}, all = 0;
-  for (int i = 0; i < kComponents; ++i) all += start[i] = in.state[i] + kComponentCount;
+  for (int i = 0; i < kComponents; ++i) all += start[i] = in.remembered(i) + kComponentCount;
   for (int i = 0; i < kComponents; ++i) in.weights[i] = T(start[i] / all);
   for (int step = 0; step < kFitSteps; ++step) {
     parallel_for(blocks, in.groups, kGroupsPerThread * 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
-        vectorised<Shares<T>>(in.table, in.groups, in.weights, b * kBlock, smaller((b + 1) * kBlock, in.groups),
-                              &partial[b * kComponents]);
+        vectorised<Shares<T>>(in.table_of(graded), in.groups, in.weights, b * kBlock,
+                              smaller((b + 1) * kBlock, in.groups), &partial[b * kComponents]);
     });
     all = 0;
     for (int i = 0; i < kComponents; ++i) {
@@ -81,19 +95,20 @@ void fit(const Calibration<T>& in) {
     }
     for (int i = 0; i < kComponents; ++i) in.weights[i] = T((soft[i] + start[i]) / all);
   }
-  for (int i = 0; i < kComponents; ++i) in.new_state[i] = T(soft[i] + in.state[i]);
+  for (int i = 0; i < kComponents; ++i) in.new_state[i] = T(soft[i] + in.remembered(i));
 }
 
 template <class T>
 void finish(const Calibration<T>& in, bool graded, const double* weights, int64_t begin_group, int64_t end_group) {
   const double low = in.budget.low, width = in.budget.high - low;
+  const T* table = in.table_of(graded);
   for (int64_t g = begin_group; g < end_group; ++g) {
     int64_t begin = in.offsets[g], end = in.offsets[g + 1], count = end - begin;
     double value = in.prior[g], first = count ? in.rewards[begin] : value, shifted = 0;
     for (int64_t i = begin; i < end; ++i) shifted += in.rewards[i] - first;
     double mean = count ? first + shifted / double(count) : value, centre = centre_of(in, g);
     double sum = unit_sum(in, begin, end, graded), row[kComponents];
-    for (int i = 0; i < kComponents; ++i) row[i] = count ? in.table[i * in.groups + g] : 1;
+    for (int i = 0; i < kComponents; ++i) row[i] = count ? table[i * in.groups + g] : 1;
     Belief<double> belief = posterior_of(row, sum, count, centre, graded, weights);
     Fusion<double> fusion = calibrated_fusion(mean, count, value, belief, graded, in.budget);
     const double fields[6] = {mean, fusion.deviation, fusion.weight, fusion.baseline, fusion.mse, fusion.gain};
@@ -122,10 +137,10 @@ void finish(const Calibration<T>& in, bool graded, const double* weights, int64_
 
 template <class T>
 void calibrated(const Calibration<T>& in) {
-  const bool graded = *in.graded;
+  const bool graded = *in.graded = any_between_ends(in);
   parallel_for(in.groups, in.groups, kGroupsPerThread,
                [&](int64_t begin, int64_t end) { tabulate(in, graded, begin, end); });
-  fit(in);
+  fit(in, graded);
   double weights[kComponents];
   for (int i = 0; i < kComponents; ++i) weights[i] = in.weights[i];
   parallel_for(in.groups, in.groups, kGroupsPerThread,

@@ -30,17 +30,20 @@ struct Team {
   int lane;
   bool present;
 
-  template <class Reward>
-  __device__ Team(const Reward* rewards, const int64_t* offsets, int64_t groups) {
+  // Without the rewards: `first` and `shifted` are 0.
+  __device__ Team(const int64_t* offsets, int64_t groups) : first(0), shifted(0) {
     group = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
     lane = threadIdx.x % kLanes;
     present = group < groups;
     begin = present ? offsets[group] : 0;
     end = present ? offsets[group + 1] : 0;
-    first = begin < end ? widen(rewards[begin]) : T(0);
-    T sum = 0;
-    for (int64_t i = begin + lane; i < end; i += kLanes) sum += widen(rewards[i]) - first;
-    shifted = team_sum<kLanes>(sum);
+  }
+
+  template <class Reward>
+  __device__ Team(const Reward* rewards, const int64_t* offsets, int64_t groups) : Team(offsets, groups) {
+    if (begin < end) first = widen(rewards[begin]);
+    for (int64_t i = begin + lane; i < end; i += kLanes) shifted += widen(rewards[i]) - first;
+    shifted = team_sum<kLanes>(shifted);
   }
 
   __device__ int64_t count() const { return end - begin; }

@@ -20,8 +20,8 @@ template <class Reward, class T>
 void shrinkage(const Reward* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream);
 
-template <class T>
-void calibrated(const Calibration<T>& in, cudaStream_t stream);
+template <class T, class Reward>
+void calibrated(const Calibration<T, Reward>& in, cudaStream_t stream);
 
 // What a part of the batch adds up to: the weight of its rewards, their mean, and the weighted squares about it.
 struct Pool {

@@ -47,7 +47,8 @@ def groups_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"moments {dtype} {size} {weighed}", partial(run_advantage, backend, given, **options)
         for values, own in itertools.product(((-1.0, 1.0), (-1.0, 0.3, 1.0)), (False, True)):
             chosen = on_device(ragged_groups(67, 0, 21, values=values, dtype=dtype))
-            options = dict(fusion="calibrated", leave_one_out=own, advantages=True)
+            state = torch.ones(7, device=DEVICE) if own else None
+            options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=state)
             yield f"calibrated {dtype} {values} {own}", partial(run_shrinkage, backend, chosen, **options)
         for estimator, scale in COMBINATIONS:
             options = dict(estimator=estimator, scale=scale)

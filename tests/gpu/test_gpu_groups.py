@@ -10,6 +10,7 @@ from common import (
     KERNELS,
     assert_same_bits,
     compare,
+    needs_gpu,
     on_device,
     run_advantage,
     run_shrinkage,
@@ -49,6 +50,60 @@ def test_shrinkage(backend, dtype, longest):
 @pytest.mark.parametrize("options", [dict(), dict(leave_one_out=True), dict(advantages=True)])
 def test_shrinkage_without_what_was_not_asked_for(backend, options):
     compare_shrinkage(backend, on_device(ragged_groups(97, 0, 9, values=VALUES)), **options)
+
+
+def compare_calibrated(backend, data, **options):
+    """The mixture is fitted to all groups, which adds up their rounding; a plan within rounding of its cost may tip."""
+    result = compare(
+        run_shrinkage, backend, data, ("planned", "roll_out_more"), floors=20, fusion="calibrated", **options
+    )
+    assert torch.equal(result["roll_out_more"], result["planned"] > result["count"])
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [VALUES, (-1.0, 1.0)])
+@pytest.mark.parametrize("groups", [1, 1003, 20_000])
+def test_calibrated_fusion(backend, dtype, values, groups):
+    data = on_device(ragged_groups(scaled(groups, min(groups, 53)), 0, 16, seed=7, values=values, dtype=dtype))
+    for state in (None, torch.arange(7.0, device=DEVICE)):
+        compare_calibrated(backend, data, leave_one_out=True, advantages=True, state=state)
+
+
+def test_one_graded_reward_among_all_makes_the_batch_graded(backend):
+    data = on_device(ragged_groups(scaled(20_000, 530), 1, 4, seed=9))
+    for place, value in ((0, 0.3), (-1, 0.3), (-1, 1 - 2.5e-6), (-1, 1 - 1.5e-6), (-1, 1.0)):
+        rewards = data.rewards.clone()
+        rewards[place] = value
+        result = compare_calibrated(backend, data._replace(rewards=rewards))
+        assert result["graded"].item() is (value < 1 - 2e-6)
+
+
+def test_calibrated_fusion_of_nothing(backend):
+    state = torch.arange(7.0, device=DEVICE)
+    for lengths in ([], [0], [0, 0, 0]):
+        offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+        data = on_device(RaggedGroups(torch.empty(0), offsets, torch.full((len(lengths),), 0.25)))
+        result = compare_calibrated(backend, data, state=state, leave_one_out=True)
+        assert not result["graded"]
+        torch.testing.assert_close(result["state"], 0.9 * state)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_calibrated_fusion_is_three_launches(backend):
+    data = on_device(ragged_groups(300, 0, 21, values=VALUES, dtype=torch.bfloat16))
+    data = data._replace(prior=data.prior.float())
+    options = dict(fusion="calibrated", leave_one_out=True, advantages=True, state=torch.ones(7, device=DEVICE))
+    run_shrinkage(backend, data, **options)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run_shrinkage(backend, data, **options)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not launched:
+        pytest.skip("the profiler sees no launch here")
+    assert len(launched) == 3, launched
 
 
 @pytest.mark.parametrize(("estimator", "scale"), COMBINATIONS)

@@ -30,12 +30,12 @@ def test_shrinkage(dtype, longest):
             assert torch.equal(value, getattr(same, name)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (-1.0, 0.3, 1.0)])
 @pytest.mark.parametrize("own", [False, True])
 def test_calibrated_fusion(dtype, values, own):
     data = ragged_groups(101, 0, 13, seed=3, values=values, dtype=dtype)
-    options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=torch.arange(7).to(dtype))
+    options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=torch.arange(7.0) if own else None)
     exact = shrinkage(data.rewards.double(), data.offsets, data.prior.double(), backend="reference", **options)
     same = shrinkage(*data, backend="reference", **options)
     with poisoned_outputs():
@@ -45,6 +45,25 @@ def test_calibrated_fusion(dtype, values, own):
             assert_as_exact_as(value, getattr(same, name), getattr(exact, name))
         elif value is not None:
             assert torch.equal(value, getattr(same, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_graded_reward_among_all(dtype):
+    """Nearer to an end than a millionth of the range it counts as the end."""
+    data = ragged_groups(600, 1, 4, seed=9, dtype=dtype)
+    for value, graded in ((1.0, False), (1 - 1.5e-6, False), (1 - 2.5e-6, True), (0.5, True)):
+        rewards = data.rewards.clone()
+        rewards[-1] = value
+        assert shrinkage(rewards, *data[1:], fusion="calibrated", backend="triton").graded.item() is graded
+
+
+def test_calibrated_fusion_of_nothing():
+    for groups in (0, 3):
+        given = (torch.empty(0), torch.zeros(groups + 1, dtype=torch.int64), torch.zeros(groups))
+        with poisoned_outputs():
+            result = shrinkage(*given, fusion="calibrated", state=torch.arange(7.0), backend="triton")
+        assert not result.graded
+        torch.testing.assert_close(result.state, 0.9 * torch.arange(7.0))
 
 
 def test_no_groups():

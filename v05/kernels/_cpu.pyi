@@ -32,6 +32,7 @@ def calibrated(
     cost: float,
     k_init: int,
     k_max: int,
+    decay: float,
     outputs: Sequence[int],
     wide: bool,
 ) -> None: ...

@@ -30,9 +30,10 @@ def calibrated(
     cost: float,
     k_init: int,
     k_max: int,
+    decay: float,
     outputs: Sequence[int],
     stream: int,
-    wide: bool,
+    dtype: int,
 ) -> None: ...
 def moment_blocks(n: int) -> int: ...
 def batch_moments(

@@ -1,4 +1,4 @@
-"""The mixture that calibrated fusion fits: how strong a prior may be. The numbers are those of csrc/formulas.h."""
+"""The mixture that calibrated fusion fits: how strong a prior may be. The numbers are those of csrc/calibration.h."""
 
 from __future__ import annotations
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from v05.kernels import _cuda
-from v05.kernels.calibration.native import addresses, allocate
+from v05.kernels import _cuda, segments
+from v05.kernels.calibration.buffers import allocate
 from v05.kernels.calibration.rules import Outputs
 from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.shrinkage.rules import Budget
@@ -16,16 +15,26 @@ def calibrated(
     rewards: Tensor,
     offsets: Tensor,
     prior: Tensor,
-    graded: Tensor,
-    state: Tensor,
+    state: Tensor | None,
+    state_decay: float,
     budget: Budget,
     leave_one_out: bool,
     advantages: bool,
 ) -> Outputs:
-    """Same contract as the reference; three launches, no synchronisation."""
-    given = [tensor.contiguous() for tensor in (rewards, offsets, prior, graded, state)]
-    out = allocate(given[0], given[1], leave_one_out, advantages)
-    n, groups, wide = rewards.numel(), prior.numel(), rewards.dtype == torch.float64
+    """Same contract as the reference, but rewards may be of any of `segments.DTYPES`; three launches and nothing else
+    on the device, no synchronisation."""
+    rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
+    state = None if state is None else state.contiguous()
+    out = allocate(rewards.numel(), prior, offsets, leave_one_out, advantages)
     with on_device_of(rewards):
-        _cuda.calibrated(addresses(given), n, groups, *budget, addresses(out), stream_of(rewards), wide)
+        _cuda.calibrated(
+            [segments.address(tensor) for tensor in (rewards, offsets, prior, state)],
+            rewards.numel(),
+            prior.numel(),
+            *budget,
+            state_decay,
+            [segments.address(tensor) for tensor in out],
+            stream_of(rewards),
+            segments.DTYPES.index(rewards.dtype),
+        )
     return out.outputs

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import dispatch
+from v05.kernels import dispatch, segments
 from v05.kernels.calibration import reference
-from v05.kernels.calibration.rules import Outputs, check_state, check_state_values, is_graded, no_state
+from v05.kernels.calibration.components import COMPONENTS
+from v05.kernels.calibration.rules import Outputs, check_state, check_state_values
 from v05.kernels.custom import custom_op
-from v05.kernels.shrinkage.rules import Budget, check_group_values
+from v05.kernels.shrinkage.rules import Budget, check_group_values, readable
 
 
 @custom_op("v05::calibrated")
@@ -17,8 +18,8 @@ def _calibrated(
     rewards: Tensor,
     offsets: Tensor,
     prior: Tensor,
-    graded: Tensor,
-    state: Tensor,
+    state: Tensor | None,
+    state_decay: float,
     low: float,
     high: float,
     cost: float,
@@ -27,10 +28,10 @@ def _calibrated(
     leave_one_out: bool,
     advantages: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = dispatch.implementation("calibration", backend).calibrated
     budget = Budget(low, high, cost, k_init, k_max)
-    return run(rewards, offsets, prior, graded, state, budget, leave_one_out, advantages)
+    return run(rewards, offsets, prior, state, state_decay, budget, leave_one_out, advantages)
 
 
 @_calibrated.register_fake
@@ -38,8 +39,8 @@ def _(
     rewards: Tensor,
     offsets: Tensor,
     prior: Tensor,
-    graded: Tensor,
-    state: Tensor,
+    state: Tensor | None,
+    state_decay: float,
     low: float,
     high: float,
     cost: float,
@@ -48,11 +49,12 @@ def _(
     leave_one_out: bool,
     advantages: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups = prior.numel()
-    more = prior.new_empty(groups, dtype=torch.bool)
-    own, centred = (rewards.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages))
-    return rewards.new_empty(6, groups), offsets.new_empty(2, groups), more, own, centred, torch.empty_like(state)
+    floats, soft = prior.new_empty(6, groups), prior.new_empty(COMPONENTS)
+    more, graded = (prior.new_empty(shape, dtype=torch.bool) for shape in ((groups,), ()))
+    own, centred = (prior.new_empty(rewards.numel() if asked else 0) for asked in (leave_one_out, advantages))
+    return floats, offsets.new_empty(2, groups), more, own, centred, soft, graded
 
 
 def calibrated(
@@ -66,8 +68,8 @@ def calibrated(
     advantages: bool,
     check_values: bool,
     backend: str | None,
-) -> tuple[Outputs, Tensor]:
-    """Runs the backend on checked shapes in a working dtype: the outputs, and whether rewards are graded.
+) -> Outputs:
+    """Runs the backend on checked shapes; the prior is in the working dtype.
 
     Raises:
         ValueError, TypeError: a state, a decay or values that are not allowed; the message says where.
@@ -80,12 +82,12 @@ def calibrated(
     chosen = dispatch.backend_for("calibration", rewards, backend)
     on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
     if check_values or (chosen == "reference" and on_cpu):
-        check_group_values(rewards, offsets, prior, budget.low, budget.high)
-    if state is not None and (check_values or on_cpu):
-        check_state_values(state)
-    graded = is_graded(rewards, budget)
-    old = no_state(rewards) if state is None else state.detach().to(rewards.dtype) * state_decay
+        check_group_values(rewards.to(prior.dtype), offsets, prior, budget.low, budget.high)
+    if state is not None:
+        if check_values or on_cpu:
+            check_state_values(state)
+        state = segments.constant(state, prior.dtype)
+    rewards, asked = readable(rewards, chosen), (leave_one_out, advantages)
     if chosen == "reference":
-        return reference.calibrated(rewards, offsets, prior, graded, old, budget, leave_one_out, advantages), graded
-    given = (rewards, offsets, prior, graded, old, *budget, leave_one_out, advantages, chosen)
-    return _calibrated(*given), graded
+        return reference.calibrated(rewards, offsets, prior, state, state_decay, budget, *asked)
+    return _calibrated(rewards, offsets, prior, state, float(state_decay), *budget, *asked, chosen)

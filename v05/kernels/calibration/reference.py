@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
-from v05.kernels.calibration.components import EDGE, IGNORING, PRIOR_COUNT, STEPS, STRENGTHS
+from v05.kernels.calibration.components import COMPONENTS, EDGE, IGNORING, NEAR, PRIOR_COUNT, STEPS, STRENGTHS
 from v05.kernels.calibration.rules import Outputs
 from v05.kernels.shrinkage.reference import squared_deviation
 from v05.kernels.shrinkage.rules import Budget, group_sums
@@ -26,6 +26,12 @@ class Posterior(NamedTuple):
     mean: Tensor
     variance: Tensor
     weight: Tensor
+
+
+def is_graded(rewards: Tensor, budget: Budget) -> Tensor:
+    """Whether a reward is neither the smallest nor the largest possible, a scalar bool; NaN is not."""
+    near = NEAR * (budget.high - budget.low)
+    return (((rewards - budget.low).abs() > near) & ((budget.high - rewards).abs() > near)).any()
 
 
 def components(centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,21 +109,26 @@ def calibrated(
     rewards: Tensor,
     offsets: Tensor,
     prior: Tensor,
-    graded: Tensor,
-    state: Tensor,
+    state: Tensor | None,
+    state_decay: float,
     budget: Budget,
     leave_one_out: bool,
     advantages: bool,
 ) -> Outputs:
-    """The statistics of every group as those of `shrinkage.reference`, then the groups `[C]` of each component."""
+    """The statistics of every group as those of `shrinkage.reference`, the groups `[C]` of each component, and graded.
+
+    Rewards, prior and state are in the working dtype; a state `[C]` of earlier batches counts `state_decay` times.
+    """
     low, width = budget.low, budget.high - budget.low
     first, shifted, ids, count = group_sums(rewards, offsets)
     k = count.to(rewards.dtype)
     mean = torch.where(count > 0, first + shifted / k.clamp(min=1), prior)
-    z, centre, state = (rewards - low) / width, (prior - low) / width, state.to(rewards.dtype)
+    z, centre = (rewards - low) / width, (prior - low) / width
+    graded = is_graded(rewards, budget)
+    old = rewards.new_zeros(COMPONENTS) if state is None else state * state_decay
     z = torch.where(graded, z, z.round())
     x = segments.segment_sum(z, ids, count.numel())
-    weights, soft = fit(log_likelihood(x, k, centre, graded), count > 0, state)
+    weights, soft = fit(log_likelihood(x, k, centre, graded), count > 0, old)
     belief = posterior(x, k, centre, graded, weights)
     strength, scale = look_ahead(belief, graded)
     planned = planned_rollouts(strength, scale, count, budget)
@@ -130,4 +141,4 @@ def calibrated(
     gain = width**2 * scale / (strength * (strength + 1))
     advantage = rewards - (rollout_baseline if leave_one_out else baseline[ids]) if advantages else rewards.new_empty(0)
     floats = torch.stack([mean, deviation, belief.weight, baseline, width**2 * belief.variance, gain])
-    return floats, torch.stack([count, planned]), planned > count, rollout_baseline, advantage, soft + state
+    return floats, torch.stack([count, planned]), planned > count, rollout_baseline, advantage, soft + old, graded

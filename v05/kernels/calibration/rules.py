@@ -1,21 +1,15 @@
-"""What goes into calibrated fusion beside groups: which rewards have two values, and the mixture's state."""
+"""What goes into calibrated fusion beside groups: the mixture's state, and its checks."""
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
-from v05.kernels.calibration.components import COMPONENTS, NEAR
-from v05.kernels.shrinkage.rules import Budget
+from v05.kernels.calibration.components import COMPONENTS
 
-# Those of shrinkage, then the groups [C] of each component.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def is_graded(rewards: Tensor, budget: Budget) -> Tensor:
-    """Whether a reward is neither the smallest nor the largest possible, a scalar bool on the device."""
-    near = NEAR * (budget.high - budget.low)
-    return (((rewards - budget.low).abs() > near) & ((budget.high - rewards).abs() > near)).any()
+# Those of shrinkage, then the groups [C] of each component, and graded, a scalar bool.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check_state(state: Tensor, like: Tensor) -> None:
@@ -29,12 +23,6 @@ def check_state(state: Tensor, like: Tensor) -> None:
 
 def check_state_values(state: Tensor) -> None:
     """Raises where a count is negative or not finite; waits for the device."""
-    bad = (~(state >= 0) | state.isinf()).nonzero()
-    if bad.numel():
-        i = int(bad[0])
-        raise ValueError(f"state[{i}] is {float(state[i]):g}; allowed: finite, 0 or above")
-
-
-def no_state(like: Tensor) -> Tensor:
-    """The state before any batch."""
-    return torch.zeros(COMPONENTS, dtype=like.dtype, device=like.device)
+    for i, count in enumerate(state.tolist()):
+        if not 0 <= count < math.inf:
+            raise ValueError(f"state[{i}] is {count:g}; allowed: finite, 0 or above")

@@ -1,4 +1,4 @@
-"""Calibrated fusion in Triton: likelihoods, the fit in one program, and what each group gets; three launches."""
+"""Calibrated fusion in Triton, in three launches: likelihoods, the fit in one program, and what each group gets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from v05.kernels.calibration.components import PRIOR_COUNT, STEPS
-from v05.kernels.calibration.native import allocate
+from v05.kernels.calibration.buffers import allocate
+from v05.kernels.calibration.components import NEAR, PRIOR_COUNT, STEPS
 from v05.kernels.calibration.rules import Outputs
 from v05.kernels.calibration.triton_terms import (
     belief_of,
+    between_ends,
     look_ahead,
     mean_without,
     relative_likelihood,
@@ -20,36 +21,26 @@ from v05.kernels.device import on_device_of
 from v05.kernels.shrinkage.rules import Budget
 from v05.kernels.shrinkage.triton import load_groups, load_tile, scalar, shifted_sum
 
-BLOCK_GROUPS = 16
-WARPS = 2
-BLOCK_ROLLOUTS = 16
+BLOCK_GROUPS = 4
+BLOCK_ROLLOUTS = 8
+WARPS = 1  # tiles of groups by 8 that lie in one warp need no shared memory
 BLOCK_FIT = 512
 FIT_WARPS = 16
 COUNTS = ["groups", "k_init", "k_max"]
 
 
 @triton.jit
-def unit_groups(
-    rewards,
-    prior,
-    o_group,
-    m_group,
-    begin,
-    end,
-    low,
-    high,
-    two,
-    acc: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Sum of each group's rewards and its prior, both in [0, 1]."""
+def unit_sums(rewards, begin, end, low, high, near, acc: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of each group's rewards in [0, 1] as two-valued and as graded, and whether one is between the ends."""
+    solved = tl.zeros([BLOCK_G], acc)
     total = tl.zeros([BLOCK_G], acc)
+    between = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, tl.max(end - begin), BLOCK_K):
         _o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
-        total += tl.sum(tl.where(m_rollout, unit_reward(b_reward, low, high, two), 0), axis=1)
-    value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
-    return total, value, (value - low) / (high - low)
+        solved += tl.sum(tl.where(m_rollout, unit_reward(b_reward, low, high, True), 0).to(acc), axis=1)
+        total += tl.sum(tl.where(m_rollout, unit_reward(b_reward, low, high, False), 0), axis=1)
+        between |= tl.max((m_rollout & between_ends(b_reward, low, high, near)).to(tl.int32), axis=1)
+    return solved, total, between
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -57,39 +48,61 @@ def likelihood_kernel(
     rewards,
     offsets,
     prior,
-    graded,
-    table,
+    scratch,
     groups: tl.int64,
     low: tl.float64,
     high: tl.float64,
+    NEAR: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The likelihood of BLOCK_G groups under each component, the largest 1; 0 for a group without rewards."""
-    acc: tl.constexpr = table.dtype.element_ty
-    two = tl.load(graded) == 0
+    """Likelihoods of BLOCK_G groups under each component, as two-valued and as graded, and whether they are graded.
+
+    The largest of a group is 1; all are 0 for a group without rewards. They lie in scratch as buffers.py says.
+    """
+    acc: tl.constexpr = scratch.dtype.element_ty
     o_group, m_group, begin, end, _first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
-    bounds_low, bounds_high = scalar(low, acc), scalar(high, acc)
-    total, _value, centre = unit_groups(
-        rewards, prior, o_group, m_group, begin, end, bounds_low, bounds_high, two, acc, BLOCK_G, BLOCK_K
-    )
+    a, b, near = scalar(low, acc), scalar(high, acc), scalar((high - low) * NEAR, acc)
+    solved, total, between = unit_sums(rewards, begin, end, a, b, near, acc, BLOCK_G, BLOCK_K)
+    centre = (tl.load(prior + o_group, mask=m_group, other=0).to(acc) - a) / (b - a)
     count = end - begin
-    b_likelihood = relative_likelihood(total, count, centre, two, tl.max(count), acc)
-    b_likelihood = tl.where(count[:, None] > 0, b_likelihood, 0)
+    most = tl.max(count)
     o_component = tl.arange(0, 8)
     m_table = m_group[:, None] & (o_component < 7)[None, :]
-    tl.store(table + o_component[None, :] * groups + o_group[:, None], b_likelihood, mask=m_table)
+    o_table = o_component[None, :] * groups + o_group[:, None]
+    b_likelihood = relative_likelihood(solved, count, centre, True, most, acc)
+    tl.store(scratch + o_table, tl.where(count[:, None] > 0, b_likelihood, 0), mask=m_table)
+    b_likelihood = relative_likelihood(total, count, centre, False, most, acc)
+    tl.store(scratch + 7 * groups + o_table, tl.where(count[:, None] > 0, b_likelihood, 0), mask=m_table)
+    tl.store(scratch + 14 * groups + o_group, between.to(acc), mask=m_group)
 
 
 @triton.jit(do_not_specialize=["groups"])
 def fit_kernel(
-    table, state, weights, new_state, groups: tl.int64, COUNT: tl.constexpr, STEPS: tl.constexpr, BLOCK_F: tl.constexpr
+    scratch,
+    state,
+    new_state,
+    graded,
+    groups: tl.int64,
+    decay: tl.float64,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
-    """Expectation maximisation over all groups in one program, in a fixed order."""
-    acc: tl.constexpr = table.dtype.element_ty
+    """Whether any group is graded, and expectation maximisation over all, in one program and a fixed order."""
+    acc: tl.constexpr = scratch.dtype.element_ty
+    b_between = tl.zeros([BLOCK_F], acc)
+    for start in range(0, groups, BLOCK_F):
+        o_group = start + tl.arange(0, BLOCK_F)
+        b_between += tl.load(scratch + 14 * groups + o_group, mask=o_group < groups, other=0)
+    any_graded = tl.max(b_between, axis=0) > 0
+    tl.store(graded, any_graded)
+    table = scratch + any_graded.to(tl.int64) * 7 * groups
     o_component = tl.arange(0, 8)
     m_component = o_component < 7
-    b_state = tl.load(state + o_component, mask=m_component, other=0).to(acc)
+    b_state = tl.zeros([8], acc)
+    if state is not None:
+        b_state = tl.load(state + o_component, mask=m_component, other=0).to(acc) * scalar(decay, acc)
     b_start = tl.where(m_component, b_state + COUNT, 0)
     b_weight = b_start / tl.sum(b_start, axis=0)
     b_soft = tl.zeros([8], acc)
@@ -104,7 +117,7 @@ def fit_kernel(
             b_share += b_joint / tl.where(b_total > 0, b_total, 1)[:, None]
         b_soft = tl.sum(b_share, axis=0)
         b_weight = (b_soft + b_start) / tl.sum(b_soft + b_start, axis=0)
-    tl.store(weights + o_component, b_weight, mask=m_component)
+    tl.store(scratch + 15 * groups + o_component, b_weight, mask=m_component)
     tl.store(new_state + o_component, b_soft + b_state, mask=m_component)
 
 
@@ -113,14 +126,13 @@ def calibrated_kernel(
     rewards,
     offsets,
     prior,
-    graded,
-    table,
-    weights,
+    scratch,
     floats,
     integers,
     more,
     rollout_baseline,
     advantages,
+    graded,
     groups: tl.int64,
     low: tl.float64,
     high: tl.float64,
@@ -137,15 +149,20 @@ def calibrated_kernel(
     two = tl.load(graded) == 0
     o_group, m_group, begin, end, first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
     a, b = scalar(low, acc), scalar(high, acc)
-    total, value, centre = unit_groups(rewards, prior, o_group, m_group, begin, end, a, b, two, acc, BLOCK_G, BLOCK_K)
+    value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
+    centre = (value - a) / (b - a)
+    solved, total, _between = unit_sums(rewards, begin, end, a, b, 0, acc, BLOCK_G, BLOCK_K)
+    total = tl.where(two, solved, total)
     count = end - begin
     k = count.to(acc)
     width = b - a
     o_component = tl.arange(0, 8)
     m_component = o_component < 7
-    b_weight = tl.load(weights + o_component, mask=m_component, other=0)
     m_table = m_group[:, None] & m_component[None, :]
-    b_share = tl.load(table + o_component[None, :] * groups + o_group[:, None], mask=m_table, other=1)
+    o_table = o_component[None, :] * groups + o_group[:, None]
+    o_weight = 15 * groups + o_component[None, :] + 0 * o_group[:, None]
+    b_weight = tl.load(scratch + o_weight, mask=m_component[None, :], other=0)
+    b_share = tl.load(scratch + tl.where(two, 0, 7) * groups + o_table, mask=m_table, other=1)
     b_share = tl.where(count[:, None] > 0, b_share, 1)
     p, variance, trust = belief_of(b_share, b_weight, total, k, centre, two)
     strength, scale = look_ahead(p, variance, two)
@@ -171,18 +188,18 @@ def calibrated_kernel(
     if LEAVE_ONE_OUT or ADVANTAGES:
         most = tl.max(count)
         others = tl.maximum(count - 1, 0)
-        failed = baseline
-        solved = baseline
+        mu_failed = baseline
+        mu_solved = baseline
         if LEAVE_ONE_OUT and two:  # only two rewards can be left out
-            failed = a + width * mean_without(tl.minimum(total, others), others, centre, b_weight, two, most, acc)
-            solved = a + width * mean_without(tl.maximum(total - 1, 0), others, centre, b_weight, two, most, acc)
+            mu_failed = a + width * mean_without(tl.minimum(total, others), others, centre, b_weight, two, most, acc)
+            mu_solved = a + width * mean_without(tl.maximum(total - 1, 0), others, centre, b_weight, two, most, acc)
         for i in range(0, most):
             m_rollout = i < count
             reward = tl.load(rewards + begin + i, mask=m_rollout, other=0).to(acc)
             mu = baseline
             if LEAVE_ONE_OUT:
                 z = unit_reward(reward, a, b, two)
-                mu = tl.where(z > 0.5, solved, failed)
+                mu = tl.where(z > 0.5, mu_solved, mu_failed)
                 if two == 0:
                     mu = a + width * mean_without(total - z, others, centre, b_weight, two, most, acc)
                 tl.store(rollout_baseline + begin + i, mu, mask=m_rollout)
@@ -194,24 +211,26 @@ def calibrated(
     rewards: Tensor,
     offsets: Tensor,
     prior: Tensor,
-    graded: Tensor,
-    state: Tensor,
+    state: Tensor | None,
+    state_decay: float,
     budget: Budget,
     leave_one_out: bool,
     advantages: bool,
 ) -> Outputs:
-    """Same contract as the reference; three launches, no synchronisation."""
-    rewards, offsets, prior, state = (tensor.contiguous() for tensor in (rewards, offsets, prior, state))
+    """Same contract as the reference, but rewards may be of any of `segments.DTYPES`; three launches and nothing else
+    on the device, no synchronisation."""
+    rewards, offsets, prior = rewards.contiguous(), offsets.contiguous(), prior.contiguous()
+    state = None if state is None else state.contiguous()
     groups = prior.numel()
-    out = allocate(rewards, offsets, leave_one_out, advantages)
-    table, weights, *written, new_state = out
-    blocks = {"BLOCK_G": BLOCK_GROUPS, "BLOCK_K": BLOCK_ROLLOUTS}
+    out = allocate(rewards.numel(), prior, offsets, leave_one_out, advantages)
+    tiles = {"BLOCK_G": BLOCK_GROUPS, "BLOCK_K": BLOCK_ROLLOUTS, "num_warps": WARPS}
     grid = (triton.cdiv(groups, BLOCK_GROUPS),)
+    given = (rewards, offsets, prior, out.scratch)
     with on_device_of(rewards):
         if groups:
-            likelihood_kernel[grid](rewards, offsets, prior, graded, table, groups, budget.low, budget.high, **blocks)
+            likelihood_kernel[grid](*given, groups, budget.low, budget.high, NEAR=NEAR, **tiles)
         fit_kernel[(1,)](
-            *(table, state, weights, new_state, groups),
+            *(out.scratch, state, out.state, out.graded, groups, state_decay),
             COUNT=PRIOR_COUNT,
             STEPS=STEPS,
             BLOCK_F=BLOCK_FIT,
@@ -219,11 +238,11 @@ def calibrated(
         )
         if groups:
             calibrated_kernel[grid](
-                *(rewards, offsets, prior, graded, table, weights, *written, groups),
+                *(*given, out.floats, out.integers, out.more, out.rollout_baseline, out.advantages, out.graded),
+                groups,
                 *budget,
                 LEAVE_ONE_OUT=leave_one_out,
                 ADVANTAGES=advantages,
-                num_warps=WARPS,
-                **blocks,
+                **tiles,
             )
     return out.outputs

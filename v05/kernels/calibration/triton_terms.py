@@ -16,6 +16,12 @@ def unit_reward(reward, low, high, two):
 
 
 @triton.jit
+def between_ends(reward, low, high, near):
+    """Whether a reward is neither the smallest nor the largest possible. NaN is not."""
+    return (tl.abs(reward - low) > near) & (tl.abs(high - reward) > near)
+
+
+@triton.jit
 def components(centre, acc: tl.constexpr):
     """Strength `[1, 8]` and centre `[G, 8]` of every component; the eighth is none, and repeats the seventh."""
     o = tl.arange(0, 8)[None, :]
@@ -52,9 +58,12 @@ def relative_likelihood(total, count, centre, two, most, acc: tl.constexpr):
 
 @triton.jit
 def belief_of(b_likelihood, b_weight, total, k, centre, two):
-    """Mean and variance of the expected reward in [0, 1] and the trust in the group's own rewards, `[G]` each."""
+    """Mean and variance of the expected reward in [0, 1] and the trust in the group's own rewards, `[G]` each.
+
+    Likelihoods and weights are tiles `[G, 8]`.
+    """
     h, c = components(centre, b_likelihood.dtype)
-    b_share = b_likelihood * b_weight[None, :]
+    b_share = b_likelihood * b_weight
     b_share = b_share / tl.sum(b_share, axis=1)[:, None]
     b_strength = k[:, None] + h + tl.where(two, 0.0, 1.0)
     b_mean = (total[:, None] + (b_strength - k[:, None]) * c) / b_strength

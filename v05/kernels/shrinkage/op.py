@@ -139,7 +139,7 @@ def shrinkage(
     rewards, prior = segments.constant(rewards, rewards.dtype), segments.constant(prior, dtype)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
-        (*fused, soft), graded = calibrated(rewards.to(dtype), offsets, prior, budget, state, state_decay, *asked)
+        *fused, soft, graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
         return _named(fused, leave_one_out, advantages)._replace(state=soft, graded=graded)
     if state is not None:
         raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
