@@ -114,7 +114,7 @@ def test_token_logprob_backward(target, dtype, wide, gradients):
     assert_it_fits(target, compile_for(target, kernel, types, constants, wide, num_warps=token_logprob.BACKWARD_WARPS))
 
 
-POLICY = {"offsets": "*i64", "tokens": "i64", "sequences": "i64"} | dict.fromkeys(Numbers._fields, "fp64")
+POLICY = {"offsets": "*i64", "tokens": "i64", "sequences": "i64", "each": "i64"} | dict.fromkeys(Numbers._fields, "fp64")
 POLICY |= {"floor": POLICY.pop("sampler_floor"), "cap": POLICY.pop("sampler_cap")}
 
 
@@ -180,8 +180,6 @@ def test_policy_loss_sequences(target, dtype, level):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_policy_loss_share_and_finish(target, dtype):
     block = {"BLOCK_T": policy_loss.BLOCK}
-    kernel = triton_sequences.count_kernel
-    assert_it_fits(target, compile_for(target, kernel, policy_types(kernel, dtype), {}))
     kernel = triton_sequences.share_kernel
     assert_it_fits(
         target,

@@ -13,15 +13,20 @@ from torch import Tensor
 from v05.kernels.device import on_device_of
 from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
-from v05.kernels.policy_loss.triton_sequences import (
-    count_kernel,
-    load_kept,
-    sequence_kernel,
+from v05.kernels.policy_loss.triton_blocks import (
+    load_block,
+    places_of,
+    sequence_of,
     sequences_of,
-    share_kernel,
+    span_of,
+    store_block,
 )
+from v05.kernels.policy_loss.triton_sequences import sequence_kernel, sequences_kept, share_kernel
 from v05.kernels.policy_loss.triton_terms import (
+    CISPO,
+    CLIP_COV,
     KL_NONE,
+    PPO,
     SEQUENCE_MASK,
     SEQUENCE_TRUNCATE,
     TOKEN_MASK,
@@ -33,46 +38,31 @@ from v05.kernels.policy_loss.triton_terms import (
 )
 from v05.kernels.shrinkage.triton import scalar
 
-BLOCK = 1024
+BLOCK = 512
 WARPS = {4: 4, 8: 8}  # by the bytes of a number
+EACH, ENOUGH = 16, 1024  # blocks of a program at most, and programs below which it takes fewer
 SCALED = 4096
 
 
 @triton.jit
-def correction_of(
-    sequence_correction, sampler_logprobs, o_sequence, o_token, keep, old, bounds, CORRECTION: tl.constexpr
-):
+def correction_of(b_own, sequence_correction, b_near, keep, old, bounds, CORRECTION: tl.constexpr):
     """The sampler weight of each token: its own or its sequence's, 1 where nothing is corrected, 0 where masked."""
-    correction = tl.where(keep, 1.0, 0.0).to(old.dtype)
+    correction = old * 0 + 1
     if CORRECTION >= SEQUENCE_TRUNCATE:
-        correction = tl.load(sequence_correction + o_sequence, mask=keep, other=0)
+        correction = tl.load(sequence_correction + b_near)
     elif CORRECTION != UNCORRECTED:
-        z, _moves = log_ratio(old, load_kept(sampler_logprobs, o_token, keep))
-        own = sampler_weight(tl.exp(z), bounds[0], bounds[1], CORRECTION == TOKEN_MASK)
-        correction = tl.where(keep, own, 0)
-    return correction
+        z, _moves = log_ratio(old, b_own)
+        correction = sampler_weight(tl.exp(z), bounds[0], bounds[1], CORRECTION == TOKEN_MASK)
+    return tl.where(keep, correction, 0)
 
 
 @triton.jit
-def store_sums(partial, programs, value, keep, ratio, x, low, high, dual, kl, correction, chosen, MASKS: tl.constexpr):
-    """This program's sums, in the order of the loss and METRICS; sequences are counted elsewhere."""
-    acc: tl.constexpr = value.dtype
-    count = tl.sum(keep.to(acc), axis=0)
-    passed = tl.sum((correction != 0).to(acc), axis=0)
-    tl.store(partial, tl.sum(tl.where(keep, value, 0), axis=0))
-    tl.store(partial + programs, count)
-    tl.store(partial + 3 * programs, tl.sum(tl.where(keep, ratio, 0), axis=0))
-    tl.store(partial + 4 * programs, tl.sum(x, axis=0))
-    tl.store(partial + 5 * programs, tl.sum((keep & low).to(acc), axis=0))
-    tl.store(partial + 6 * programs, tl.sum((keep & high).to(acc), axis=0))
-    tl.store(partial + 7 * programs, tl.sum((keep & dual).to(acc), axis=0))
-    tl.store(partial + 8 * programs, tl.sum(tl.where(keep, kl, 0), axis=0))
-    tl.store(partial + 9 * programs, tl.sum(correction, axis=0))
-    tl.store(partial + 10 * programs, (count - passed) if MASKS else count * 0)
-    tl.store(partial + 11 * programs, tl.sum(chosen.to(acc), axis=0))
+def count(flags):
+    """How many of each row are set, exactly."""
+    return tl.sum(tl.where(flags, 1.0, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "each"])
 def token_kernel(
     logprobs,
     old_logprobs,
@@ -89,6 +79,7 @@ def token_kernel(
     partial,
     tokens: tl.int64,
     sequences: tl.int64,
+    each: tl.int64,
     clip_low: tl.float64,
     clip_high: tl.float64,
     dual_clip: tl.float64,
@@ -106,67 +97,119 @@ def token_kernel(
     SELECTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Loss terms and gradient of a block of tokens; by_ratio is kept apart where the ratio is the sequence's."""
+    """Loss terms and gradient of `each` blocks of tokens; by_ratio is kept apart where the ratio is the sequence's."""
     acc: tl.constexpr = gradient.dtype.element_ty
+    SEARCHES: tl.constexpr = not PER_TOKEN or LEVEL == 1 or CORRECTION >= SEQUENCE_TRUNCATE
+    CLIPS: tl.constexpr = SURROGATE == PPO or SURROGATE == CISPO or SURROGATE == CLIP_COV
+    MASKS: tl.constexpr = CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
-    o_token = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_token = o_token < tokens
-    weight = tl.load(weights + o_token, mask=m_token, other=0)
-    keep = weight != 0
-    logprob = load_kept(logprobs, o_token, keep)
-    old = load_kept(old_logprobs, o_token, keep)
-    o_advantage = o_token
-    o_sequence = o_token
-    if not PER_TOKEN or LEVEL == 1 or CORRECTION >= SEQUENCE_TRUNCATE:
-        o_sequence = sequences_of(offsets, o_token, m_token, program * BLOCK_T, tokens, sequences, BLOCK_T)
-        if not PER_TOKEN:
-            o_advantage = o_sequence
-    advantage = load_kept(advantages, o_advantage, keep)
-    x, moves = log_ratio(logprob, old)
-    if LEVEL == 1:
-        ratio = tl.load(sequence_ratio + o_sequence, mask=keep, other=1)
-    else:
-        ratio = tl.exp(x)
-    chosen = advantage != advantage
-    if SELECTS:
-        chosen = keep & (tl.load(selected + o_token, mask=keep, other=0) != 0)
-    value, slope, direct, low, high, dual = surrogate_term(
-        logprob,
-        x,
-        moves,
-        ratio,
-        advantage,
-        chosen,
+    begin = program * each * BLOCK_T
+    end = tl.minimum(begin + each * BLOCK_T, tokens)
+    o_place = places_of(gradient, BLOCK_T)
+    numbers = (
         scalar(clip_low, acc),
         scalar(clip_high, acc),
         scalar(dual_clip, acc),
         scalar(tau_pos, acc),
         scalar(tau_neg, acc),
         scalar(covariance_coef, acc),
-        SURROGATE,
     )
     bounds = (scalar(floor, acc), scalar(cap, acc))
-    correction = correction_of(
-        sequence_correction, sampler_logprobs, o_sequence, o_token, keep, old, bounds, CORRECTION
-    )
-    scale = weight * correction
-    total = scale * value
-    direct, slope = scale * direct, scale * slope
-    kl = value * 0
-    if KL != KL_NONE:
-        kl, kl_slope = kl_term(logprob, load_kept(ref_logprobs, o_token, keep), KL)
-        total += weight * scalar(kl_coef, acc) * kl
-        direct += weight * scalar(kl_coef, acc) * kl_slope
-    if LEVEL == 1:
-        tl.store(by_ratio + o_token, slope, mask=m_token)
-    else:
-        direct += moves * slope
-    tl.store(gradient + o_token, tl.where(keep, direct, 0), mask=m_token)
-
-    masks: tl.constexpr = CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK
+    b_loss = tl.zeros([o_place.shape[0]], acc)
+    b_ratio = b_loss
+    b_x = b_loss
+    b_kl = b_loss
+    b_correction = b_loss
+    b_kept = b_loss.to(tl.float32)
+    b_low = b_kept
+    b_high = b_kept
+    b_dual = b_kept
+    b_passed = b_kept
+    b_chosen = b_kept
+    last = begin * 0
+    edge = begin
+    if SEARCHES:
+        last = sequence_of(offsets, begin, last, sequences - 1)
+    whole = begin + (end - begin) // BLOCK_T * BLOCK_T
+    for RAGGED in tl.static_range(2):  # the whole blocks, then what is left of one
+        for start in range(whole if RAGGED else begin, end if RAGGED else whole, BLOCK_T):
+            left = (end - start).to(tl.int32) if RAGGED else BLOCK_T
+            weight = load_block(weights + start, o_place, left, RAGGED)
+            logprob = load_block(logprobs + start, o_place, left, RAGGED)
+            old = load_block(old_logprobs + start, o_place, left, RAGGED)
+            keep = weight != 0
+            b_kept += count(keep)
+            logprob = tl.where(keep, logprob, 0)
+            old = tl.where(keep, old, 0)
+            first = last
+            b_near = o_place
+            if SEARCHES:
+                if start + left > edge:
+                    first, last = span_of(offsets, sequences, start, start + left, last)
+                    edge = tl.load(offsets + last + 1)
+                b_near = sequences_of(offsets, start, o_place, keep, first, last)
+            if PER_TOKEN:
+                advantage = load_block(advantages + start, o_place, left, RAGGED)
+            else:
+                advantage = tl.load(advantages + first + b_near)
+            advantage = tl.where(keep, advantage, 0)
+            x, moves = log_ratio(logprob, old)
+            b_x += tl.sum(x, axis=1)
+            if LEVEL == 1:
+                ratio = tl.where(keep, tl.load(sequence_ratio + first + b_near), 1)
+            else:
+                ratio = tl.exp(x)
+            b_ratio += tl.sum(tl.where(keep, ratio, 0), axis=1)
+            chosen = keep
+            if SELECTS:
+                chosen = keep & (load_block(selected + start, o_place, left, RAGGED) != 0)
+                b_chosen += count(chosen)
+            value, slope, direct, low, high, dual = surrogate_term(
+                logprob, x, moves, ratio, advantage, chosen, numbers, SURROGATE
+            )
+            if CLIPS:
+                b_low += count(low)
+                b_high += count(high)
+            if SURROGATE == PPO:
+                b_dual += count(dual)
+            scale = weight
+            if CORRECTION != UNCORRECTED:
+                b_own = old
+                if CORRECTION < SEQUENCE_TRUNCATE:
+                    b_own = tl.where(keep, load_block(sampler_logprobs + start, o_place, left, RAGGED), 0)
+                correction = correction_of(b_own, sequence_correction + first, b_near, keep, old, bounds, CORRECTION)
+                scale = weight * correction
+                b_correction += tl.sum(correction, axis=1)
+                b_passed += count(correction != 0)
+            total = scale * value
+            if LEVEL == 1:
+                store_block(by_ratio + start, scale * slope, o_place, left, RAGGED)
+            else:
+                direct += moves * slope
+            direct *= scale
+            if KL != KL_NONE:
+                ref = tl.where(keep, load_block(ref_logprobs + start, o_place, left, RAGGED), 0)
+                kl, kl_slope = kl_term(logprob, ref, KL)
+                total += weight * scalar(kl_coef, acc) * kl
+                direct += weight * scalar(kl_coef, acc) * kl_slope
+                b_kl += tl.sum(kl, axis=1)
+            b_loss += tl.sum(total, axis=1)
+            store_block(gradient + start, direct, o_place, left, RAGGED)
     partial += program
-    store_sums(partial, programs, total, keep, ratio, x, low, high, dual, kl, correction, chosen, masks)
+    kept = tl.sum(b_kept, axis=0).to(acc)
+    tl.store(partial, tl.sum(b_loss, axis=0))
+    tl.store(partial + programs, kept)
+    tl.store(partial + 2 * programs, sequences_kept(weights, offsets, sequences).to(acc))
+    tl.store(partial + 3 * programs, tl.sum(b_ratio, axis=0))
+    tl.store(partial + 4 * programs, tl.sum(b_x, axis=0))
+    tl.store(partial + 5 * programs, tl.sum(b_low, axis=0).to(acc))
+    tl.store(partial + 6 * programs, tl.sum(b_high, axis=0).to(acc))
+    tl.store(partial + 7 * programs, tl.sum(b_dual, axis=0).to(acc))
+    tl.store(partial + 8 * programs, tl.sum(b_kl, axis=0))
+    tl.store(partial + 9 * programs, tl.sum(b_correction, axis=0) if CORRECTION != UNCORRECTED else kept)
+    tl.store(partial + 10 * programs, kept - tl.sum(b_passed, axis=0).to(acc) if MASKS else kept * 0)
+    tl.store(partial + 11 * programs, tl.sum(b_chosen, axis=0).to(acc))
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -211,7 +254,9 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     if tokens == 0:
         return logprobs.new_zeros(()), logprobs.new_empty(0), logprobs.new_zeros(FIELDS - 1)
     loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))
-    programs = triton.cdiv(tokens, BLOCK)
+    blocks = triton.cdiv(tokens, BLOCK)
+    each = min(EACH, triton.cdiv(blocks, ENOUGH))
+    programs = triton.cdiv(blocks, each)
     scratch = make_scratch(logprobs, sequences, kinds, programs)
     partial, kept, ratio, correction, by_ratio = scratch
     warps = WARPS[logprobs.element_size()]
@@ -220,10 +265,9 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
         if whole_sequences(kinds):
             bounds_of = (by.sampler_floor, by.sampler_cap)
             sequence_kernel[(sequences,)](p, o, w, v, bounds, kept, ratio, correction, *bounds_of, **shared)
-        count_kernel[(programs,)](w, bounds, partial, sequences)
         state = (ratio, correction, gradient, by_ratio, partial)
         token_kernel[(programs,)](
-            *(p, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, *by),
+            *(p, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, each, *by),
             SURROGATE=kinds.surrogate,
             KL=kinds.kl,
             PER_TOKEN=given.per_token,

@@ -31,8 +31,12 @@ BOUND = tl.constexpr(LOG_RATIO_BOUND)
 
 @triton.jit
 def clamped(x, low, high):
-    """x between two bounds; NaN stays NaN, which a minimum would drop on a GPU."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
+    """x between two bounds; NaN stays NaN, which a minimum drops on a GPU unless told, and in float64 cannot be told."""
+    if x.dtype == tl.float64:
+        x = tl.where(x < low, low, tl.where(x > high, high, x))
+    else:
+        x = tl.minimum(tl.maximum(x, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
@@ -78,20 +82,16 @@ def surrogate_term(
     ratio,
     advantage,
     selected,
-    clip_low,
-    clip_high,
-    dual_clip,
-    tau_pos,
-    tau_neg,
-    covariance_coef,
+    numbers,
     SURROGATE: tl.constexpr,
 ):
     """A token's loss before its weight, its derivatives by log ratio and by log-prob, and which bound held it back."""
-    zero = advantage * 0
+    clip_low, clip_high, dual_clip, tau_pos, tau_neg, covariance_coef = numbers
+    zero = tl.zeros_like(advantage)
     value = -advantage * logprob  # gpg
     by_ratio = zero
     by_logprob = -advantage
-    low = advantage != advantage
+    low = tl.zeros_like(selected)
     high = low
     dual = low
     if SURROGATE == PPO or SURROGATE == CLIP_COV:
@@ -100,7 +100,7 @@ def surrogate_term(
     if SURROGATE == CLIP_COV:
         value = tl.where(selected, 0, value)
         by_ratio = tl.where(selected, 0, by_ratio)
-        dual = advantage != advantage
+        dual = tl.zeros_like(selected)
     if SURROGATE == CISPO:
         by_logprob = -advantage * clamped(ratio, 1 - clip_low, 1 + clip_high)
         value = by_logprob * logprob
