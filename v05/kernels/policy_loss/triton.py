@@ -95,6 +95,7 @@ def token_kernel(
     CORRECTION: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     SELECTS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Loss terms and gradient of `each` blocks of tokens; by_ratio is kept apart where the ratio is the sequence's."""
@@ -106,7 +107,7 @@ def token_kernel(
     programs = tl.num_programs(0).to(tl.int64)
     begin = program * each * BLOCK_T
     end = tl.minimum(begin + each * BLOCK_T, tokens)
-    o_place = places_of(gradient, BLOCK_T)
+    o_place = places_of(gradient, WIDE, BLOCK_T)
     numbers = (
         scalar(clip_low, acc),
         scalar(clip_high, acc),
@@ -246,6 +247,11 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
+def aligned(*arrays: Tensor) -> bool:
+    """Whether all begin at a multiple of 16 bytes."""
+    return all(values.data_ptr() % 16 == 0 for values in arrays)
+
+
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as the CPU backend; three launches, up to two more for options on sequences, without waiting."""
     given = given.contiguous()
@@ -272,6 +278,7 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             KL=kinds.kl,
             PER_TOKEN=given.per_token,
             SELECTS=chosen is not None,
+            WIDE=aligned(p, o, w),
             **shared,
         )
         if kinds.level == 1:

@@ -10,10 +10,17 @@ IN_TURN = tl.constexpr(16)  # sequences of a block that are gone through in turn
 
 
 @triton.jit
-def places_of(like, BLOCK_T: tl.constexpr):
-    """The places 0 to BLOCK_T of a block, in rows of 16 bytes of one thread."""
+def places_of(like, WIDE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The places 0 to BLOCK_T of a block, a row a thread: neighbours of 16 bytes if wide, and else far apart."""
     LANE: tl.constexpr = 128 // like.dtype.element_ty.primitive_bitwidth
-    return tl.arange(0, BLOCK_T // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    ROWS: tl.constexpr = BLOCK_T // LANE
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_lane = tl.arange(0, LANE)[None, :]
+    if WIDE:
+        o_place = o_row * LANE + o_lane
+    else:
+        o_place = o_row + o_lane * ROWS
+    return o_place
 
 
 @triton.jit
