@@ -6,12 +6,13 @@ sampler weight for the sequence) give each sequence a program of its own.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from v05.kernels.device import on_device_of
-from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
+from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Inputs, Kinds, Kl, Numbers
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
 from v05.kernels.policy_loss.triton_blocks import (
     load_block,
@@ -31,29 +32,18 @@ from v05.kernels.policy_loss.triton_terms import (
     SEQUENCE_TRUNCATE,
     TOKEN_MASK,
     UNCORRECTED,
+    correction_of,
     kl_term,
     log_ratio,
-    sampler_weight,
     surrogate_term,
 )
 from v05.kernels.shrinkage.triton import scalar
 
 BLOCK = 512
+BLOCK_SEQUENCE = 1024  # of one sequence, and of the partial sums
 WARPS = {4: 4, 8: 8}  # by the bytes of a number
 EACH, ENOUGH = 16, 1024  # blocks of a program at most, and programs below which it takes fewer
 SCALED = 4096
-
-
-@triton.jit
-def correction_of(b_own, sequence_correction, b_near, keep, old, bounds, CORRECTION: tl.constexpr):
-    """The sampler weight of each token: its own or its sequence's, 1 where nothing is corrected, 0 where masked."""
-    correction = old * 0 + 1
-    if CORRECTION >= SEQUENCE_TRUNCATE:
-        correction = tl.load(sequence_correction + b_near)
-    elif CORRECTION != UNCORRECTED:
-        z, _moves = log_ratio(old, b_own)
-        correction = sampler_weight(tl.exp(z), bounds[0], bounds[1], CORRECTION == TOKEN_MASK)
-    return tl.where(keep, correction, 0)
 
 
 @triton.jit
@@ -232,10 +222,14 @@ def scale_kernel(values, factor, length: tl.int64, BLOCK_T: tl.constexpr):
     """Multiplies in place, where the factor is not 1."""
     by = tl.load(factor)
     if by != 1:
-        o_value = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_value = o_value < length
-        b_value = tl.load(values + o_value, mask=m_value, other=0).to(factor.dtype.element_ty) * by
-        tl.store(values + o_value, b_value.to(values.dtype.element_ty), mask=m_value)
+        start = tl.program_id(0).to(tl.int64) * BLOCK_T
+        left = tl.minimum(length - start, BLOCK_T).to(tl.int32)
+        o_place = tl.arange(0, BLOCK_T)
+        values += start
+        if left == BLOCK_T:
+            store_block(values, load_block(values, o_place, left, False) * by, o_place, left, False)
+        else:
+            store_block(values, load_block(values, o_place, left, True) * by, o_place, left, True)
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -252,8 +246,17 @@ def aligned(*arrays: Tensor) -> bool:
     return all(values.data_ptr() % 16 == 0 for values in arrays)
 
 
+def registers(kinds: Kinds, wide: bool) -> dict[str, int]:
+    """The compiler's option for the registers of a thread of the pass over tokens, where it has one: what is plain fits
+    eight programs on a multiprocessor. Left alone, it spills one or two registers to fit one program more."""
+    if torch.version.hip:
+        return {}
+    plain = wide and kinds.level == 0 and kinds.kl == Kl.NONE and kinds.correction == Correction.NONE
+    return {"maxnreg": 64 if plain and kinds.surrogate not in BY_COVARIANCE else 128}
+
+
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; three launches, up to two more for options on sequences, without waiting."""
+    """Same contract as the CPU backend; two launches, up to two more for options on sequences, without waiting."""
     given = given.contiguous()
     p, o, a, w, bounds, q, v, chosen = given
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
@@ -266,11 +269,17 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     scratch = make_scratch(logprobs, sequences, kinds, programs)
     partial, kept, ratio, correction, by_ratio = scratch
     warps = WARPS[logprobs.element_size()]
-    shared = {"LEVEL": kinds.level, "CORRECTION": kinds.correction, "BLOCK_T": BLOCK, "num_warps": warps}
+    wide = aligned(p, o, w)
+    by_sequence = {"BLOCK_T": BLOCK_SEQUENCE, "num_warps": warps}
     with on_device_of(logprobs):
         if whole_sequences(kinds):
             bounds_of = (by.sampler_floor, by.sampler_cap)
-            sequence_kernel[(sequences,)](p, o, w, v, bounds, kept, ratio, correction, *bounds_of, **shared)
+            sequence_kernel[(sequences,)](
+                *(p, o, w, v, bounds, kept, ratio, correction, *bounds_of),
+                LEVEL=kinds.level,
+                CORRECTION=kinds.correction,
+                **by_sequence,
+            )
         state = (ratio, correction, gradient, by_ratio, partial)
         token_kernel[(programs,)](
             *(p, o, a, w, bounds, q, v, chosen, *state, tokens, sequences, each, *by),
@@ -278,10 +287,14 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             KL=kinds.kl,
             PER_TOKEN=given.per_token,
             SELECTS=chosen is not None,
-            WIDE=aligned(p, o, w),
-            **shared,
+            WIDE=wide,
+            LEVEL=kinds.level,
+            CORRECTION=kinds.correction,
+            BLOCK_T=BLOCK,
+            num_warps=warps,
+            **registers(kinds, wide),
         )
         if kinds.level == 1:
-            share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, BLOCK_T=BLOCK, num_warps=warps)
-        finish_kernel[(FIELDS,)](partial, loss, metrics, programs, BLOCK_P=BLOCK)
+            share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, **by_sequence)
+        finish_kernel[(FIELDS,)](partial, loss, metrics, programs, BLOCK_P=BLOCK_SEQUENCE)
     return loss, gradient, metrics

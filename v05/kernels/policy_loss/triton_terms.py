@@ -31,7 +31,7 @@ BOUND = tl.constexpr(LOG_RATIO_BOUND)
 
 @triton.jit
 def clamped(x, low, high):
-    """x between two bounds; NaN stays NaN, which a minimum drops on a GPU unless told, and in float64 cannot be told."""
+    """x between two bounds; NaN stays NaN, which a GPU's minimum drops unless told; in float64 there is no telling it."""
     if x.dtype == tl.float64:
         x = tl.where(x < low, low, tl.where(x > high, high, x))
     else:
@@ -55,6 +55,18 @@ def sampler_weight(ratio, floor, cap, MASKS: tl.constexpr):
     else:
         weight = tl.where(ratio > cap, cap, ratio)
     return weight
+
+
+@triton.jit
+def correction_of(b_own, sequence_correction, b_near, keep, old, bounds, CORRECTION: tl.constexpr):
+    """The sampler weight of each token: its own or its sequence's, 1 where nothing is corrected, 0 where masked."""
+    correction = old * 0 + 1
+    if CORRECTION >= SEQUENCE_TRUNCATE:
+        correction = tl.load(sequence_correction + b_near)
+    elif CORRECTION != UNCORRECTED:
+        z, _moves = log_ratio(old, b_own)
+        correction = sampler_weight(tl.exp(z), bounds[0], bounds[1], CORRECTION == TOKEN_MASK)
+    return tl.where(keep, correction, 0)
 
 
 @triton.jit
