@@ -16,6 +16,7 @@ from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Inputs, K
 from v05.kernels.policy_loss.scratch import FIELDS, make_scratch, whole_sequences
 from v05.kernels.policy_loss.triton_blocks import (
     load_block,
+    load_kept,
     places_of,
     sequence_of,
     sequences_of,
@@ -24,18 +25,12 @@ from v05.kernels.policy_loss.triton_blocks import (
 )
 from v05.kernels.policy_loss.triton_sequences import sequence_kernel, sequences_kept, share_kernel
 from v05.kernels.policy_loss.triton_terms import (
-    CISPO,
-    CLIP_COV,
     KL_NONE,
-    PPO,
     SEQUENCE_MASK,
     SEQUENCE_TRUNCATE,
     TOKEN_MASK,
     UNCORRECTED,
-    correction_of,
-    kl_term,
-    log_ratio,
-    surrogate_term,
+    add_terms,
 )
 from v05.kernels.shrinkage.triton import scalar
 
@@ -47,9 +42,31 @@ SCALED = 4096
 
 
 @triton.jit
-def count(flags):
-    """How many of each row are set, exactly."""
-    return tl.sum(tl.where(flags, 1.0, 0.0), axis=1)
+def store_sums(partial, sums, sequences_with_any, CORRECTION: tl.constexpr):
+    """This program's sums, in the order of the loss and METRICS."""
+    b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen = sums
+    acc: tl.constexpr = b_loss.dtype
+    programs = tl.num_programs(0).to(tl.int64)
+    partial += tl.program_id(0)
+    kept = tl.sum(b_kept, axis=0).to(acc)
+    masked = kept * 0
+    correction = kept
+    if CORRECTION != UNCORRECTED:
+        correction = tl.sum(b_correction, axis=0)
+        if CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK:
+            masked = kept - tl.sum(b_passed, axis=0).to(acc)
+    tl.store(partial, tl.sum(b_loss, axis=0))
+    tl.store(partial + programs, kept)
+    tl.store(partial + 2 * programs, sequences_with_any)
+    tl.store(partial + 3 * programs, tl.sum(b_ratio, axis=0))
+    tl.store(partial + 4 * programs, tl.sum(b_x, axis=0))
+    tl.store(partial + 5 * programs, tl.sum(b_low, axis=0).to(acc))
+    tl.store(partial + 6 * programs, tl.sum(b_high, axis=0).to(acc))
+    tl.store(partial + 7 * programs, tl.sum(b_dual, axis=0).to(acc))
+    tl.store(partial + 8 * programs, tl.sum(b_kl, axis=0))
+    tl.store(partial + 9 * programs, correction)
+    tl.store(partial + 10 * programs, masked)
+    tl.store(partial + 11 * programs, tl.sum(b_chosen, axis=0).to(acc))
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "each"])
@@ -91,33 +108,15 @@ def token_kernel(
     """Loss terms and gradient of `each` blocks of tokens; by_ratio is kept apart where the ratio is the sequence's."""
     acc: tl.constexpr = gradient.dtype.element_ty
     SEARCHES: tl.constexpr = not PER_TOKEN or LEVEL == 1 or CORRECTION >= SEQUENCE_TRUNCATE
-    CLIPS: tl.constexpr = SURROGATE == PPO or SURROGATE == CISPO or SURROGATE == CLIP_COV
-    MASKS: tl.constexpr = CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
-    begin = program * each * BLOCK_T
+    begin = tl.program_id(0).to(tl.int64) * each * BLOCK_T
     end = tl.minimum(begin + each * BLOCK_T, tokens)
     o_place = places_of(gradient, WIDE, BLOCK_T)
-    numbers = (
-        scalar(clip_low, acc),
-        scalar(clip_high, acc),
-        scalar(dual_clip, acc),
-        scalar(tau_pos, acc),
-        scalar(tau_neg, acc),
-        scalar(covariance_coef, acc),
-    )
-    bounds = (scalar(floor, acc), scalar(cap, acc))
-    b_loss = tl.zeros([o_place.shape[0]], acc)
-    b_ratio = b_loss
-    b_x = b_loss
-    b_kl = b_loss
-    b_correction = b_loss
-    b_kept = b_loss.to(tl.float32)
-    b_low = b_kept
-    b_high = b_kept
-    b_dual = b_kept
-    b_passed = b_kept
-    b_chosen = b_kept
+    clips = (scalar(clip_low, acc), scalar(clip_high, acc), scalar(dual_clip, acc))
+    taus = (scalar(tau_pos, acc), scalar(tau_neg, acc))
+    numbers = (clips, taus, scalar(covariance_coef, acc), scalar(kl_coef, acc), scalar(floor, acc), scalar(cap, acc))
+    zero = tl.zeros([o_place.shape[0]], acc)
+    none = tl.zeros([o_place.shape[0]], tl.float32)
+    sums = (zero, zero, zero, zero, zero, none, none, none, none, none, none)
     last = begin * 0
     edge = begin
     if SEARCHES:
@@ -127,12 +126,9 @@ def token_kernel(
         for start in range(whole if RAGGED else begin, end if RAGGED else whole, BLOCK_T):
             left = (end - start).to(tl.int32) if RAGGED else BLOCK_T
             weight = load_block(weights + start, o_place, left, RAGGED)
-            logprob = load_block(logprobs + start, o_place, left, RAGGED)
-            old = load_block(old_logprobs + start, o_place, left, RAGGED)
             keep = weight != 0
-            b_kept += count(keep)
-            logprob = tl.where(keep, logprob, 0)
-            old = tl.where(keep, old, 0)
+            logprob = load_kept(logprobs + start, o_place, left, keep, RAGGED)
+            old = load_kept(old_logprobs + start, o_place, left, keep, RAGGED)
             first = last
             b_near = o_place
             if SEARCHES:
@@ -141,66 +137,29 @@ def token_kernel(
                     edge = tl.load(offsets + last + 1)
                 b_near = sequences_of(offsets, start, o_place, keep, first, last)
             if PER_TOKEN:
-                advantage = load_block(advantages + start, o_place, left, RAGGED)
+                advantage = load_kept(advantages + start, o_place, left, keep, RAGGED)
             else:
-                advantage = tl.load(advantages + first + b_near)
-            advantage = tl.where(keep, advantage, 0)
-            x, moves = log_ratio(logprob, old)
-            b_x += tl.sum(x, axis=1)
+                advantage = tl.where(keep, tl.load(advantages + first + b_near), 0)
+            ratio = logprob
             if LEVEL == 1:
                 ratio = tl.where(keep, tl.load(sequence_ratio + first + b_near), 1)
-            else:
-                ratio = tl.exp(x)
-            b_ratio += tl.sum(tl.where(keep, ratio, 0), axis=1)
             chosen = keep
             if SELECTS:
                 chosen = keep & (load_block(selected + start, o_place, left, RAGGED) != 0)
-                b_chosen += count(chosen)
-            value, slope, direct, low, high, dual = surrogate_term(
-                logprob, x, moves, ratio, advantage, chosen, numbers, SURROGATE
-            )
-            if CLIPS:
-                b_low += count(low)
-                b_high += count(high)
-            if SURROGATE == PPO:
-                b_dual += count(dual)
-            scale = weight
-            if CORRECTION != UNCORRECTED:
-                b_own = old
-                if CORRECTION < SEQUENCE_TRUNCATE:
-                    b_own = tl.where(keep, load_block(sampler_logprobs + start, o_place, left, RAGGED), 0)
-                correction = correction_of(b_own, sequence_correction + first, b_near, keep, old, bounds, CORRECTION)
-                scale = weight * correction
-                b_correction += tl.sum(correction, axis=1)
-                b_passed += count(correction != 0)
-            total = scale * value
-            if LEVEL == 1:
-                store_block(by_ratio + start, scale * slope, o_place, left, RAGGED)
-            else:
-                direct += moves * slope
-            direct *= scale
+            correction = logprob
+            if CORRECTION >= SEQUENCE_TRUNCATE:
+                correction = tl.where(keep, tl.load(sequence_correction + first + b_near), 0)
+            elif CORRECTION != UNCORRECTED:
+                correction = load_kept(sampler_logprobs + start, o_place, left, keep, RAGGED)
+            ref = logprob
             if KL != KL_NONE:
-                ref = tl.where(keep, load_block(ref_logprobs + start, o_place, left, RAGGED), 0)
-                kl, kl_slope = kl_term(logprob, ref, KL)
-                total += weight * scalar(kl_coef, acc) * kl
-                direct += weight * scalar(kl_coef, acc) * kl_slope
-                b_kl += tl.sum(kl, axis=1)
-            b_loss += tl.sum(total, axis=1)
+                ref = load_kept(ref_logprobs + start, o_place, left, keep, RAGGED)
+            given = (weight, keep, logprob, old, advantage, ratio, chosen, correction, ref)
+            direct, slope, sums = add_terms(given, numbers, sums, SURROGATE, LEVEL, KL, CORRECTION, SELECTS)
+            if LEVEL == 1:
+                store_block(by_ratio + start, slope, o_place, left, RAGGED)
             store_block(gradient + start, direct, o_place, left, RAGGED)
-    partial += program
-    kept = tl.sum(b_kept, axis=0).to(acc)
-    tl.store(partial, tl.sum(b_loss, axis=0))
-    tl.store(partial + programs, kept)
-    tl.store(partial + 2 * programs, sequences_kept(weights, offsets, sequences).to(acc))
-    tl.store(partial + 3 * programs, tl.sum(b_ratio, axis=0))
-    tl.store(partial + 4 * programs, tl.sum(b_x, axis=0))
-    tl.store(partial + 5 * programs, tl.sum(b_low, axis=0).to(acc))
-    tl.store(partial + 6 * programs, tl.sum(b_high, axis=0).to(acc))
-    tl.store(partial + 7 * programs, tl.sum(b_dual, axis=0).to(acc))
-    tl.store(partial + 8 * programs, tl.sum(b_kl, axis=0))
-    tl.store(partial + 9 * programs, tl.sum(b_correction, axis=0) if CORRECTION != UNCORRECTED else kept)
-    tl.store(partial + 10 * programs, kept - tl.sum(b_passed, axis=0).to(acc) if MASKS else kept * 0)
-    tl.store(partial + 11 * programs, tl.sum(b_chosen, axis=0).to(acc))
+    store_sums(partial, sums, sequences_kept(weights, offsets, sequences).to(acc), CORRECTION)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -34,6 +34,12 @@ def load_block(values, o_place, left, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def load_kept(values, o_place, left, keep, RAGGED: tl.constexpr):
+    """A block with 0 for masked tokens: what these hold is read, together with the rest, but never used."""
+    return tl.where(keep, load_block(values, o_place, left, RAGGED), 0)
+
+
+@triton.jit
 def store_block(values, b_value, o_place, left, RAGGED: tl.constexpr):
     """Stores a block, of a ragged one the first `left` values."""
     if RAGGED:
