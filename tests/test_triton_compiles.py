@@ -139,8 +139,9 @@ def compile_policy(target, dtype, surrogate, level, kl, correction, per_token=Fa
     kernel = policy_loss.token_kernel
     types = policy_types(kernel, dtype, **absent)
     aligned = tuple(name for name, kind in types.items() if kind.startswith("*") and wide)
-    options = {} if target == "gfx942" else policy_loss.registers(kinds, wide)
-    options["num_warps"] = policy_loss.WARPS[int(dtype[2:]) // 8]
+    size = int(dtype[2:]) // 8
+    options = {} if target == "gfx942" else policy_loss.registers(kinds, wide, size)
+    options["num_warps"] = policy_loss.WARPS[size]
     resources = compile_for(target, kernel, types, constants | absent | {"WIDE": wide}, aligned, **options)
     assert_it_fits(target, resources)
     return resources

@@ -205,13 +205,14 @@ def aligned(*arrays: Tensor) -> bool:
     return all(values.data_ptr() % 16 == 0 for values in arrays)
 
 
-def registers(kinds: Kinds, wide: bool) -> dict[str, int]:
+def registers(kinds: Kinds, wide: bool, size: int) -> dict[str, int]:
     """The compiler's option for the registers of a thread of the pass over tokens, where it has one: what is plain fits
     eight programs on a multiprocessor. Left alone, it spills one or two registers to fit one program more."""
     if torch.version.hip:
         return {}
     plain = wide and kinds.level == 0 and kinds.kl == Kl.NONE and kinds.correction == Correction.NONE
-    return {"maxnreg": 64 if plain and kinds.surrogate not in BY_COVARIANCE else 128}
+    most = 64 if plain and kinds.surrogate not in BY_COVARIANCE else 128
+    return {"maxnreg": most if size == 4 else 168}
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +252,7 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             CORRECTION=kinds.correction,
             BLOCK_T=BLOCK,
             num_warps=warps,
-            **registers(kinds, wide),
+            **registers(kinds, wide, logprobs.element_size()),
         )
         if kinds.level == 1:
             share_kernel[(sequences,)](p, o, w, bounds, kept, by_ratio, gradient, **by_sequence)

@@ -86,7 +86,9 @@ def surrogate_term(
     SURROGATE: tl.constexpr,
 ):
     """A token's loss before its weight, its derivatives by log ratio and by log-prob, and which bound held it back."""
-    (clip_low, clip_high, dual_clip), (tau_pos, tau_neg), covariance_coef, _kl_coef, _floor, _cap = numbers
+    clips, taus, covariance_coef, _kl_coef, _floor, _cap = numbers
+    clip_low, clip_high, dual_clip = clips
+    tau_pos, tau_neg = taus
     zero = tl.zeros_like(advantage)
     value = -advantage * logprob  # gpg
     by_ratio = zero
