@@ -1,7 +1,7 @@
 """Policy losses in Triton: one pass over the tokens stores the gradient; partial sums are added up in a fixed order.
 
-By token, a program takes a few blocks of tokens in turn and looks their sequences up. Options on whole sequences (a ratio or a
-sampler weight for the sequence) give each sequence a program of its own.
+By token, a program takes a few blocks of tokens in turn and looks their sequences up. Options on whole sequences (a
+ratio or a sampler weight for the sequence) give each sequence a program of its own.
 """
 
 from __future__ import annotations
