@@ -21,11 +21,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Resources(NamedTuple):
-    """Of one compiled kernel: registers a thread (0 where not told), bytes spilled a thread, bytes of shared memory."""
+    """Of one compiled kernel: registers a thread (0 where not told), bytes spilled a thread, bytes of shared memory,
+    and the PTX, if any."""
 
     registers: int
     spilled: int
     shared: int
+    ptx: str = ""
 
 
 def signature_of(kernel, types: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
@@ -68,7 +70,7 @@ def compile_for(
         dump = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Resources(registers, stack + local, compiled.metadata.shared)
+    return Resources(registers, stack + local, compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def assert_it_fits(target: str, resources: Resources) -> None:

@@ -41,12 +41,30 @@ def test_dtypes(backend, dtype, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("tokens", [1, 255, 256, 1024, 2048, 2049])
+@pytest.mark.parametrize("tokens", [1, 255, 256, 511, 512, 513, 1024, 2048, 2049, 8192, 8195])
 def test_blocks_that_end_anywhere(backend, level, tokens):
     data = tokens_of(tokens, 1, seed=tokens)
     compare(run_policy_loss, backend, data, level=level)
     one = tokens_of(1, tokens, seed=3)
     compare(run_policy_loss, backend, one, level=level, correction="sequence_mask")
+
+
+@pytest.mark.parametrize("tokens", [511, 512, 513, 515, 1027])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", LEVELS)
+def test_views_that_begin_anywhere(backend, level, dtype, tokens):
+    """Arrays that are not at a multiple of 16 bytes, each at its own place, have the values of those that are."""
+    data = tokens_of(tokens, 1, dtype, seed=tokens)
+    per_token = data._replace(advantages=torch.linspace(-2, 2, len(data.logprobs), dtype=dtype, device=DEVICE))
+    for given in (data, per_token, tokens_of(1, tokens, dtype, seed=4)):
+        places = dict(zip((*ARRAYS, "advantages"), (1, 2, 3, 5, 7, 1), strict=True))
+        views = {
+            name: torch.cat([value.new_zeros(at), value])[at:]
+            for name, at in places.items()
+            for value in [getattr(given, name)]
+        }
+        options = dict(level=level, kl="k3", correction="token_mask")
+        compare(run_policy_loss, backend, given._replace(**views), **options)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -60,14 +60,24 @@ def test_advantages_per_token(level):
     compare(data, level=level, advantages=torch.linspace(-2, 2, data.logprobs.numel()))
 
 
-def test_masked_tokens_may_hold_anything():
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_masked_tokens_may_hold_anything(level, value):
     data = ragged_tokens(20, 0, 60, seed=6, masked=0.5)
-    poisoned = data.logprobs.masked_fill(data.weights == 0, float("nan"))
-    clean, dirty = (
-        run("triton", data, level="sequence"),
-        run("triton", data._replace(logprobs=poisoned), level="sequence"),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    poisoned = data._replace(**{name: getattr(data, name).masked_fill(data.weights == 0, value) for name in names})
+    for surrogate, correction in zip(SURROGATES, [*CORRECTIONS, *CORRECTIONS], strict=False):
+        options = dict(level=level, surrogate=surrogate, kl="k3", correction=correction)
+        clean, dirty = run("triton", data, **options), run("triton", poisoned, **options)
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 512, 513, 1026, 1536])
+@pytest.mark.parametrize("level", LEVELS)
+def test_blocks_that_end_anywhere_and_views_that_are_not_aligned(tokens, level):
+    data = ragged_tokens(1, tokens, tokens, seed=tokens)
+    compare(data, level=level)
+    compare(data._replace(logprobs=torch.cat([data.logprobs[:1], data.logprobs])[1:]), level=level)
 
 
 def test_nothing_to_do():

@@ -15,9 +15,8 @@ from v05.kernels.policy_loss.triton_terms import (
 )
 from v05.kernels.shrinkage.triton import scalar
 
-PROBES = tl.constexpr(128)  # sequences looked at in one step of a search
 COUNTED = tl.constexpr(16)  # sequences of a program at a time
-SCANNED = tl.constexpr(64)  # tokens of each looked at in one step
+SCANNED = tl.constexpr(32)  # tokens of each looked at in one step
 
 
 @triton.jit
@@ -27,45 +26,11 @@ def load_kept(values, o_token, m_keep):
 
 
 @triton.jit
-def sequence_of(offsets, token, low, last, WIDTH: tl.constexpr):
-    """The last sequence of low to last that begins at or before a token, as low does; WIDTH are probed in a step."""
-    while low < last:
-        step = (last - low + WIDTH) // WIDTH
-        o_probe = low + tl.arange(0, WIDTH) * step
-        before = tl.load(offsets + o_probe, mask=o_probe <= last, other=token + 1) <= token
-        low += (tl.sum(before.to(tl.int64), axis=0) - 1) * step
-        last = tl.minimum(last, low + step - 1)
-    return low
-
-
-@triton.jit
-def sequences_of(offsets, o_token, m_token, first_token, tokens, sequences, BLOCK_T: tl.constexpr):
-    """The sequence of each token of a block: its two ends among all sequences, then each token between them."""
-    last_token = tl.minimum(first_token + BLOCK_T, tokens) - 1
-    first = sequence_of(offsets, first_token, first_token * 0, sequences - 1, PROBES)
-    near = tl.minimum(first + PROBES - 1, sequences - 1)
-    last = sequence_of(offsets, last_token, first, near, PROBES)
-    last = sequence_of(offsets, last_token, last, tl.where(last < near, last, sequences - 1), PROBES)
-    o_token = tl.where(m_token, o_token, first_token)
-    span = (last - first).to(tl.int32)
-    low = tl.zeros([BLOCK_T], tl.int32)
-    high = low + span
-    while span > 0:
-        middle = (low + high + 1) // 2
-        before = tl.load(offsets + first + middle) <= o_token
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-        span = span // 2
-    return first + low
-
-
-@triton.jit(do_not_specialize=["sequences"])
-def count_kernel(weights, offsets, partial, sequences: tl.int64):
-    """Each program's share of the sequences with an unmasked token, in the third row of partial."""
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
+def sequences_kept(weights, offsets, sequences):
+    """A program's share of the sequences with an unmasked token, counted."""
     b_kept = tl.zeros([COUNTED], tl.int32)
-    for start in range(program * COUNTED, sequences, programs * COUNTED):
+    step = tl.num_programs(0).to(tl.int64) * COUNTED
+    for start in range(tl.program_id(0).to(tl.int64) * COUNTED, sequences, step):
         o_sequence = start + tl.arange(0, COUNTED)
         m_sequence = o_sequence < sequences
         b_cursor = tl.load(offsets + o_sequence, mask=m_sequence, other=0)
@@ -78,7 +43,7 @@ def count_kernel(weights, offsets, partial, sequences: tl.int64):
             b_found += tl.max((b_weight != 0).to(tl.int32), axis=1)
             b_cursor += SCANNED
         b_kept += b_found
-    tl.store(partial + 2 * programs + program, tl.sum(b_kept, axis=0).to(partial.dtype.element_ty))
+    return tl.sum(b_kept, axis=0)
 
 
 @triton.jit

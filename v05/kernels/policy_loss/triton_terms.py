@@ -31,8 +31,12 @@ BOUND = tl.constexpr(LOG_RATIO_BOUND)
 
 @triton.jit
 def clamped(x, low, high):
-    """x between two bounds; NaN stays NaN, which a minimum would drop on a GPU."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
+    """x between two bounds; NaN stays NaN, which a GPU's minimum drops unless told, in float64 anyhow."""
+    if x.dtype == tl.float64:
+        x = tl.where(x < low, low, tl.where(x > high, high, x))
+    else:
+        x = tl.minimum(tl.maximum(x, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
@@ -78,20 +82,18 @@ def surrogate_term(
     ratio,
     advantage,
     selected,
-    clip_low,
-    clip_high,
-    dual_clip,
-    tau_pos,
-    tau_neg,
-    covariance_coef,
+    numbers,
     SURROGATE: tl.constexpr,
 ):
     """A token's loss before its weight, its derivatives by log ratio and by log-prob, and which bound held it back."""
-    zero = advantage * 0
+    clips, taus, covariance_coef, _kl_coef, _floor, _cap = numbers
+    clip_low, clip_high, dual_clip = clips
+    tau_pos, tau_neg = taus
+    zero = tl.zeros_like(advantage)
     value = -advantage * logprob  # gpg
     by_ratio = zero
     by_logprob = -advantage
-    low = advantage != advantage
+    low = tl.zeros_like(selected)
     high = low
     dual = low
     if SURROGATE == PPO or SURROGATE == CLIP_COV:
@@ -100,7 +102,7 @@ def surrogate_term(
     if SURROGATE == CLIP_COV:
         value = tl.where(selected, 0, value)
         by_ratio = tl.where(selected, 0, by_ratio)
-        dual = advantage != advantage
+        dual = tl.zeros_like(selected)
     if SURROGATE == CISPO:
         by_logprob = -advantage * clamped(ratio, 1 - clip_low, 1 + clip_high)
         value = by_logprob * logprob
@@ -145,3 +147,62 @@ def kl_term(logprob, ref_logprob, KL: tl.constexpr):
         else:
             slope = -y
     return value, tl.where(defined, slope, 0)
+
+
+@triton.jit
+def count(flags):
+    """How many of each row are set, exactly."""
+    return tl.sum(tl.where(flags, 1.0, 0.0), axis=1)
+
+
+@triton.jit
+def add_terms(
+    given,
+    numbers,
+    sums,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    SELECTS: tl.constexpr,
+):
+    """The gradient of a block of tokens and, where the ratio is the sequence's, the derivative by it; and the sums
+    of rows with this block's added. All that a masked token has is 0, but for a ratio of 1: it adds nothing."""
+    weight, keep, logprob, old, advantage, ratio, chosen, correction, ref = given
+    b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen = sums
+    x, moves = log_ratio(logprob, old)
+    b_kept += count(keep)
+    b_x += tl.sum(x, axis=1)
+    if LEVEL == 0:
+        ratio = tl.exp(x)
+    b_ratio += tl.sum(tl.where(keep, ratio, 0), axis=1)
+    value, slope, direct, low, high, dual = surrogate_term(
+        logprob, x, moves, ratio, advantage, chosen, numbers, SURROGATE
+    )
+    if SURROGATE == PPO or SURROGATE == CISPO or SURROGATE == CLIP_COV:
+        b_low += count(low)
+        b_high += count(high)
+    if SURROGATE == PPO:
+        b_dual += count(dual)
+    if SELECTS:
+        b_chosen += count(chosen)
+    _clips, _taus, _covariance_coef, kl_coef, floor, cap = numbers
+    scale = weight
+    if CORRECTION != UNCORRECTED:
+        if CORRECTION < SEQUENCE_TRUNCATE:
+            z, _moves = log_ratio(old, correction)
+            correction = tl.where(keep, sampler_weight(tl.exp(z), floor, cap, CORRECTION == TOKEN_MASK), 0)
+        scale = weight * correction
+        b_correction += tl.sum(correction, axis=1)
+        b_passed += count(correction != 0)
+    if LEVEL == 0:
+        direct += moves * slope
+    total, direct, slope = scale * value, scale * direct, scale * slope
+    if KL != KL_NONE:
+        kl, kl_slope = kl_term(logprob, ref, KL)
+        total += weight * kl_coef * kl
+        direct += weight * kl_coef * kl_slope
+        b_kl += tl.sum(kl, axis=1)
+    b_loss += tl.sum(total, axis=1)
+    sums = (b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen)
+    return direct, slope, sums
