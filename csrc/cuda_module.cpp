@@ -129,9 +129,9 @@ void bind_query_attention(py::module_& m) {
 }
 
 template <class T>
-void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address, 5>& scratch, int64_t n,
-                 int64_t sequences, bool advantage_per_token, const std::array<int, 4>& kinds,
-                 const std::array<double, 9>& by, Address gradient, Address loss, Address metrics, Address stream) {
+void policy_loss(const std::array<Address, 8>& inputs, Address partial, int64_t n, int64_t sequences,
+                 bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& by,
+                 Address gradient, Address loss, Address metrics, Address stream) {
   v05::PolicyInputs<T> in{};
   in.logprobs = at<T>(inputs[0]), in.old_logprobs = at<T>(inputs[1]), in.advantages = at<T>(inputs[2]);
   in.weights = at<T>(inputs[3]), in.ref_logprobs = at<T>(inputs[4]), in.sampler_logprobs = at<T>(inputs[5]);
@@ -140,9 +140,7 @@ void policy_loss(const std::array<Address, 8>& inputs, const std::array<Address,
   in.surrogate = v05::Surrogate(kinds[0]), in.sequence_level = kinds[1] != 0;
   in.kl = v05::Kl(kinds[2]), in.correction = v05::Correction(kinds[3]);
   in.numbers = {T(by[0]), T(by[1]), T(by[2]), T(by[3]), T(by[4]), T(by[5]), T(by[6]), T(by[7]), T(by[8])};
-  v05::cuda::PolicyScratch<T> space{at<double>(scratch[0]), at<T>(scratch[1]), at<T>(scratch[2]), at<T>(scratch[3]),
-                                    at<T>(scratch[4])};
-  v05::cuda::policy_loss(in, space, at<T>(gradient), at<T>(loss), at<T>(metrics),
+  v05::cuda::policy_loss(in, at<double>(partial), at<T>(gradient), at<T>(loss), at<T>(metrics),
                          reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -185,10 +183,10 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("policy_blocks", &v05::cuda::policy_blocks);
   m.def("policy_loss",
-        [](const std::array<Address, 8>& inputs, const std::array<Address, 5>& scratch, int64_t n, int64_t sequences,
+        [](const std::array<Address, 8>& inputs, Address partial, int64_t n, int64_t sequences,
            bool advantage_per_token, const std::array<int, 4>& kinds, const std::array<double, 9>& numbers,
            Address gradient, Address loss, Address metrics, Address stream, bool wide) {
-          (wide ? policy_loss<double> : policy_loss<float>)(inputs, scratch, n, sequences, advantage_per_token, kinds,
+          (wide ? policy_loss<double> : policy_loss<float>)(inputs, partial, n, sequences, advantage_per_token, kinds,
                                                             numbers, gradient, loss, metrics, stream);
         });
 

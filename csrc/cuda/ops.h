@@ -64,21 +64,13 @@ void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<con
                             const typename WideOf<T>::type* grad_logprob, const typename WideOf<T>::type* grad_entropy,
                             T* grad_logits, int64_t grad_stride, cudaStream_t stream);
 
-// Scratch of policy_loss: partial [kPolicySums, blocks]; kept and ratio [sequences] and by_ratio [n] at the level of
-// sequences; correction [sequences] where the sampler's weight is a sequence's.
-template <class T>
-struct PolicyScratch {
-  double* partial;
-  T *kept, *ratio, *correction, *by_ratio;
-};
+// How many blocks of policy_loss share n tokens on the current device; `whole`: with an option on whole sequences.
+int64_t policy_blocks(int64_t n, int64_t sequences, bool whole);
 
-// How many blocks of policy_loss share n tokens on the current device.
-int64_t policy_blocks(int64_t n);
-
-// gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1].
+// gradient [n] is that of the loss by the log-probabilities; loss is one number, metrics [kPolicySums - 1]; partial
+// [kPolicySums, policy_blocks] is scratch where there are several blocks.
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
-                 cudaStream_t stream);
+void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* loss, T* metrics, cudaStream_t stream);
 
 // Multiplies n values by a number on the device; reads and writes nothing where that is 1.
 template <class T>

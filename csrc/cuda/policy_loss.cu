@@ -1,10 +1,10 @@
-// Policy losses: one pass over the tokens stores the gradient and leaves partial sums, which a last launch adds up in a
-// fixed order; what one block goes through needs no such launch. Options on whole sequences take a launch before the
-// pass, and, at the level of sequences, one after it.
-#include "cuda/ops.h"
+// Policy losses: one pass over the tokens stores the gradient and leaves partial sums, which a second launch adds up in
+// a fixed order; what one block goes through needs no such launch. Options on whole sequences have a pass of their own.
+#include <type_traits>
+
 #include "cuda/policy_sequences.cuh"
+#include "cuda/policy_sums.cuh"
 #include "cuda/policy_token.cuh"
-#include "cuda/reduce.cuh"
 #include "cuda/sequences.cuh"
 
 namespace v05::cuda {
@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kEach = 4;  // neighbouring tokens of a thread, read together
 constexpr int64_t kWarpTokens = kWarp * kEach, kTile = kThreads * kEach;
-constexpr int kResident = 4;  // blocks of the pass at a time on one multiprocessor
 
 template <class T>
 struct alignas(16) Four {
@@ -58,37 +57,25 @@ __device__ __forceinline__ T sequences_kept(const PolicyInputs<T>& in, int64_t f
   return kept;
 }
 
-// Where a sum goes: the first field is the loss, the others are metrics.
+// The advantages of neighbouring tokens of a thread, each the token's own or its sequence's.
 template <class T>
-__device__ __forceinline__ void store_sum(int field, double sum, T* __restrict__ loss, T* __restrict__ metrics) {
-  *(field == kLoss ? loss : metrics + field - 1) = T(sum);
+__device__ __forceinline__ Four<T> advantages_of(const PolicyInputs<T>& in, const Span& span, int64_t i, bool full) {
+  if (in.advantage_per_token) return load_four(in.advantages, i, in.n, full);
+  Four<T> advantage;
+  int64_t s = span.one() ? span.first : span.of(in.offsets, i);
+  int64_t next = s < span.last ? in.offsets[s + 1] : in.n;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    if (!span.one())
+      while (s < span.last && i + k >= next) next = in.offsets[++s + 1];
+    advantage.at[k] = span.one() && k ? advantage.at[0] : in.advantages[s];
+  }
+  return advantage;
 }
 
-// What neighbouring tokens of a thread take from their sequences.
-template <bool kPlain, class T>
-struct Shared {
-  Four<T> advantage;
-  int64_t sequence[kEach];
-
-  __device__ __forceinline__ Shared(const PolicyInputs<T>& in, const Span& span, int64_t i, bool full) {
-    if (in.advantage_per_token) advantage = load_four(in.advantages, i, in.n, full);
-    if (kPlain && in.advantage_per_token) return;
-    int64_t s = span.one() ? span.first : span.of(in.offsets, i);
-    int64_t next = s < span.last ? in.offsets[s + 1] : in.n;
-#pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      if (!span.one())
-        while (s < span.last && i + k >= next) next = in.offsets[++s + 1];
-      sequence[k] = s;
-      if (!in.advantage_per_token) advantage.at[k] = span.one() && k ? advantage.at[0] : in.advantages[s];
-    }
-  }
-};
-
-template <Surrogate kSurrogate, bool kPlain, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
-    token_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, bool aligned, T* __restrict__ gradient,
-                 T* __restrict__ loss, T* __restrict__ metrics) {
+template <Surrogate kSurrogate, Form kForm, class T>
+__global__ void __launch_bounds__(kThreads, kLeast<T>)
+    token_kernel(PolicyInputs<T> in, bool aligned, T* __restrict__ gradient, PolicyOutputs<T> out) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   // Every block takes tiles that follow each other, the first ones one more where they do not come out even.
   const int64_t tiles = (in.n + kTile - 1) / kTile, each = tiles / gridDim.x, more = tiles % gridDim.x;
@@ -107,40 +94,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kResident)
     if (low < 0) low = sequence_of(in.offsets, first, 0, in.sequences - 1);
     const Span span(in.offsets, in.sequences, first, smaller(first + kWarpTokens, in.n) - 1, low);
     low = span.first;
-    const Shared<kPlain, T> shared(in, span, i, full);
-    Four<T> slope, by_ratio;
+    const Four<T> advantage = advantages_of(in, span, i, full);
+    Four<T> slope;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      slope.at[k] = by_ratio.at[k] = T(0);
+      slope.at[k] = T(0);
       if (weight.at[k] != T(0))
-        slope.at[k] = add_token<kSurrogate, kPlain>(in, scratch, i + k, shared.sequence[k], weight.at[k], logprob.at[k],
-                                                    old.at[k], shared.advantage.at[k], sums, &by_ratio.at[k]);
+        slope.at[k] = add_token<kSurrogate, kForm>(in, i + k, weight.at[k], logprob.at[k], old.at[k], advantage.at[k],
+                                                   Whole<T>{}, sums)
+                          .direct;
     }
     store_four(gradient, i, in.n, full, slope);
-    if (!kPlain && in.sequence_level) store_four(scratch.by_ratio, i, in.n, full, by_ratio);
   }
   sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
-  if (kPlain) sums[kSamplerWeight] = sums[kTokens];
-  double wide[kPolicySums];
-#pragma unroll
-  for (int field = 0; field < kPolicySums; ++field) wide[field] = sums[field];
-  const double sum = block_sums<kThreads>(wide);
-  if (threadIdx.x >= kPolicySums) return;
-  if (gridDim.x == 1)
-    store_sum(threadIdx.x, sum, loss, metrics);
-  else
-    scratch.partial[threadIdx.x * int64_t(gridDim.x) + blockIdx.x] = sum;
-}
-
-// Adds up what the blocks left, a warp a field.
-template <class T>
-__global__ void __launch_bounds__(kPolicySums* kWarp)
-    finish_kernel(const double* __restrict__ partial, int64_t blocks, T* __restrict__ loss, T* __restrict__ metrics) {
-  const int field = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  double total = 0;
-  for (int64_t i = lane; i < blocks; i += kWarp) total += partial[field * blocks + i];
-  total = warp_sum(total);
-  if (lane == 0) store_sum(field, total, loss, metrics);
+  if (kForm == Form::plain) sums[kSamplerWeight] = sums[kTokens];
+  out.leave(sums);
 }
 
 // Multiplies in place, where the factor is not 1.
@@ -158,21 +126,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <bool kPlain, class T>
-auto kernel_of(Surrogate kind) {
+// Calls body with a surrogate that the compiler knows.
+template <class Body>
+void with_surrogate(Surrogate kind, const Body& body) {
   switch (kind) {
     case Surrogate::ppo:
-      return token_kernel<Surrogate::ppo, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::ppo>());
     case Surrogate::cispo:
-      return token_kernel<Surrogate::cispo, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::cispo>());
     case Surrogate::sapo:
-      return token_kernel<Surrogate::sapo, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::sapo>());
     case Surrogate::clip_cov:
-      return token_kernel<Surrogate::clip_cov, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::clip_cov>());
     case Surrogate::kl_cov:
-      return token_kernel<Surrogate::kl_cov, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::kl_cov>());
     default:
-      return token_kernel<Surrogate::gpg, kPlain, T>;
+      return body(std::integral_constant<Surrogate, Surrogate::gpg>());
   }
 }
 
@@ -190,33 +159,33 @@ bool all_aligned(Pointers... pointers) {
 
 }  // namespace
 
-int64_t policy_blocks(int64_t n) {
-  const int64_t tiles = (n + kTile - 1) / kTile;
-  return tiles <= 1 ? 1 : smaller(tiles, blocks_at_a_time());
-}
-
-template <bool kLong, class T>
-static void launch(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
-                   cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n));
-  const unsigned crews = Crew<kLong>::blocks_for(in.sequences);
-  const bool whole = in.sequence_level || whole_sequence(in.correction);
-  const bool plain = !in.sequence_level && in.kl == Kl::none && in.correction == Correction::none;
-  const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient, scratch.by_ratio,
-                                   in.advantage_per_token ? in.advantages : nullptr);
-  if (whole && crews) sequence_kernel<kLong><<<crews, kThreads, 0, stream>>>(in, scratch);
-  const auto kernel = plain ? kernel_of<true, T>(in.surrogate) : kernel_of<false, T>(in.surrogate);
-  kernel<<<blocks, kThreads, 0, stream>>>(in, scratch, aligned, gradient, loss, metrics);
-  if (in.sequence_level && crews) share_kernel<kLong><<<crews, kThreads, 0, stream>>>(in, scratch, gradient);
-  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(scratch.partial, blocks, loss, metrics);
-  check_launch("policy_loss");
+int64_t policy_blocks(int64_t n, int64_t sequences, bool whole) {
+  const int64_t tiles = (n + kTile - 1) / kTile, crews = long_sequences(n, sequences) ? 1 : kWarps;
+  const int64_t blocks = whole ? (sequences + crews - 1) / crews : tiles;
+  return blocks <= 1 ? 1 : smaller(blocks, blocks_at_a_time());
 }
 
 template <class T>
-void policy_loss(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, T* gradient, T* loss, T* metrics,
-                 cudaStream_t stream) {
-  const auto run = in.n > in.sequences * kShortMean ? launch<true, T> : launch<false, T>;
-  run(in, scratch, gradient, loss, metrics, stream);
+void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* loss, T* metrics, cudaStream_t stream) {
+  const bool whole = in.sequence_level || whole_sequence(in.correction);
+  const bool plain = in.kl == Kl::none && in.correction == Correction::none;
+  const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n, in.sequences, whole));
+  const PolicyOutputs<T> out{loss, metrics, partial};
+  with_surrogate(in.surrogate, [&](auto kind) {
+    constexpr Surrogate kSurrogate = decltype(kind)::value;
+    if (whole) {
+      const auto kernel = long_sequences(in.n, in.sequences) ? sequence_kernel<kSurrogate, kThreads, T>
+                                                             : sequence_kernel<kSurrogate, kWarp, T>;
+      kernel<<<blocks, kThreads, 0, stream>>>(in, gradient, out);
+      return;
+    }
+    const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient,
+                                     in.advantage_per_token ? in.advantages : nullptr);
+    const auto kernel = plain ? token_kernel<kSurrogate, Form::plain, T> : token_kernel<kSurrogate, Form::token, T>;
+    kernel<<<blocks, kThreads, 0, stream>>>(in, aligned, gradient, out);
+  });
+  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(out, int64_t(blocks));
+  check_launch("policy_loss");
 }
 
 template <class T>
@@ -227,8 +196,8 @@ void scale_unless_one(T* values, int64_t n, const T* factor, cudaStream_t stream
   check_launch("scale_unless_one");
 }
 
-#define V05_INSTANTIATE(T)                                                                                 \
-  template void policy_loss<T>(const PolicyInputs<T>&, const PolicyScratch<T>&, T*, T*, T*, cudaStream_t); \
+#define V05_INSTANTIATE(T)                                                                 \
+  template void policy_loss<T>(const PolicyInputs<T>&, double*, T*, T*, T*, cudaStream_t); \
   template void scale_unless_one<T>(T*, int64_t, const T*, cudaStream_t);
 V05_INSTANTIATE(float)
 V05_INSTANTIATE(double)

@@ -1,73 +1,100 @@
-// What policy losses do by sequence, before and after the pass over tokens.
+// Policy losses with an option on whole sequences: a crew of threads goes through a sequence two or three times, from
+// memory once and then from the cache.
 #pragma once
 
-#include "cuda/ops.h"
-#include "cuda/reduce.cuh"
+#include "cuda/policy_sums.cuh"
+#include "cuda/policy_token.cuh"
 
 namespace v05::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kShortMean = kThreads;  // tokens of sequences, in the mean, that a warp each goes through
+constexpr int kAhead = 4;                 // tokens of a thread, read together where they come from memory
 
-// The threads that go through a sequence together: a warp, or a block where sequences are long in the mean.
-template <bool kLong>
+// Whether blocks go through sequences, rather than warps: where they are long in the mean.
+inline bool long_sequences(int64_t n, int64_t sequences) { return n > sequences * kShortMean; }
+
+// The threads that go through a sequence together: a warp or a block.
+template <int kSize>
 struct Crew {
-  static constexpr int kSize = kLong ? kThreads : kWarp;
-  const int64_t sequence = kLong ? blockIdx.x : int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const int place = threadIdx.x % kSize;
+  static constexpr int kCrews = kThreads / kSize;  // of a block
 
-  static unsigned blocks_for(int64_t sequences) {
-    return unsigned(kLong ? sequences : (sequences + kWarps - 1) / kWarps);
-  }
+  const int place = threadIdx.x % kSize;  // of the calling thread
+  const int64_t first = int64_t(blockIdx.x) * kCrews + threadIdx.x / kSize, step = int64_t(gridDim.x) * kCrews;
 
   // The sum over the crew, in every thread.
   __device__ __forceinline__ static double sum(double value) {
-    if constexpr (kLong) return block_sum<kThreads>(value);
+    if constexpr (kSize == kThreads) return block_sum<kThreads>(value);
     return __shfl_sync(kEveryLane, warp_sum(value), 0);
+  }
+
+  // Calls body with every token of a sequence that is the calling thread's, masked ones included: place, weight,
+  // log-prob and old one. What a masked token holds is read, together with the rest, but must not be used.
+  template <int kTogether, class T, class Body>
+  __device__ __forceinline__ void each_token(const PolicyInputs<T>& in, int64_t s, const Body& body) const {
+    constexpr int kStep = kTogether * kSize;
+    const int64_t end = in.offsets[s + 1];
+    for (int64_t i = in.offsets[s] + place; i < end; i += kStep) {
+      const int left = int(smaller<int64_t>(end - i, kStep));
+      const T *weights = in.weights + i, *logprobs = in.logprobs + i, *old_logprobs = in.old_logprobs + i;
+      T weight[kTogether], logprob[kTogether], old[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const bool there = u * kSize < left;
+        weight[u] = there ? weights[u * kSize] : T(0);
+        logprob[u] = there ? logprobs[u * kSize] : T(0);
+        old[u] = there ? old_logprobs[u * kSize] : T(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u)
+        if (u * kSize < left) body(i + u * kSize, weight[u], logprob[u], old[u]);
+    }
   }
 };
 
-// One sequence: the ratio of its mean and its sampler weight, whichever is asked for.
-template <bool kLong, class T>
-__global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch) {
-  const Crew<kLong> crew;
-  const int64_t s = crew.sequence;
-  if (s >= in.sequences) return;
+template <Surrogate kSurrogate, int kSize, class T>
+__global__ void __launch_bounds__(kThreads, kLeast<T>)
+    sequence_kernel(PolicyInputs<T> in, T* gradient, PolicyOutputs<T> out) {
+  const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
-  const int64_t end = in.offsets[s + 1];
-  double count = 0, x_sum = 0, sampler_sum = 0;
-  for (int64_t i = in.offsets[s] + crew.place; i < end; i += crew.kSize) {
-    if (in.weights[i] == T(0)) continue;
-    const T old = in.old_logprobs[i];
-    count += 1;
-    if (in.sequence_level) x_sum += log_ratio(in.logprobs[i], old).value;
-    if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
+  // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
+  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>;
+  T sums[kPolicySums] = {};
+  for (int64_t s = crew.first; s < in.sequences; s += crew.step) {
+    double count = 0, x_sum = 0, sampler_sum = 0;
+    crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+      if (weight == T(0)) return;
+      count += 1;
+      if (in.sequence_level) x_sum += log_ratio(logprob, old).value;
+      if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
+    });
+    Whole<T> whole{T(1), T(1)};
+    count = crew.sum(count);
+    if (in.sequence_level) whole.ratio = exp(T(crew.sum(x_sum) / larger(count, 1.0)));
+    if (corrects) {
+      const double bound = kLogRatioBound<double>, sum = clamped(crew.sum(sampler_sum), -bound, bound);
+      whole.correction = sampler_weight(exp(T(sum)), masks(in.correction), in.numbers);
+    }
+    if (crew.place == 0) sums[kSequences] += count > 0 ? 1 : 0;
+    double by_ratio_sum = 0;
+    crew.template each_token<1>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+      TokenGradient<T> token{T(0), T(0)};
+      if (weight != T(0)) {
+        const T advantage = in.advantages[in.advantage_per_token ? i : s];
+        token = add_token<kSurrogate, Form::sequence>(in, i, weight, logprob, old, advantage, whole, sums);
+      }
+      by_ratio_sum += token.by_ratio;
+      if (waits || !in.sequence_level) gradient[i] = token.direct;
+    });
+    if (!in.sequence_level) continue;
+    const T part = T(crew.sum(by_ratio_sum) / larger(count, 1.0));
+    crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+      const T direct = waits ? gradient[i] : T(0);
+      gradient[i] = weight == T(0) ? T(0) : direct + log_ratio(logprob, old).slope * part;
+    });
   }
-  if (in.sequence_level) {
-    count = crew.sum(count), x_sum = crew.sum(x_sum);
-    if (crew.place == 0) scratch.kept[s] = T(count), scratch.ratio[s] = exp(T(x_sum / larger(count, 1.0)));
-  }
-  if (corrects) {
-    const double bound = kLogRatioBound<double>, sum = clamped(crew.sum(sampler_sum), -bound, bound);
-    if (crew.place == 0) scratch.correction[s] = sampler_weight(exp(T(sum)), masks(in.correction), in.numbers);
-  }
-}
-
-// Gives each token of a sequence its share of the derivative by the sequence's mean log-ratio.
-template <bool kLong, class T>
-__global__ void __launch_bounds__(kThreads)
-    share_kernel(PolicyInputs<T> in, PolicyScratch<T> scratch, T* __restrict__ gradient) {
-  const Crew<kLong> crew;
-  const int64_t s = crew.sequence;
-  if (s >= in.sequences) return;
-  const int64_t begin = in.offsets[s] + crew.place, end = in.offsets[s + 1];
-  double total = 0;
-  for (int64_t i = begin; i < end; i += crew.kSize) total += scratch.by_ratio[i];
-  const T part = T(crew.sum(total) / larger(double(scratch.kept[s]), 1.0));
-  for (int64_t i = begin; i < end; i += crew.kSize)
-    if (in.weights[i] != T(0)) gradient[i] += log_ratio(in.logprobs[i], in.old_logprobs[i]).slope * part;
+  out.leave(sums);
 }
 
 }  // namespace

@@ -34,23 +34,42 @@ __device__ __forceinline__ Slope<T> kl(Kl kind, T ref, T logprob) {
   }
 }
 
-// The gradient of an unmasked token by its log-probability; at the level of sequences, without what comes through the
-// ratio, which is kept in by_ratio. kPlain: the ratio is the token's, and there is neither a KL nor a correction.
-template <Surrogate kSurrogate, bool kPlain, class T>
-__device__ __forceinline__ T add_token(const PolicyInputs<T>& in, const PolicyScratch<T>& scratch, int64_t i, int64_t s,
-                                       T weight, T logprob, T old, T advantage, T (&sums)[kPolicySums], T* by_ratio) {
+// What is asked of a token: nothing but its own ratio; a KL or a correction of its own too; or options on its sequence.
+enum class Form { plain, token, sequence };
+
+// The ratio and the sampler's weight of a whole sequence, each used where it is asked for.
+template <class T>
+struct Whole {
+  T ratio, correction;
+};
+
+// Whether a surrogate has a derivative by the log-prob beside that by the ratio.
+template <Surrogate kSurrogate>
+constexpr bool kByLogprob =
+    kSurrogate == Surrogate::cispo || kSurrogate == Surrogate::gpg || kSurrogate == Surrogate::kl_cov;
+
+// The gradient of a token by its log-probability; at the level of sequences, by_ratio is what comes through the ratio.
+template <class T>
+struct TokenGradient {
+  T direct, by_ratio;
+};
+
+// Adds an unmasked token to the sums.
+template <Surrogate kSurrogate, Form kForm, class T>
+__device__ __forceinline__ TokenGradient<T> add_token(const PolicyInputs<T>& in, int64_t i, T weight, T logprob, T old,
+                                                      T advantage, const Whole<T>& whole, T (&sums)[kPolicySums]) {
   const Slope<T> x = log_ratio(logprob, old);
-  const bool whole = !kPlain && in.sequence_level;
-  const T ratio = whole ? scratch.ratio[s] : exp(x.value);
+  const bool by_sequence = kForm == Form::sequence && in.sequence_level;
+  const T ratio = by_sequence ? whole.ratio : T(exp(x.value));
   constexpr bool kSelects = kSurrogate == Surrogate::clip_cov || kSurrogate == Surrogate::kl_cov;
   const T selected = kSelects && in.selected && in.selected[i] ? T(1) : T(0);
   const PolicyToken<T> token{logprob, x.value, x.slope, ratio, advantage, T(0), selected};
   const PolicyTerm<T> term = surrogate_term<kSurrogate>(token, in.numbers);
   T scale = weight, value = 0, direct = 0;
-  if constexpr (!kPlain) {
+  if constexpr (kForm != Form::plain) {
     T correction = 1;
-    if (whole_sequence(in.correction))
-      correction = scratch.correction[s];
+    if (kForm == Form::sequence && whole_sequence(in.correction))
+      correction = whole.correction;
     else if (in.correction != Correction::none)
       correction =
           sampler_weight(T(exp(log_ratio(old, in.sampler_logprobs[i]).value)), masks(in.correction), in.numbers);
@@ -73,11 +92,8 @@ __device__ __forceinline__ T add_token(const PolicyInputs<T>& in, const PolicySc
   sums[kDualClipped] += term.dual;
   sums[kSelected] += selected;
   direct += scale * term.by_logprob;
-  if (whole) {
-    *by_ratio = scale * term.by_ratio;
-    return direct;
-  }
-  return direct + x.slope * (scale * term.by_ratio);
+  if (by_sequence) return {direct, scale * term.by_ratio};
+  return {direct + x.slope * (scale * term.by_ratio), T(0)};
 }
 
 }  // namespace v05::cuda

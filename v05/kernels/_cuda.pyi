@@ -80,10 +80,10 @@ def token_logprob_backward(
     grad_stride: int,
     stream: int,
 ) -> None: ...
-def policy_blocks(n: int) -> int: ...
+def policy_blocks(n: int, sequences: int, whole: bool) -> int: ...
 def policy_loss(
     inputs: Sequence[int],
-    scratch: Sequence[int],
+    partial: int,
     n: int,
     sequences: int,
     advantage_per_token: bool,

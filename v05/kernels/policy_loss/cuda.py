@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v05.kernels import _cuda
+from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
-from v05.kernels.policy_loss.options import Correction, Inputs, Kinds, Numbers
-from v05.kernels.policy_loss.scratch import FIELDS
+from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
+from v05.kernels.policy_loss.scratch import FIELDS, whole_sequences
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; one launch up to 1,024 tokens, two beyond, one or two more for options on whole
-    sequences; no synchronisation."""
+    """Same contract as the CPU backend; one launch up to 1,024 tokens, or where a block goes through all sequences; two
+    beyond; no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
     sums, gradient = logprobs.new_empty(FIELDS), logprobs.new_empty(tokens)
     with on_device_of(logprobs):
-        scratch, places = _scratch(logprobs, tokens, sequences, kinds)
+        blocks = _cuda.policy_blocks(tokens, sequences, whole_sequences(kinds))
+        partial = logprobs.new_empty(FIELDS * blocks, dtype=torch.float64) if blocks > 1 else None
         _cuda.policy_loss(
             given.addresses(),
-            places,
+            segments.address(partial),
             tokens,
             sequences,
             given.per_token,
@@ -33,23 +34,7 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             stream_of(logprobs),
             logprobs.dtype == torch.float64,
         )
-    del scratch  # held until here
     return sums[0], gradient, sums[1:]
-
-
-def _scratch(logprobs: Tensor, tokens: int, sequences: int, kinds: Kinds) -> tuple[Tensor, list[int]]:
-    """Memory for one call, and where in it the parts of csrc/cuda/ops.h's PolicyScratch begin, each aligned."""
-    size, level, corrects = logprobs.element_size(), kinds.level == 1, kinds.correction >= Correction.SEQUENCE_TRUNCATE
-    lengths = (
-        8 * FIELDS * _cuda.policy_blocks(tokens),
-        *(size * sequences * asked for asked in (level, level, corrects)),
-        size * tokens * level,
-    )
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + -(-length // 16) * 16)
-    memory = torch.empty(ends[-1], dtype=torch.uint8, device=logprobs.device)
-    return memory, [memory.data_ptr() + end for end in ends[:-1]]
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
