@@ -28,4 +28,5 @@ def doctor() -> None:
     if "cuda" not in {line.device for line in report.backends()}:
         console.print("No GPU is visible to torch: the cuda and triton backends need one.")
     measured = len(wins.recorded())
-    console.print(f"GPU backends: {measured} measured cases decide; elsewhere cuda comes first, then triton.")
+    what = "1 measurement decides" if measured == 1 else f"{measured} measurements decide"
+    console.print(f"GPU backends: {what}; elsewhere cuda comes first, then triton.")
