@@ -54,8 +54,15 @@ def choice(name: str, value: str, allowed: Collection[str]) -> str:
     return value
 
 
+def check_tensor(name: str, given: object) -> None:
+    """Raises where something else than a tensor is given, such as a list or an array."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}; allowed: a tensor")
+
+
 def check_vector(name: str, values: Tensor, like: Tensor | None = None, length: int | None = None) -> None:
     """Raises where values is not a one-dimensional floating tensor of that length beside `like`."""
+    check_tensor(name, values)
     if values.dim() != 1:
         raise ValueError(f"{name} has shape {list(values.shape)}; allowed: one dimension")
     if not values.dtype.is_floating_point:
@@ -68,6 +75,7 @@ def check_vector(name: str, values: Tensor, like: Tensor | None = None, length: 
 
 def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
     """Raises where offsets is not an int64 vector of at least one element that delimits `like`; values are not read."""
+    check_tensor(name, offsets)
     if offsets.dim() != 1 or offsets.numel() == 0:
         raise ValueError(f"{name} has shape {list(offsets.shape)}; allowed: one dimension, at least one element")
     if offsets.numel() == 1 and like.numel():

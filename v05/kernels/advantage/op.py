@@ -103,6 +103,7 @@ def group_advantage(
     rewards = segments.constant(rewards, rewards.dtype)
     prior = None if prior is None else segments.constant(prior, dtype)
     if lengths is not None:
+        segments.check_tensor("lengths", lengths)
         if lengths.shape != rewards.shape:
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
         lengths = segments.constant(lengths, dtype)

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from v05.kernels import segments
 from v05.kernels.calibration.components import COMPONENTS
 
 # Those of shrinkage, then the groups [C] of each component, and graded, a scalar bool.
@@ -14,6 +15,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def check_state(state: Tensor, like: Tensor) -> None:
     """Raises where state is not what an earlier call returned; values are not read."""
+    segments.check_tensor("state", state)
     if state.shape != (COMPONENTS,) or not state.dtype.is_floating_point:
         given = f"{state.dtype} of shape {list(state.shape)}"
         raise ValueError(f"state is {given}; allowed: a floating dtype of shape [{COMPONENTS}], as a call returned it")

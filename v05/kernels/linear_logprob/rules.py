@@ -31,6 +31,7 @@ def check_shapes(
 ) -> None:
     """Raises where the tensors do not fit together; no element is read."""
     for name, matrix in (("hidden", hidden), ("weight", weight)):
+        segments.check_tensor(name, matrix)
         if matrix.dim() != 2 or matrix.shape[1] == 0:
             raise ValueError(f"{name} has shape {list(matrix.shape)}; allowed: two dimensions, at least one column")
         if matrix.dtype not in segments.DTYPES:

@@ -217,6 +217,8 @@ def check_companions(
 
 def check_selected(selected: Tensor | None, like: Tensor) -> None:
     """Raises where a selection is not one bool per token."""
+    if selected is not None:
+        segments.check_tensor("covariance_selected", selected)
     if selected is not None and (selected.dtype != torch.bool or selected.shape != like.shape):
         shape = f"{selected.dtype} of shape {list(selected.shape)}"
         raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(like.shape)}")

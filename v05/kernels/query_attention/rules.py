@@ -48,6 +48,7 @@ def weight_shapes(width: int, size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    segments.check_tensor(name, given)
     if given.shape != shape:
         raise ValueError(f"{name} has shape {list(given.shape)}; allowed: {list(shape)}")
     if not given.dtype.is_floating_point:
@@ -60,6 +61,8 @@ def check_shapes(
     states: Tensor, offsets: Tensor, queries: Tensor, weights: AttentionWeights, heads: int, eps: float
 ) -> None:
     """Raises where the arguments do not fit together; no element is read."""
+    segments.check_tensor("states", states)
+    segments.check_tensor("queries", queries)
     if states.dim() != 2 or states.shape[1] == 0:
         raise ValueError(f"states has shape {list(states.shape)}; allowed: two dimensions, at least one column")
     if states.dtype not in segments.DTYPES:

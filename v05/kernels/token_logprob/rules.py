@@ -23,6 +23,7 @@ def temperature_error(name: str, value: float) -> ValueError:
 
 def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> None:
     """Raises where logits `[T, V]`, targets `[T]` and temperature do not fit together; no element is read."""
+    segments.check_tensor("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}; allowed: two dimensions, at least one column")
     if logits.shape[1] > MOST_COLUMNS:
@@ -34,6 +35,7 @@ def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
 
 def check_rows(targets: Tensor, temperature: float | Tensor, like: Tensor, where: str) -> None:
     """Raises where targets and temperature do not go with the rows of `like`; no element is read."""
+    segments.check_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets is {targets.dtype}; allowed: torch.int64")
     vectors = {"targets": targets}
