@@ -1,5 +1,8 @@
 """dispatch: the backend that runs, the reason why another does not, and what `v05 doctor` says of it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,16 @@ def test_every_backend_runs_or_says_why_not(op):
             continue
         with pytest.raises(RuntimeError, match=rf"backend '{backend}' cannot run {op} here: "):
             dispatch.choose(op, "cpu", backend)
+
+
+def test_the_mark_for_the_compiler_is_the_one_that_torch_makes():
+    marked = dispatch.constant_for_compile(lambda: "")
+    assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: "")) != {}
+
+
+def test_importing_the_kernels_does_not_import_the_compiler():
+    code = "import sys, v05.kernels; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_device_gets_the_reference():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -51,7 +52,13 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+def constant_for_compile(function: Callable[..., str]) -> Callable[..., str]:
+    """Marks a function as torch.compiler.assume_constant_result does, which would import torch's compiler: a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_for_compile
 def choose(op: str, device_type: str, backend: str | None = None) -> str:
     """Names the backend that runs an op: the one asked for, or the best that can.
 
