@@ -140,6 +140,14 @@ def test_later_epochs_use_the_log_probabilities_of_the_first() -> None:
     assert line["ratio_sum"] != line["tokens"]
 
 
+def test_the_loss_is_the_mean_over_the_epochs() -> None:
+    once, thrice = (make_trainer(epochs=epochs, learning_rate=1e-12).update() for epochs in (1, 3))
+    assert abs(once["loss"]) > 1e-3
+    assert thrice["loss"] == pytest.approx(once["loss"], rel=1e-4)
+    assert thrice["tokens"] == 3 * once["tokens"]
+    assert thrice["entropy"] == once["entropy"]
+
+
 @pytest.mark.parametrize("algorithm", ["v05", "v05_calibrated_loo:1"])
 def test_state_goes_on_bit_for_bit(algorithm: str) -> None:
     whole, first, second = (make_trainer(algorithm=algorithm) for _ in range(3))
