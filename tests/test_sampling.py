@@ -114,6 +114,20 @@ def test_rules_share_one_budget(tmp_path: Path, rule: str) -> None:
     assert len({line["prompts"] for line in lines}) == 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("changes", [{"algorithm": "v05_from_one"}, {"algorithm": "v05", "prompts": 12}])
+def test_no_prompt_is_taken_off_the_stream_and_left_without_rollouts(
+    tmp_path: Path, rule: str, changes: dict[str, Any]
+) -> None:
+    config = TrainConfig(**{**SMALL, "algorithm": changes["algorithm"]})
+    stream = StreamConfig("planned", rule, prompts=changes.get("prompts", 0))
+    trainer = make_trainer(config, tmp_path, StopRequest(), silent, stream)
+    for _ in range(2):
+        trainer.update()
+    assert trainer.sampler is not None
+    assert trainer.counters.groups == trainer.sampler.scheduler.position
+
+
 def test_old_rollouts_are_weighed_by_what_has_changed() -> None:
     """The ratio of a stale rollout is the policy's probability over the sampler's."""
     task = make_task("arithmetic")

@@ -162,9 +162,9 @@ def test_a_cap_on_rollouts_is_never_passed_and_goes_to_the_largest_gains(mode: s
 
 
 def test_a_cap_below_the_first_rollouts_starts_fewer_prompts() -> None:
-    (step,) = steps_of(scheduler(LookAhead(), limits(rollouts=10)), 1)
-    assert [group.requested for group in step.groups] == [4, 4, 2, 0, 0, 0]
-    assert step.outcome.counts.tolist() == [4, 4, 2, 0, 0, 0]
+    steps = steps_of(scheduler(LookAhead(), limits(rollouts=10)), 3)
+    check_whole(steps, 16)
+    assert [step.outcome.counts.tolist() for step in steps] == [[4, 4, 2]] * 3
 
 
 def test_a_cap_on_tokens_stops_growth() -> None:
@@ -315,6 +315,7 @@ def test_nothing_is_lost_or_counted_twice(mode, faults, dies, slots, window, pro
         ({"mode": "eager"}, "allowed: barrier, async, planned, stream"),
         ({"prompts": 0}, "prompts is 0; allowed: 1 or more"),
         ({"window": 0}, "window is 0"),
+        ({"rollouts": 0}, "rollouts is 0"),
         ({"temperature": 0.0}, "temperature is 0.0; allowed: above 0"),
     ],
 )

@@ -143,10 +143,9 @@ def make_rule(
     name: str, algorithm: Algorithm, reward_range: tuple[float, float], config: TrainConfig, mean: float
 ) -> BudgetRule:
     """Return a budget rule by name; `mean` is the rollouts per prompt that rivals divide."""
-    if name == "utility":
-        return Utility(mean, reward_range)
-    if name == "variance":
-        return Variance(mean, reward_range)
+    if name in ("utility", "variance"):
+        allocation = Utility if name == "utility" else Variance
+        return allocation(mean, reward_range, smallest=2 if mean >= 2 else 1)
     if name == "reinforce-ada":
         return ReinforceAda(algorithm.k_init, max(algorithm.k_init, algorithm.k_max), reward_range)
     if name == "fixed" or algorithm.k_max == algorithm.k_init:

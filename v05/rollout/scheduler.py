@@ -117,7 +117,7 @@ class Scheduler:
                 self._test()
 
     def _start(self) -> None:
-        """Start steps while they may be in flight."""
+        """Start steps while they may be in flight; prompts that the cap does not reach stay on the stream."""
         encode = self.encode or (lambda prompt: ())
         while len(self.steps) < self.limits.in_flight:
             prompts, prior = self.source(self.position, self.limits.prompts)
@@ -126,8 +126,10 @@ class Scheduler:
                 for row, (prompt, expected) in enumerate(zip(prompts, prior.tolist(), strict=True))
             ]
             first = self.rules.first(groups)
-            if self.limits.rollouts is not None:
+            if self.limits.rollouts is not None and sum(first) > self.limits.rollouts:
                 first = share_out(first, [0.0] * len(first), self.limits.rollouts)
+                first = first[: 1 + max(row for row, count in enumerate(first) if count)]
+            groups = groups[: len(first)]
             for group, count in zip(groups, first, strict=True):
                 group.tested = group.done = count == 0
             step = Step(self.next_number, groups, self.version)
