@@ -167,6 +167,24 @@ def test_a_cap_below_the_first_rollouts_starts_fewer_prompts() -> None:
     assert [step.outcome.counts.tolist() for step in steps] == [[4, 4, 2]] * 3
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("total", [1, 30, 100, 101])
+def test_a_run_spends_what_it_has_and_no_more(mode: str, total: int) -> None:
+    """Calls whose answers are refused now and then count for nothing, as in `given_up`."""
+    engine = Faulty(SimulatedEngine(8, success, short), {"error": 0.1}, seed=1)
+    made = scheduler(LookAhead(), limits(mode, rollouts=30, attempts=1), engine)  # type: ignore[arg-type]
+    steps, spent = [], 0
+    while spent < total:
+        step = made.next_step(left=total - spent)
+        assert step is not None
+        steps.append(step)
+        spent += sum(len(group.rewards) for group in step.groups)
+    check_whole(steps, 16)
+    assert spent == total
+    assert made.steps == []
+    assert sum(group.requested for step in steps for group in step.groups) == total + made.trouble.given_up
+
+
 def test_a_cap_on_tokens_stops_growth() -> None:
     free = steps_of(scheduler(LookAhead(), limits("planned")), 3)
     few = steps_of(scheduler(LookAhead(), limits("planned", tokens=1)), 3)

@@ -78,18 +78,19 @@ class StreamSampler:
         """Give the engine the policy's weights."""
         self.scheduler.push(weights, version)
 
-    def sample(self, version: int, stopped: Callable[[], bool]) -> tuple[Sample, int, dict[str, float]]:
+    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, int, dict[str, float]]:
         """Return the groups of the next update, how many of them wanted more, and metrics.
 
         Args:
             version: of the weights that will learn from them.
             stopped: asked again and again.
+            left: rollouts of the run, 1 or more.
 
         Raises:
             Stopped: it became true before the groups were finished.
         """
         before = self.scheduler.trouble.counts()
-        step = self.scheduler.next_step(stopped)
+        step = self.scheduler.next_step(stopped, left)
         if step is None:
             raise Stopped
         groups = [group for group in step.groups if group.rewards]

@@ -155,10 +155,10 @@ class Trainer:
 
     def _sample(self) -> tuple[Sample, int, dict[str, float]]:
         """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
-        if self.sampler is not None:
-            return self.sampler.sample(self.counters.update, self.stopped)
-        sample, first_conflicts, round_number = Sample(), 0, 0
         left_in_run = self.config.rollouts - self.counters.rollouts
+        if self.sampler is not None:
+            return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
+        sample, first_conflicts, round_number = Sample(), 0, 0
         target = min(self.config.rollouts_per_update, left_in_run)
         while sample.kept < target and sample.spent < left_in_run:
             budget = min(target - sample.kept, left_in_run - sample.spent)
