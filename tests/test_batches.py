@@ -11,6 +11,8 @@ from v05.evaluate import Sampling, evaluate
 from v05.rollout.batches import ATTEMPTS, Batches
 from v05.rollout.engine import NOTHING, Rollout, Unanswered, wrong_where_unanswered
 from v05.rollout.streaming import Outcome, Request
+from v05.rollout.vllm_in_process import InProcessVllm
+from v05.rollout.vllm_library import VllmSettings
 from v05.tasks.pool import RewardPool
 
 LIMITS = {"seed": 3, "temperature": 1.0, "max_new_tokens": 4}
@@ -84,3 +86,19 @@ def test_an_evaluation_keeps_the_batch_before_the_one_that_fails(tmp_path: Path)
     with RewardPool("exact") as pool, pytest.raises(OSError, match="no memory left"):
         evaluate(Failing({}), records, pool, Sampling(samples=2, batch=1), tmp_path, {}, StopRequest())  # type: ignore[arg-type]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_restarted_engine_hands_over_nothing_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vllm:
+        def __getattr__(self, name: str) -> object:
+            return self
+
+        def __call__(self, *_: object, **__: object) -> object:
+            return self
+
+    monkeypatch.setattr("v05.rollout.vllm_library.start_in_process", lambda settings: Vllm())
+    monkeypatch.setattr("v05.rollout.vllm_library.release_in_process", lambda: None)
+    engine = InProcessVllm(VllmSettings("model"))
+    engine._kept.append(Outcome(1, None, "of before"))
+    engine.restart()
+    assert engine.wait(0.0) == []
