@@ -393,6 +393,18 @@ def test_a_request_is_not_late_because_nobody_looked() -> None:
     assert (made.trouble.timed_out, made.trouble.resubmitted, made.trouble.given_up) == (0, 0, 0)
 
 
+def test_requests_that_were_taken_back_are_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v05.rollout.requests.REMEMBERED", 4)
+    engine = Faulty(SimulatedEngine(8, success, short), {"silent": 1.0})
+    made = scheduler(LookAhead(), limits(seconds=50.0, window=1, attempts=2), engine)  # type: ignore[arg-type]
+    with pytest.raises(NoRollouts):
+        made.next_step()
+    book = made.requests
+    assert len(book.withdrawn) <= 4
+    assert book.stray(max(book.withdrawn)) == "late"
+    assert book.stray(1) == "duplicates"
+
+
 def test_a_batch_beside_the_requests_outlives_the_engine() -> None:
     class Batches(Faulty):
         def generate(self, prompts, counts, *, seed, temperature, max_new_tokens):  # type: ignore[no-untyped-def]
