@@ -82,7 +82,7 @@ def run(
     policy = load_policy(model, dtype=dtype, device=device if engine == "hf" else "cpu")
     longest = max(prompt_lengths(policy, records, source.place))
     check_positions(policy, longest, sampling.max_new_tokens)
-    settings = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
+    settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
