@@ -77,7 +77,7 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
     ) -> None:
         given = {name: value for name, value in prompt.items() if name not in ("__rollout_n__", "__do_sample__")}
         text = prompt_text(given["raw_prompt"])
-        prior = await self.memory.start.remote(uid, text)
+        prior, mixture = await self.memory.start.remote(uid, text)
 
         async def roll_out(sessions: range) -> list[float]:
             tasks = [
@@ -90,7 +90,7 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
                     raise result
             return [self.scores[uid, session] for session in sessions]
 
-        rewards = await grow(roll_out, prior, self.settings)
+        rewards = await grow(roll_out, prior, self.settings, mixture)
         await self.memory.finish.remote(text, rewards)
         log.debug("prompt %s: prior %.3f, %d rollouts", uid, prior, len(rewards))
 
