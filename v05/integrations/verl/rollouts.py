@@ -15,6 +15,7 @@ import ray
 import transfer_queue
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from v05.integrations.verl.checkpoints import load_memory
 from v05.integrations.verl.look_ahead import grow
 from v05.integrations.verl.memory import start_memory
 from v05.integrations.verl.settings import Settings
@@ -99,7 +100,8 @@ class LookAheadManager(AgentLoopManagerTQ):
     """verl's agent loop manager with workers that look ahead, and one memory of priors beside them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what verl's manager takes."""
+        """Take what verl's manager takes; the memory goes on from the checkpoint that verl resumes from."""
         super().__init__(*args, **kwargs)
         self.memory = start_memory(Settings.of(self.config.algorithm))  # ends with this handle
+        load_memory(self.memory, self.config.trainer)
         self.agent_loop_workers_class = ray.remote(LookAheadWorker)
