@@ -122,6 +122,9 @@ def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
     found = read_checkpoint(tmp_path)
     assert found is not None
     assert found.state["seconds"] == found.tensors["policy"]["w"][0] in (1.0, 2.0)
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    read_checkpoint(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before, "processes may read at once"
     write_checkpoint(tmp_path, at(3.0))
     found = read_checkpoint(tmp_path)
     assert found is not None

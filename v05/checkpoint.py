@@ -45,10 +45,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Returns:
         The folder of this checkpoint.
     """
-    _mend(folder)
     target = folder / f"{checkpoint.update:06d}"
     partial, aside = target.with_suffix(".partial"), target.with_suffix(ASIDE)
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in (partial, *(each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
         write_tensors(partial / f"{name}.safetensors", tensors)
@@ -64,7 +64,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint in `folder`, or None where there is none."""
-    _mend(folder)
     finished = _finished(folder)
     if not finished:
         return None
@@ -102,20 +101,13 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(partial, file)
 
 
-def _mend(folder: Path) -> None:
-    """Put a checkpoint back that was set aside when a crash came before the next was in its place."""
-    for aside in folder.glob(f"*{ASIDE}"):
-        if aside.with_suffix("").exists():
-            shutil.rmtree(aside)
-        else:
-            os.replace(aside, aside.with_suffix(""))
-
-
 def _finished(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first; one set aside counts where nothing is in its place."""
     if not folder.is_dir():
         return []
-    return sorted((entry for entry in folder.iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+    aside = [entry for entry in folder.glob(f"*{ASIDE}") if not entry.with_suffix("").exists()]
+    finished = [entry for entry in folder.iterdir() if entry.name.isdecimal()]
+    return sorted(finished + aside, key=lambda entry: int(entry.stem))
 
 
 class Interrupted(Exception):
