@@ -1,13 +1,16 @@
 """Checkpoints: whole or not at all, and runs that go on bit for bit after a stop."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +94,42 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     newest = read_checkpoint(tmp_path)
     assert newest is not None
     assert newest.update == 1
+
+
+@pytest.mark.parametrize("crash", range(8))
+def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int
+) -> None:
+    """The crash comes before the change number `crash` of a file's name, or removal of a folder; a later save works."""
+    steps = iter(range(99))
+
+    def or_crash(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: Any, **options: Any) -> None:
+            if next(steps) == crash:
+                raise KeyboardInterrupt
+            change(*arguments, **options)
+
+        return changed
+
+    def at(seconds: float) -> Checkpoint:
+        return Checkpoint(3, {"policy": {"w": torch.full((2,), seconds)}}, {"seconds": seconds})
+
+    write_checkpoint(tmp_path, at(1.0))
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(os, "replace", or_crash(os.replace))
+        patched.setattr(shutil, "rmtree", or_crash(shutil.rmtree))
+        write_checkpoint(tmp_path, at(2.0))
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state["seconds"] == found.tensors["policy"]["w"][0] in (1.0, 2.0)
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    read_checkpoint(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before, "processes may read at once"
+    write_checkpoint(tmp_path, at(3.0))
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state["seconds"] == 3.0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
 
 
 def test_lines_after_a_checkpoint_are_removed(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
 
     def engine(name: str, policy: Policy, **options: Any) -> TransformersEngine:
         asked.update(options, name=name)
+        assert options["options"] == {"block_size": 32, "timeout": 5}
         return TransformersEngine(policy)
 
     monkeypatch.setattr("v05.pretrained.load_policy", load)
@@ -264,9 +265,11 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
     data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one plus one", "answer": "two"}])
     command = ["evaluate", "--model", str(write_model(tmp_path / "model")), "--data", str(data), "--engine", "vllm"]
     command += ["--output", str(tmp_path / "out"), "--samples", "2", "--max-new-tokens", "3", "--verifier", "exact"]
+    command += ["--engine-options", '{"block_size": 32, "timeout": 5}']
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert (asked["name"], asked["device"], asked["longest"]) == ("vllm", "cpu", 5 + 3)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["engine_options"] == {"block_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
         ([], "cannot be loaded"),
         (["--model", "./nowhere"], "model is './nowhere', no folder"),
         (["--engine", "magic"], "allowed: hf"),
+        (["--engine-options", "[1]"], "engine_options is '[1]'; allowed: a JSON object"),
         (["--dtype", "int3"], "allowed: float32, bfloat16"),
         (["--device", "quantum"], "allowed: auto, cpu"),
         (["--verifier", "magic"], "allowed: exact, math"),

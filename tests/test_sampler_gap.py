@@ -66,7 +66,8 @@ def test_bad_input():
 def test_a_growing_gap_is_warned_of_at_every_doubling(caplog: pytest.LogCaptureFixture) -> None:
     watch = GapWatch(mean_gap=0.1)
     with caplog.at_level(logging.WARNING):
-        for update, gap in enumerate([None, 0.05, 0.2, 0.3, 0.41]):
+        watch.see({"update": 0})
+        for update, gap in enumerate([0.05, 0.2, 0.3, 0.41], 1):
             watch.see({"update": update, "sampler_gap": 1.5, "sampler_gap_mean": gap})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["update 2", "update 4"]
     assert "0.2 nats a token in the mean (largest 1.5; warned above 0.1)" in caplog.text
@@ -82,3 +83,14 @@ def test_a_few_tokens_that_outweigh_the_others_are_warned_of_on_their_own() -> N
     assert "in the mean" not in warning
     assert watch.see(found) == ""
     assert "warned below 0.0136" in watch.see({**found, "sampler_effective": 0.01})
+
+
+@pytest.mark.parametrize("lost", [None, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["sampler_gap_mean", "sampler_effective"])
+def test_a_gap_that_is_no_number_is_warned_of_until_it_is_one(name: str, lost: float | None) -> None:
+    """The metrics of a run have None where a number is not finite."""
+    watch, fine = GapWatch(), {"update": 7, "sampler_gap": 0.0, "sampler_gap_mean": 0.0, "sampler_effective": 1.0}
+    assert "update 7: sampler and trainer differ by no finite number" in watch.see({**fine, name: lost})
+    assert watch.see({**fine, name: lost}) == ""
+    assert watch.see(fine) == ""
+    assert watch.see({**fine, name: lost}) != ""

@@ -56,9 +56,10 @@ CASES = [*((mode, "v05") for mode in MODES), ("stream", "v05_from_one"), ("strea
 def test_every_mode_trains_within_its_budget(tmp_path: Path, mode: str, algorithm: str) -> None:
     summary = train(tmp_path, tmp_path / "cache", StreamConfig(mode, window=3), algorithm=algorithm)
     lines = read_metrics(tmp_path)[1:]
-    assert summary["rollouts"] >= 128
+    assert summary["rollouts"] == 128
     assert all(0 < line["kept"] <= 32 for line in lines)
-    assert all(line["in_flight"] == (2 if mode == "stream" else 0) for line in lines)
+    assert [line["in_flight"] for line in lines[:2]] == [2 if mode == "stream" else 0] * 2
+    assert lines[-1]["in_flight"] == 0
     stalest = [line["stalest"] for line in lines]
     assert max(stalest) == (2 if mode == "stream" else 0)
     assert not any(value for line in lines for name, value in line.items() if name.startswith("requests_"))
@@ -111,7 +112,22 @@ def test_rules_share_one_budget(tmp_path: Path, rule: str) -> None:
     assert all(line["kept"] <= 32 for line in lines)
     if rule in ("utility", "variance"):
         assert all(line["kept"] == 32 for line in lines)
-    assert len({line["prompts"] for line in lines}) == 1
+    assert len({line["prompts"] for line in lines[:3]}) == 1  # the last may have fewer rollouts left
+    assert sum(line["kept"] for line in lines) == 128
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("changes", [{"algorithm": "v05_from_one"}, {"algorithm": "v05", "prompts": 12}])
+def test_no_prompt_is_taken_off_the_stream_and_left_without_rollouts(
+    tmp_path: Path, rule: str, changes: dict[str, Any]
+) -> None:
+    config = TrainConfig(**{**SMALL, "algorithm": changes["algorithm"]})
+    stream = StreamConfig("planned", rule, prompts=changes.get("prompts", 0))
+    trainer = make_trainer(config, tmp_path, StopRequest(), silent, stream)
+    for _ in range(2):
+        trainer.update()
+    assert trainer.sampler is not None
+    assert trainer.counters.groups == trainer.sampler.scheduler.position
 
 
 def test_old_rollouts_are_weighed_by_what_has_changed() -> None:

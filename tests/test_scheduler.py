@@ -162,9 +162,27 @@ def test_a_cap_on_rollouts_is_never_passed_and_goes_to_the_largest_gains(mode: s
 
 
 def test_a_cap_below_the_first_rollouts_starts_fewer_prompts() -> None:
-    (step,) = steps_of(scheduler(LookAhead(), limits(rollouts=10)), 1)
-    assert [group.requested for group in step.groups] == [4, 4, 2, 0, 0, 0]
-    assert step.outcome.counts.tolist() == [4, 4, 2, 0, 0, 0]
+    steps = steps_of(scheduler(LookAhead(), limits(rollouts=10)), 3)
+    check_whole(steps, 16)
+    assert [step.outcome.counts.tolist() for step in steps] == [[4, 4, 2]] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("total", [1, 30, 100, 101])
+def test_a_run_spends_what_it_has_and_no_more(mode: str, total: int) -> None:
+    """Calls whose answers are refused now and then count for nothing, as in `given_up`."""
+    engine = Faulty(SimulatedEngine(8, success, short), {"error": 0.1}, seed=1)
+    made = scheduler(LookAhead(), limits(mode, rollouts=30, attempts=1), engine)  # type: ignore[arg-type]
+    steps, spent = [], 0
+    while spent < total:
+        step = made.next_step(left=total - spent)
+        assert step is not None
+        steps.append(step)
+        spent += sum(len(group.rewards) for group in step.groups)
+    check_whole(steps, 16)
+    assert spent == total
+    assert made.steps == []
+    assert sum(group.requested for step in steps for group in step.groups) == total + made.trouble.given_up
 
 
 def test_a_cap_on_tokens_stops_growth() -> None:
@@ -315,6 +333,7 @@ def test_nothing_is_lost_or_counted_twice(mode, faults, dies, slots, window, pro
         ({"mode": "eager"}, "allowed: barrier, async, planned, stream"),
         ({"prompts": 0}, "prompts is 0; allowed: 1 or more"),
         ({"window": 0}, "window is 0"),
+        ({"rollouts": 0}, "rollouts is 0"),
         ({"temperature": 0.0}, "temperature is 0.0; allowed: above 0"),
     ],
 )
@@ -372,6 +391,18 @@ def test_a_request_is_not_late_because_nobody_looked() -> None:
         made.push({}, version + 1)
         away[0] += 10_000
     assert (made.trouble.timed_out, made.trouble.resubmitted, made.trouble.given_up) == (0, 0, 0)
+
+
+def test_requests_that_were_taken_back_are_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v05.rollout.requests.REMEMBERED", 4)
+    engine = Faulty(SimulatedEngine(8, success, short), {"silent": 1.0})
+    made = scheduler(LookAhead(), limits(seconds=50.0, window=1, attempts=2), engine)  # type: ignore[arg-type]
+    with pytest.raises(NoRollouts):
+        made.next_step()
+    book = made.requests
+    assert len(book.withdrawn) <= 4
+    assert book.stray(max(book.withdrawn)) == "late"
+    assert book.stray(1) == "duplicates"
 
 
 def test_a_batch_beside_the_requests_outlives_the_engine() -> None:

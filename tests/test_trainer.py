@@ -13,6 +13,7 @@ from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.policy import make_policy
+from v05.rollout.engine import Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import AGGREGATIONS, pack
 from v05.rollout.sample import Sample, first_rollouts
@@ -140,6 +141,14 @@ def test_later_epochs_use_the_log_probabilities_of_the_first() -> None:
     assert line["ratio_sum"] != line["tokens"]
 
 
+def test_the_loss_is_the_mean_over_the_epochs() -> None:
+    once, thrice = (make_trainer(epochs=epochs, learning_rate=1e-12).update() for epochs in (1, 3))
+    assert abs(once["loss"]) > 1e-3
+    assert thrice["loss"] == pytest.approx(once["loss"], rel=1e-4)
+    assert thrice["tokens"] == 3 * once["tokens"]
+    assert thrice["entropy"] == once["entropy"]
+
+
 @pytest.mark.parametrize("algorithm", ["v05", "v05_calibrated_loo:1"])
 def test_state_goes_on_bit_for_bit(algorithm: str) -> None:
     whole, first, second = (make_trainer(algorithm=algorithm) for _ in range(3))
@@ -155,6 +164,28 @@ def test_evaluation_leaves_training_alone() -> None:
     plain, evaluated = make_trainer(), make_trainer()
     assert evaluated.evaluate() == evaluated.evaluate()
     assert plain.update() == evaluated.update()
+
+
+def test_held_out_answers_that_never_came_are_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    class Refuses(TransformersEngine):
+        def generate(self, prompts, counts, **limits):  # type: ignore[no-untyped-def]
+            rows = super().generate(prompts, counts, **limits)
+            solved = [
+                any(each.finished and each.text[:1] == prompts[group][0] for each in row)
+                for group, row in enumerate(rows)
+            ]
+            right = solved.index(True)
+            raise Unanswered(
+                [[None if group == right else each for each in row] for group, row in enumerate(rows)], ["x"]
+            )
+
+    trainer = make_trainer()
+    right, total = trainer.evaluate()
+    trainer.engine = trainer.team.engine = Refuses(trainer.policy)
+    fewer, again = trainer.evaluate()
+    assert again == total
+    assert right - 2 <= fewer < right
+    assert "x; it counts as wrong" in caplog.messages
 
 
 def test_algorithm_names() -> None:

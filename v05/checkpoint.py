@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Final
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEPT = 2  # checkpoints that stay; older ones are removed
+ASIDE: Final = ".aside"  # ends the name of one whose successor, of the same update, is about to take its place
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/<update>` and remove all but the newest `KEPT` checkpoints.
 
     The files are written to a temporary folder that is renamed when complete, so a crash leaves the previous
-    checkpoint in place.
+    checkpoint in place; one of the same update is set aside until then.
 
     Args:
         folder: of all checkpoints of a run; made where missing.
@@ -44,15 +45,18 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Returns:
         The folder of this checkpoint.
     """
-    target, partial = folder / f"{checkpoint.update:06d}", folder / f"{checkpoint.update:06d}.partial"
-    for stale in (target, partial):
-        if stale.exists():
-            shutil.rmtree(stale)
+    target = folder / f"{checkpoint.update:06d}"
+    partial, aside = target.with_suffix(".partial"), target.with_suffix(ASIDE)
+    for stale in (partial, *(each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
         write_tensors(partial / f"{name}.safetensors", tensors)
     write_text(partial / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}, indent=2) + "\n")
+    if target.exists():
+        os.replace(target, aside)
     os.replace(partial, target)
+    shutil.rmtree(aside, ignore_errors=True)
     for old in _finished(folder)[:-KEPT]:
         shutil.rmtree(old)
     return target
@@ -98,10 +102,12 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _finished(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first; one set aside counts where nothing is in its place."""
     if not folder.is_dir():
         return []
-    return sorted((entry for entry in folder.iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+    aside = [entry for entry in folder.glob(f"*{ASIDE}") if not entry.with_suffix("").exists()]
+    finished = [entry for entry in folder.iterdir() if entry.name.isdecimal()]
+    return sorted(finished + aside, key=lambda entry: int(entry.stem))
 
 
 class Interrupted(Exception):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from v05.checkpoint import Interrupted, StopRequest, write_text
 from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
-from v05.rollout.engine import Engine, Rollout
+from v05.rollout.engine import Engine, Rollout, Unanswered
 from v05.seeds import seed_of
 from v05.study_folder import StudyFolder
 from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def evaluate(
 
     Raises:
         Interrupted: a stop was asked for; all problems that were finished are written.
-        InputError: the folder has results with other settings.
+        InputError: the folder has results with other settings; or the engine could not answer some problems, and all
+            others are written.
     """
     identity = {**settings, **asdict(sampling), "problems": digest(records), "reward_range": list(pool.reward_range)}
     results = StudyFolder(folder, identity, ["problem"])
@@ -118,16 +122,24 @@ def evaluate(
     todo = [batch for batch in todo if not all(results.has(problem=number) for number in batch)]
     on_problems(len(results.results), len(records))
     judged: tuple[list[int], list[list[Rollout]], list[int]] | None = None
+    missing: list[str] = []
     for batch in [*todo, None]:
-        answers = None if batch is None or stop.requested else _generate(engine, records, batch, sampling)
-        if judged is not None:
-            _write(results, records, *judged, pool)
-            on_problems(len(results.results), len(records))
-        if answers is None or batch is None:
+        answered = None
+        try:
+            if batch is not None and not stop.requested:
+                answered = _generate(engine, records, batch, sampling, missing)
+        finally:  # whatever becomes of this batch, the one before it is kept
+            if judged is not None:
+                _write(results, records, *judged, pool)
+                on_problems(len(results.results), len(records))
+        if answered is None:
             break
-        judged = batch, answers, _submit(pool, records, batch, answers)
+        judged = *answered, _submit(pool, records, *answered)
     if len(results.results) < len(records):
-        raise Interrupted(f"{len(results.results)} of {len(records)} problems are in {folder}")
+        kept = f"{len(results.results)} of {len(records)} problems are in {folder}"
+        if missing and not stop.requested:
+            raise InputError(f"{kept}; {missing[0]}; the same command asks again for what is missing")
+        raise Interrupted(kept)
     evaluation = summarise(list(results.results.values()), pool.reward_range)
     write_text(folder / "summary.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
@@ -166,15 +178,26 @@ def fingerprint(model: str) -> str:
 
 
 def _generate(
-    engine: Engine, records: Sequence[Mapping[str, Any]], batch: Sequence[int], sampling: Sampling
-) -> list[list[Rollout]]:
-    return engine.generate(
-        [records[number]["prompt"] for number in batch],
-        [sampling.samples] * len(batch),
-        seed=seed_of("evaluate", sampling.seed, batch[0]),
-        temperature=sampling.temperature,
-        max_new_tokens=sampling.max_new_tokens,
-    )
+    engine: Engine, records: Sequence[Mapping[str, Any]], batch: Sequence[int], sampling: Sampling, missing: list[str]
+) -> tuple[list[int], list[list[Rollout]]]:
+    """Return the problems of a batch that have all their answers, and these; `missing` gets why others have not."""
+    rows: Sequence[Sequence[Rollout | None]]
+    try:
+        rows = engine.generate(
+            [records[number]["prompt"] for number in batch],
+            [sampling.samples] * len(batch),
+            seed=seed_of("evaluate", sampling.seed, batch[0]),
+            temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+    except Unanswered as error:
+        rows = error.rows
+        missing += error.reasons
+        for reason in error.reasons:
+            logger.warning("%s; its problem is left out", reason)
+    answers = [[rollout for rollout in row if rollout is not None] for row in rows]
+    whole = [place for place, row in enumerate(answers) if len(row) == sampling.samples]
+    return [batch[place] for place in whole], [answers[place] for place in whole]
 
 
 def _submit(

@@ -141,8 +141,9 @@ class Learner:
             update: updates before this one.
 
         Returns:
-            Sums of the loss's metrics; `loss`, `gradient_norm`; `entropy` in nats, the mean over the tokens; and how
-            far trainer and sampler are apart, see `v05.sampler_gap.with_gap_metrics`.
+            Sums of the loss's metrics over all epochs, so that shares of them are right; `loss`, the mean over the
+            epochs; `gradient_norm` of the last; `entropy` in nats, the mean over the tokens, and how far trainer and
+            sampler are apart, see `v05.sampler_gap.with_gap_metrics`, both before the first step.
 
         Raises:
             FloatingPointError: the gradient is not finite; no step was taken with it.
@@ -168,7 +169,8 @@ class Learner:
                 raise FloatingPointError(f"update {update + 1}: the gradient's norm is {norm}; allowed: finite")
             self.optimizer.step()
         totals = self.ranks.combine(totals, LARGEST)
-        return {**with_gap_metrics(totals), "entropy": totals["entropy"] / len(batch.tokens), "gradient_norm": norm}
+        means = {"loss": totals["loss"] / self.epochs, "entropy": totals["entropy"] / len(batch.tokens)}
+        return {**with_gap_metrics(totals), **means, "gradient_norm": norm}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the policy's weights by parameter name, whole, for an engine or a file; all ranks call this."""

@@ -69,7 +69,7 @@ class ModelConfig:
             check(name, getattr(self, name), bool, "a name, both of model and data")
         for name in ("max_prompt_tokens", "max_new_tokens", "sequences_at_once", "reward_workers"):
             check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
-        check("engine_options", self.engine_options, _is_object, "a JSON object")
+        check("engine_options", self.engine_options, is_object, "a JSON object")
         check("reward_timeout", self.reward_timeout, lambda value: 0 < value < float("inf"), "above 0 and finite")
         check("heldout_share", self.heldout_share, lambda value: 0 < value < 1, "above 0 and below 1")
         check("reward_high", self.reward_high, lambda value: self.reward_low < value, f"above {self.reward_low:g}")
@@ -110,7 +110,8 @@ def make_model_config(settings: Mapping[str, Any], given: Mapping[str, Any], whe
     return ModelConfig(**{**known(ModelConfig, settings, where), **known(ModelConfig, given, "the given settings")})
 
 
-def _is_object(text: str) -> bool:
+def is_object(text: str) -> bool:
+    """Return whether a text is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except json.JSONDecodeError:

@@ -1,6 +1,7 @@
 """How far the sampler's log-probabilities are from the trainer's: sums that combine, an update's metrics, a warning."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -64,20 +65,24 @@ def with_gap_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 class GapWatch:
-    """Warns once sampler and trainer are too far apart, and again whenever they are twice as far."""
+    """Warns once sampler and trainer are too far apart, whenever they are twice as far, and where that is no number."""
 
     def __init__(self, mean_gap: float = MEAN_GAP, effective: float = EFFECTIVE) -> None:
         """Warn where `sampler_gap_mean` is above the one limit or `sampler_effective` below the other."""
-        self.mean_gap, self.effective = mean_gap, effective
+        self.mean_gap, self.effective, self.lost = mean_gap, effective, False
 
     def see(self, metrics: Mapping[str, Any]) -> str:
-        """Look at an update's metrics; return the warning that was logged, or an empty string."""
-        gap, effective, found = metrics.get("sampler_gap_mean"), metrics.get("sampler_effective"), []
-        if gap is not None and gap > self.mean_gap:
+        """Look at an update's metrics, where None is no finite number; return the warning, if any, that was logged."""
+        gap, effective = metrics.get("sampler_gap_mean", 0.0), metrics.get("sampler_effective", 1.0)
+        found, before = [], self.lost
+        self.lost = not all(value is not None and math.isfinite(value) for value in (gap, effective))
+        if self.lost and not before:
+            found.append("differ by no finite number")
+        if not self.lost and gap > self.mean_gap:
             largest = f"largest {metrics['sampler_gap']:.3g}; warned above {self.mean_gap:.3g}"
             found.append(f"differ by {gap:.3g} nats a token in the mean ({largest})")
             self.mean_gap = 2 * gap
-        if effective is not None and effective < self.effective:
+        if not self.lost and effective < self.effective:
             limit = f"warned below {self.effective:.3g}"
             found.append(f"have ratios whose effective sample size is {effective:.3g} of the tokens ({limit})")
             self.effective = effective / 2

@@ -78,18 +78,19 @@ class StreamSampler:
         """Give the engine the policy's weights."""
         self.scheduler.push(weights, version)
 
-    def sample(self, version: int, stopped: Callable[[], bool]) -> tuple[Sample, int, dict[str, float]]:
+    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, int, dict[str, float]]:
         """Return the groups of the next update, how many of them wanted more, and metrics.
 
         Args:
             version: of the weights that will learn from them.
             stopped: asked again and again.
+            left: rollouts of the run, 1 or more.
 
         Raises:
             Stopped: it became true before the groups were finished.
         """
         before = self.scheduler.trouble.counts()
-        step = self.scheduler.next_step(stopped)
+        step = self.scheduler.next_step(stopped, left)
         if step is None:
             raise Stopped
         groups = [group for group in step.groups if group.rewards]
@@ -143,10 +144,9 @@ def make_rule(
     name: str, algorithm: Algorithm, reward_range: tuple[float, float], config: TrainConfig, mean: float
 ) -> BudgetRule:
     """Return a budget rule by name; `mean` is the rollouts per prompt that rivals divide."""
-    if name == "utility":
-        return Utility(mean, reward_range)
-    if name == "variance":
-        return Variance(mean, reward_range)
+    if name in ("utility", "variance"):
+        allocation = Utility if name == "utility" else Variance
+        return allocation(mean, reward_range, smallest=2 if mean >= 2 else 1)
     if name == "reinforce-ada":
         return ReinforceAda(algorithm.k_init, max(algorithm.k_init, algorithm.k_max), reward_range)
     if name == "fixed" or algorithm.k_max == algorithm.k_init:

@@ -19,7 +19,7 @@ class StreamConfig:
 
     Attributes:
         mode: `batch`: whole batches, exactly `rollouts_per_update` of them an update; or one of
-            `v05.rollout.limits.MODES`: then an update is a step of the scheduler, and the last one may pass `rollouts`.
+            `v05.rollout.limits.MODES`: then an update is a step of the scheduler with `rollouts_per_update` at most.
         rule: `look-ahead`: the algorithm's own (groups of one size where it does not grow); or, with one of the modes,
             a rival by name, see `v05.rollout.budget`, with as many rollouts an update.
         window: steps in flight at most, with the mode `stream`.

@@ -17,7 +17,7 @@ from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
-from v05.rollout.engine import Engine, Rollout
+from v05.rollout.engine import Engine, Rollout, wrong_where_unanswered
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
@@ -127,7 +127,7 @@ class Trainer:
             self.engine.update_weights(weights)
 
     def evaluate(self) -> tuple[int, int]:
-        """Return how many sampled held-out answers are right, and how many there were.
+        """Return how many sampled held-out answers are right, and how many there were, those that never came included.
 
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
@@ -141,7 +141,8 @@ class Trainer:
         tickets: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             part = prompts[start : start + 256]
-            answers = generate(
+            answers = wrong_where_unanswered(
+                generate,
                 part,
                 [self.config.heldout_samples] * len(part),
                 seed=seed_of("heldout", self.config.heldout_seed, start),
@@ -149,16 +150,15 @@ class Trainer:
                 max_new_tokens=self.task.max_answer_length,
             )
             tickets += self._submit(part, answers)
-        best = self.task.reward_range[1]
         rewards = [reward for row in self._collect(tickets) for reward in row]
-        return sum(reward == best for reward in rewards), len(rewards)
+        return rewards.count(self.task.reward_range[1]), len(rewards)
 
     def _sample(self) -> tuple[Sample, int, dict[str, float]]:
         """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
-        if self.sampler is not None:
-            return self.sampler.sample(self.counters.update, self.stopped)
-        sample, first_conflicts, round_number = Sample(), 0, 0
         left_in_run = self.config.rollouts - self.counters.rollouts
+        if self.sampler is not None:
+            return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
+        sample, first_conflicts, round_number = Sample(), 0, 0
         target = min(self.config.rollouts_per_update, left_in_run)
         while sample.kept < target and sample.spent < left_in_run:
             budget = min(target - sample.kept, left_in_run - sample.spent)

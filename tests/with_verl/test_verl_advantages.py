@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
 
 import v05.integrations.verl
-from v05.kernels import group_advantage
+from v05.kernels import group_advantage, shrinkage
 
 pytestmark = pytest.mark.verl
 VERLS_OWN = {
@@ -30,6 +31,20 @@ class FromUid:
     def predict(self, uids):
         """Expected rewards of the groups."""
         return torch.tensor([int(uid.rsplit("-", 1)[1]) / 10 for uid in uids])
+
+
+class Keeper(FromUid):
+    """It keeps the state of calibrated fusion too, as the job's memory does."""
+
+    states: ClassVar[list[torch.Tensor]] = []
+
+    def mixture(self):
+        """The newest state."""
+        return self.states[-1] if self.states else None
+
+    def learn(self, mixture):
+        """Keep a state."""
+        self.states.append(mixture)
 
 
 def advantages(name, batch, algorithm=None, column=None):
@@ -102,6 +117,39 @@ def test_a_column_a_class_and_a_range():
     torch.testing.assert_close(advantages("v05", batch, section, column), expected, rtol=1e-6, atol=1e-8)
     section["v05"]["prior"] = f"{__name__}.FromUid"
     torch.testing.assert_close(advantages("v05", batch, section), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["v05_calibrated", "v05_calibrated_loo"])
+@pytest.mark.parametrize("scale", ["none", "batch"])
+def test_calibrated_fusion_goes_on_from_batch_to_batch(name, scale, monkeypatch):
+    monkeypatch.setattr(Keeper, "states", [])
+    section = {"v05": {"reward_range": [-1, 1], "prior": f"{__name__}.Keeper", "scale": scale}}
+    state = None
+    for seed in (4, 5):
+        batch = random_batch(seed, values=(-1.0, 1.0))
+        found = advantages(name, batch, section)
+        rows = [np.flatnonzero(batch.uids == uid) for uid in sorted(set(batch.uids))]
+        flat, offsets = np.concatenate(rows), torch.tensor([0, *np.cumsum([len(group) for group in rows])])
+        prior = FromUid().predict(sorted(set(batch.uids))).double()
+        options = dict(reward_range=(-1.0, 1.0), fusion="calibrated", advantages=True, state=state)
+        rewards = batch.token_rewards.sum(1)[flat]
+        test = shrinkage(rewards, offsets, prior, leave_one_out=name.endswith("loo"), **options)
+        state = test.state
+        torch.testing.assert_close(Keeper.states[-1], state)
+        if scale == "none":
+            column = torch.zeros(len(flat), dtype=torch.float64)
+            column[flat] = test.advantages
+            expected = column[:, None] * batch.mask
+        else:
+            tenth = {uid: int(uid.rsplit("-", 1)[1]) / 10 for uid in batch.uids}
+            expected = by_hand(batch, name, tenth.__getitem__, reward_range=(-1.0, 1.0), scale=scale)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert len(Keeper.states) == 2
+    advantages("v05", batch, section)
+    assert len(Keeper.states) == 2, "the paper's rule has no state"
+    section["v05"]["fusion"] = "calibrated"
+    advantages("v05", batch, section)
+    assert len(Keeper.states) == 3, "but the look-ahead may want it"
 
 
 @pytest.mark.parametrize("name", ["v05", "v05_calibrated", "v05_reinforce_plus_plus", "v05_james_stein"])

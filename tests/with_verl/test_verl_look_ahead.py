@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
+import torch
 
 from v05.integrations.verl.look_ahead import grow, more
 from v05.integrations.verl.memory import Memory
 from v05.integrations.verl.settings import Settings
+from v05.kernels import shrinkage
 
 pytestmark = pytest.mark.verl
 SETTINGS = Settings(reward_range=(-1.0, 1.0))
@@ -34,15 +36,59 @@ def test_a_prompt_grows_until_the_test_is_content():
 
 def test_memory_learns_and_recalls_what_it_had_said():
     memory = Memory(SETTINGS)
-    assert memory.start("a", "easy") == 0.0
+    assert memory.start("a", "easy") == (0.0, None)
     for _ in range(6):  # it measures how far a prompt's past can be trusted
         memory.finish("easy", [1.0] * 8)
         memory.finish("hard", [-1.0] * 8)
-    later = memory.start("b", "easy")
+    later, _ = memory.start("b", "easy")
     assert later > 0.5
-    assert memory.start("d", "hard") < -0.5
+    assert memory.start("d", "hard")[0] < -0.5
     assert memory.recall(["b", "a"]) == [later, 0.0]
     with pytest.raises(ValueError, match=r"no prior under uid 'c' \(1 of 2 uids unknown\)"):
         memory.recall(["a", "c"])
     with pytest.raises(ValueError, match=r"algorithm.v05.memory is 'nothing'"):
         Memory(Settings(memory="nothing"))
+
+
+def test_the_look_ahead_fuses_as_the_estimator_does():
+    section = {"reward_range": [-1, 1]}
+    assert Settings.of({"adv_estimator": "v05", "v05": section}).fusion == "v05"
+    assert Settings.of({"adv_estimator": "v05_calibrated_loo", "v05": section}).fusion == "calibrated"
+    assert Settings.of({"adv_estimator": "v05", "v05": {**section, "fusion": "calibrated"}}).fusion == "calibrated"
+    assert Settings.of(None).fusion == "v05"
+    with pytest.raises(ValueError, match=r"algorithm.v05.fusion is 'best'; allowed: v05, calibrated"):
+        Settings.of({"v05": {"fusion": "best"}})
+
+
+def test_calibrated_numbers():
+    """Where outcomes have been as expected so far, four failures in a row are more of a surprise."""
+    settings = Settings(reward_range=(-1.0, 1.0), fusion="calibrated")
+    rewards, offsets = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0] * 40), torch.arange(0, 201, 5)
+    known = shrinkage(rewards, offsets, torch.full((40,), 0.6), reward_range=(-1.0, 1.0), fusion="calibrated").state
+    wanted = []
+    for mixture in (None, known):
+        assert more([], 0.6, settings, mixture) == 4
+        values = torch.tensor([-1.0] * 2 + [1.0] * 2, dtype=torch.float64)
+        options = dict(reward_range=(-1.0, 1.0), fusion="calibrated", state=mixture)
+        test = shrinkage(values, torch.tensor([0, 4]), torch.tensor([0.6], dtype=torch.float64), **options)
+        assert more(values.tolist(), 0.6, settings, mixture) == int(test.planned - test.count)
+        wanted.append(int(test.planned - test.count))
+    assert wanted[0] != wanted[1], "the state matters"
+    assert more([-1.0] * 4, 0.6, SETTINGS, known) == 12, "the paper's rule has no state"
+
+
+def test_memory_goes_on_from_what_it_knew():
+    memory, again = Memory(SETTINGS), Memory(SETTINGS)
+    for prompt, reward in (("easy", 1.0), ("hard", -1.0)) * 3:
+        memory.start(f"{prompt}-{reward}", prompt)
+        memory.finish(prompt, [reward] * 8)
+    memory.learn(torch.arange(3.0))
+    again.load_state_dict(memory.state_dict())
+    uids = ["easy-1.0", "hard--1.0"]
+    assert again.recall(uids) == memory.recall(uids)
+    expected, mixture = again.start("c", "easy")
+    assert expected == memory.start("c", "easy")[0] != 0.0
+    assert mixture.tolist() == [0.0, 1.0, 2.0]
+    fresh = Memory(SETTINGS)
+    fresh.load_state_dict(Memory(SETTINGS).state_dict())
+    assert fresh.start("a", "easy") == (0.0, None)

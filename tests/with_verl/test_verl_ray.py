@@ -125,3 +125,37 @@ def test_two_workers_grow_groups_and_the_driver_fuses_them(config, manager):
     assert max(sizes[0]) > 4, "a prior in the middle conflicts with prompts that always fail"
     hard, easy = sum(priors[place] for place in (0, 1, 4)), sum(priors[place] for place in (3, 5, 6))
     assert hard < easy, "the memory has learnt which prompts fail"
+
+
+def test_the_memory_goes_on_from_verls_checkpoint(config, manager, tmp_path, caplog):
+    """As verl's trainer calls it after a save, and makes the manager of the job that goes on."""
+    from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
+
+    from v05.integrations.verl.checkpoints import FILE, load_memory
+    from v05.integrations.verl.memory import Memory
+    from v05.integrations.verl.settings import Settings
+
+    folder = tmp_path / "global_step_7"
+    folder.mkdir()
+    running = ray.get_actor(v05.integrations.verl.memory.NAME)
+    ray.get(running.start.remote("known", "p9"))
+    ray.get(running.learn.remote(torch.arange(5.0)))
+    build_checkpoint_callback(config).on_save(trainer=None, global_step=7, checkpoint_dir=str(folder), async_save=False)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    known = ray.get(running.state_dict.remote())
+    fresh = ray.remote(Memory).options(num_cpus=0)
+    settings, trainer = Settings.of(config.algorithm), config.trainer.copy()
+    for mode, path in (("auto", None), ("resume_path", str(folder))):
+        trainer.resume_mode, trainer.resume_from_path, trainer.default_local_dir = mode, path, str(tmp_path)
+        again = fresh.remote(settings)
+        load_memory(again, trainer)
+        found = ray.get(again.state_dict.remote())
+        assert found.keys() == known.keys()
+        assert all(torch.equal(value, known[name]) for name, value in found.items())
+        assert ray.get(again.recall.remote(["known"])) == ray.get(running.recall.remote(["known"]))
+    (folder / FILE).unlink()
+    for mode in ("disable", "auto"):
+        trainer.resume_mode, again = mode, fresh.remote(settings)
+        load_memory(again, trainer)
+        assert ray.get(again.mixture.remote()) is None
+        assert ("the prior starts anew" in caplog.text) == (mode == "auto")

@@ -43,6 +43,7 @@ def test_every_name_in_it_exists():
     assert manager.__name__ == "LookAheadManager"
     assert callable(load_class_from_fqn(settings.prior))
     assert callable(load_class_from_fqn(settings.memory))
+    assert load_class_from_fqn(config.trainer.checkpoint_callback_class).__name__ == "SaveMemory"
 
 
 def test_a_wrong_setting_is_refused():

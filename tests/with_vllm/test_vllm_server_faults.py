@@ -13,6 +13,7 @@ import torch
 from tests.with_vllm import tiny_qwen3
 from tests.with_vllm.server_process import free_port
 from v05.errors import InputError
+from v05.rollout.engine import Unanswered
 from v05.rollout.streaming import EngineDied, Request
 from v05.rollout.vllm_library import VllmSettings
 from v05.rollout.vllm_server import ServerEngine, ServerSettings, server_command
@@ -145,7 +146,7 @@ def test_nonsense_is_the_end_of_one_request_alone(
     outcome = answer(engine)
     assert outcome.rollout is None
     assert message in outcome.error
-    with pytest.raises(RuntimeError, match="answer 0 to prompt 0 failed"):
+    with pytest.raises(Unanswered, match="1 of 1 answers could not be had; answer 0 to prompt '1' failed"):
         engine.generate(["1"], [1], seed=0, temperature=1.0, max_new_tokens=2)
     script.answer = GOOD
     assert answer(engine).rollout is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -12,12 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from v05.cli.quiet import quiet_transformers
+from v05.config import check
 from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
+from v05.model_config import is_object
 from v05.tasks.data import BENCHMARKS, Source, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import make_verifier, needs_answer
+
+PATIENCE: Final = ("timeout", "startup_timeout")  # options of a server that change nothing but what is waited for
 
 
 def source_of(data: str, given: dict[str, str | None]) -> Source:
@@ -60,6 +65,7 @@ def run(
     dtype: str,
     device: str,
     engine: str,
+    options: dict[str, Any],
     console: Console,
 ) -> Evaluation:
     """Evaluate with a progress bar; a stop is said in one line, with exit status 130."""
@@ -76,8 +82,10 @@ def run(
     policy = load_policy(model, dtype=dtype, device=device if engine == "hf" else "cpu")
     longest = max(prompt_lengths(policy, records, source.place))
     check_positions(policy, longest, sampling.max_new_tokens)
-    settings = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
+    settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
+    if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
+        settings["engine_options"] = lasting
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with RewardPool(**judging) as pool, StopRequest() as stop, Progress(*columns, console=console) as progress:
         bar = progress.add_task("problems", total=len(records))
@@ -86,7 +94,7 @@ def run(
             progress.update(bar, completed=done, total=total)
 
         longest += sampling.max_new_tokens
-        sampler = make_engine(engine, policy, model=model, dtype=dtype, longest=longest)
+        sampler = make_engine(engine, policy, model=model, dtype=dtype, longest=longest, options=options)
         try:
             return evaluate(sampler, records, pool, sampling, output, settings, stop, on_problems)
         except Interrupted as stopped:
@@ -107,6 +115,7 @@ def evaluate_command(
     verifier: Annotated[str, typer.Option(help="math, exact, package.module:function or file.py:function.")] = "math",
     reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (0.0, 1.0),
     engine: Annotated[str, typer.Option(help="What generates: hf, vllm, vllm-sync, http://host:port.")] = "hf",
+    engine_options: Annotated[str, typer.Option(help="More arguments of vLLM, a JSON object.")] = "{}",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Of the engine hf: auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Fixes the samples.")] = 0,
@@ -123,11 +132,12 @@ def evaluate_command(
 
     if reward_workers < 1 or not reward_timeout > 0:
         raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0")
+    check("engine_options", engine_options, is_object, "a JSON object")
     named = {"split": split, "prompt_key": prompt_key, "answer_key": answer_key, "template": template}
     source, sampling = source_of(data, named), Sampling(samples, temperature, max_new_tokens, seed, batch)
     judging = dict(verifier=verifier, reward_range=reward_range, workers=reward_workers, timeout=reward_timeout)
     console = Console()
-    found = run(model, source, output, sampling, judging, dtype, device, engine, console)
+    found = run(model, source, output, sampling, judging, dtype, device, engine, json.loads(engine_options), console)
     title = f"{Path(model).name} at {data}"
     plot_evaluation(found, f"{title}: {found.problems} problems, {samples} answers each", output / "pass_at_k.png")
     console.print(evaluation_table(found, title))

@@ -3,10 +3,13 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Final, cast
 
-from v05.rollout.engine import Rollout, check_request
+from v05.rollout.engine import Rollout, Unanswered, check_request
 from v05.rollout.streaming import Outcome, Request
 from v05.seeds import seed_of
+
+ATTEMPTS: Final = 3  # at one answer
 
 
 class Batches(ABC):
@@ -40,29 +43,34 @@ class Batches(ABC):
 
         Raises:
             ValueError: lengths differ, or a number is outside what is allowed.
-            RuntimeError: a request failed, with the engine's reason.
+            Unanswered: requests failed `ATTEMPTS` times each; the others have been waited for.
             EngineDied: the engine's process is gone.
         """
         check_request(prompts, counts, temperature, max_new_tokens)
-        places: dict[int, tuple[int, int]] = {}
-        requests = []
-        for group, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            for sample in range(count):
-                number = next(self._numbers)
-                places[number] = (group, sample)
-                draws = seed_of(seed, group, sample)
-                requests.append(Request(number, prompt, draws, temperature, max_new_tokens))
-        answers: dict[tuple[int, int], Rollout] = {}
-        if requests:
-            self.submit(requests)
-        while len(answers) < len(requests):
+        rows: list[list[Rollout | None]] = [[None] * count for count in counts]
+        waiting: dict[int, tuple[int, int, int]] = {}  # by number: group, sample and attempt
+        reasons: list[str] = []
+
+        def request(group: int, sample: int, attempt: int) -> Request:
+            number, draws = next(self._numbers), seed_of(seed, group, sample)
+            waiting[number] = (group, sample, attempt)
+            return Request(number, prompts[group], draws, temperature, max_new_tokens)
+
+        requests = [request(group, sample, 1) for group, count in enumerate(counts) for sample in range(count)]
+        while waiting:
+            if requests:
+                self.submit(requests)
+            requests = []
             for outcome in self._take(60.0):
-                if outcome.number not in places:
+                if outcome.number not in waiting:
                     self._kept.append(outcome)
+                    continue
+                group, sample, attempt = waiting.pop(outcome.number)
+                rows[group][sample] = outcome.rollout
+                if outcome.rollout is None and attempt < ATTEMPTS:
+                    requests.append(request(group, sample, attempt + 1))
                 elif outcome.rollout is None:
-                    self.abort(list(places))
-                    group, sample = places[outcome.number]
-                    raise RuntimeError(f"answer {sample} to prompt {group} failed: {outcome.error}")
-                else:
-                    answers[places[outcome.number]] = outcome.rollout
-        return [[answers[group, sample] for sample in range(count)] for group, count in enumerate(counts)]
+                    reasons.append(f"answer {sample} to prompt {prompts[group]!r} failed: {outcome.error}")
+        if reasons:
+            raise Unanswered(rows, reasons)
+        return cast(list[list[Rollout]], rows)

@@ -1,10 +1,13 @@
 """What the trainer asks of whatever generates rollouts."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,23 @@ class Rollout:
     versions: tuple[int, ...] = ()
 
 
+NOTHING: Final = Rollout((), (), (), "", finished=False)
+
+
+class Unanswered(RuntimeError):
+    """Some answers of a batch could not be had, however often they were asked for; the others are there.
+
+    Attributes:
+        rows: what `Engine.generate` returns, with None in the place of such an answer.
+        reasons: one for each of them, with its prompt.
+    """
+
+    def __init__(self, rows: list[list[Rollout | None]], reasons: list[str]) -> None:
+        """Say how many there are, and why there is not the first."""
+        super().__init__(f"{len(reasons)} of {sum(map(len, rows))} answers could not be had; {reasons[0]}")
+        self.rows, self.reasons = rows, reasons
+
+
 class Engine(Protocol):
     """Generates rollouts with its own copy of the policy's weights."""
 
@@ -45,12 +65,33 @@ class Engine(Protocol):
 
         Returns:
             One list of rollouts per prompt, `counts` long.
+
+        Raises:
+            Unanswered: some of them could not be had.
         """
         ...
 
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the policy's weights, by parameter name; the next `generate` samples from them."""
         ...
+
+
+def wrong_where_unanswered(
+    generate: Callable[..., list[list[Rollout]]], prompts: Sequence[str], counts: Sequence[int], **limits: Any
+) -> list[list[Rollout]]:
+    """Call `generate`; an answer that could not be had is `NOTHING`, which is wrong, and is warned of.
+
+    Raises:
+        Unanswered: not one answer could be had.
+    """
+    try:
+        return generate(prompts, counts, **limits)
+    except Unanswered as error:
+        if not any(rollout for row in error.rows for rollout in row):
+            raise
+        for reason in error.reasons:
+            logger.warning("%s; it counts as wrong", reason)
+        return [[rollout or NOTHING for rollout in row] for row in error.rows]
 
 
 def check_request(prompts: Sequence[str], counts: Sequence[int], temperature: float, max_new_tokens: int) -> None:

@@ -20,7 +20,8 @@ class Limits:
             the prompts of following steps start meanwhile.
         window: steps in flight at most, 1 or more; with `stream` a rollout is at most `window - 1` updates old when
             its step is learnt from, with the other modes it is 1.
-        rollouts: of a step at most, first ones included; None for no cap.
+        rollouts: of a step at most, first ones included; prompts that it does not reach belong to the next step; None
+            for no cap.
         tokens: of a step: what is asked for beyond the first rollouts keeps under it, if answers that have not come
             are as long as the step's others on average; None for no cap.
         temperature: of sampling.
@@ -48,8 +49,8 @@ class Limits:
         """Raise ValueError for what is not allowed."""
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
-        for name in ("prompts", "window", "attempts", "max_new_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("prompts", "window", "rollouts", "attempts", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         for name in ("temperature", "seconds", "poll"):
             if not getattr(self, name) > 0:

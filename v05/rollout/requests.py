@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -15,6 +15,7 @@ from v05.rollout.streaming import Request
 from v05.seeds import seed_of
 
 ROUNDING: Final = 1e-4  # a log-prob may be above 0 by so much
+REMEMBERED: Final = 2**16  # numbers of requests taken back; most are never answered, since the engine knows of it
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Requests:
         self.limits, self.seed, self.clock = limits, seed, clock
         self.waiting: dict[int, Asked] = {}
         self.numbers = 0
-        self.withdrawn: set[int] = set()  # numbers whose answers, should they come, are late
+        self.withdrawn: set[int] = set()  # newest numbers whose answers, should they come, are late
         self._left = clock()  # when answers were looked for last
 
     @contextmanager
@@ -75,7 +76,7 @@ class Requests:
     def take_all(self) -> list[Asked]:
         """Return everything that waits, and forget it."""
         everything = list(self.waiting.values())
-        self.withdrawn |= self.waiting.keys()
+        self._withdraw(self.waiting)
         self.waiting.clear()
         return everything
 
@@ -94,8 +95,13 @@ class Requests:
             found.append(asked)
         for asked in found:
             del self.waiting[asked.request.number]
-            self.withdrawn.add(asked.request.number)
+        self._withdraw(asked.request.number for asked in found)
         return found
+
+    def _withdraw(self, numbers: Iterable[int]) -> None:
+        self.withdrawn.update(numbers)
+        if len(self.withdrawn) > REMEMBERED:
+            self.withdrawn = set(sorted(self.withdrawn)[-(REMEMBERED // 2) :])
 
     def stray(self, number: int) -> Literal["late", "duplicates", "unknown"]:
         """Return what an answer is that nobody waits for: taken back before, a second one, or to no request at all."""

@@ -92,11 +92,13 @@ class Scheduler:
         self.version = version
         self.revived.push(weights, version)
 
-    def next_step(self, stopped: Callable[[], bool] = lambda: False) -> Step | None:
+    def next_step(self, stopped: Callable[[], bool] = lambda: False, left: int | None = None) -> Step | None:
         """Return the next step once all its groups are finished.
 
         Args:
             stopped: asked again and again; when true nothing more is waited for.
+            left: rollouts that this step and all later ones may have together, 1 or more, with `limits.rollouts`; the
+                last steps wait for those before them, and have what is then left. None for no end.
 
         Returns:
             The step; None where it was stopped. `state` then has everything that had finished.
@@ -107,7 +109,7 @@ class Scheduler:
         """
         with self.requests.watched():
             while True:
-                self._start()
+                self._start(left)
                 if self.steps and self.steps[0].done:
                     return self._leave()
                 if stopped():
@@ -116,25 +118,35 @@ class Scheduler:
                 self._collect()
                 self._test()
 
-    def _start(self) -> None:
-        """Start steps while they may be in flight."""
+    def _start(self, left: int | None) -> None:
+        """Start steps while they may be in flight; prompts that the cap does not reach stay on the stream."""
         encode = self.encode or (lambda prompt: ())
-        while len(self.steps) < self.limits.in_flight:
+        while len(self.steps) < self.limits.in_flight and (budget := self._budget(left)) != 0:
             prompts, prior = self.source(self.position, self.limits.prompts)
             groups = [
                 Group(self.position + row, prompt, expected, prompt_ids=tuple(encode(prompt)))
                 for row, (prompt, expected) in enumerate(zip(prompts, prior.tolist(), strict=True))
             ]
             first = self.rules.first(groups)
-            if self.limits.rollouts is not None:
-                first = share_out(first, [0.0] * len(first), self.limits.rollouts)
+            if budget is not None and sum(first) > budget:
+                first = share_out(first, [0.0] * len(first), budget)
+                first = first[: 1 + max(row for row, count in enumerate(first) if count)]
+            groups = groups[: len(first)]
             for group, count in zip(groups, first, strict=True):
                 group.tested = group.done = count == 0
-            step = Step(self.next_number, groups, self.version)
+            step = Step(self.next_number, groups, self.version, budget)
             self.position += len(groups)
             self.next_number += 1
             self.steps.append(step)
             self._ask(step, groups, first, urgent=False)
+
+    def _budget(self, left: int | None) -> int | None:
+        """Return the cap of a step that starts now; 0 where it has to wait for what others leave, None for no cap."""
+        cap = self.limits.rollouts
+        if cap is None or left is None:
+            return cap
+        free = left - sum(step.budget or 0 for step in self.steps)
+        return min(cap, free) if free >= cap or not self.steps else 0
 
     def _leave(self) -> Step:
         """Take the oldest step off the list."""
@@ -248,7 +260,7 @@ class Scheduler:
         """Give groups what they want; where a cap may bind, once all of the step are tested, largest gains first."""
         wishes = self.wishes.pop(step.number)
         wanted = [wish.more for wish in wishes]
-        left = self._left(step) if any(wanted) else None
+        left = step.left(self.limits.tokens) if any(wanted) else None
         untested = sum(not group.tested for group in step.groups) if left is not None else 0
         if left is None:
             given = wanted
@@ -261,17 +273,6 @@ class Scheduler:
             wish.group.done = count == 0
         step.extra += sum(given)
         self._ask(step, [wish.group for wish in wishes], given, urgent=True)
-
-    def _left(self, step: Step) -> int | None:
-        """Return how many more rollouts a step may have; None for no cap."""
-        left = []
-        if self.limits.rollouts is not None:
-            left.append(self.limits.rollouts - sum(group.requested - group.given_up for group in step.groups))
-        if self.limits.tokens is not None:
-            tokens, finished = step.tokens, sum(len(group.rollouts) for group in step.groups)
-            waiting = sum(group.waiting for group in step.groups)
-            left.append(int((self.limits.tokens - tokens) * finished / tokens) - waiting if tokens else 0)
-        return min(left) if left else None
 
     def state(self) -> dict[str, Any]:
         """Return everything that has finished and is not learnt from yet, as JSON can hold it."""

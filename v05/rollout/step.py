@@ -70,6 +70,7 @@ class Step:
         number: of the step, from 0.
         groups: in the order of the stream.
         version: of the policy's weights when the step was started.
+        budget: rollouts that it may have, first ones included; None for no cap.
         extra: rollouts given beyond the first ones.
         conflicts: groups that wanted more after their first rollouts.
     """
@@ -77,6 +78,7 @@ class Step:
     number: int
     groups: list[Group]
     version: int
+    budget: int | None = None
     extra: int = 0
     conflicts: int = 0
 
@@ -112,6 +114,17 @@ class Step:
     def prior(self) -> Tensor:
         """Return the expected rewards, [G] float32."""
         return torch.tensor([group.prior for group in self.groups], dtype=torch.float32)
+
+    def left(self, tokens: int | None) -> int | None:
+        """Return how many more rollouts the step may have, given a cap on its tokens; None for no cap."""
+        left = []
+        if self.budget is not None:
+            left.append(self.budget - sum(group.requested - group.given_up for group in self.groups))
+        if tokens is not None:
+            spent, finished = self.tokens, sum(len(group.rollouts) for group in self.groups)
+            waiting = sum(group.waiting for group in self.groups)
+            left.append(int((tokens - spent) * finished / spent) - waiting if spent else 0)
+        return min(left) if left else None
 
     def staleness(self, version: int) -> list[int]:
         """Return, for every rollout whose engine counts versions, how many its oldest token is behind `version`."""

@@ -104,7 +104,7 @@ class InProcessVllm(Batches):
         """Start a fresh engine with the weights of the model's folder and no requests."""
         self.close()
         self._engine = vllm_library.start_in_process(self.settings)
-        self._ready, self._waiting, self._death, self.version = [], {}, "", 0
+        self._ready, self._kept, self._waiting, self._death, self.version = [], [], {}, "", 0
 
     def close(self) -> None:
         """Stop the engine."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v05.integrations.verl.settings import OTHERS, GroupPrior, Settings, load_prior
-from v05.kernels import group_advantage
+from v05.integrations.verl.settings import OTHERS, Settings, load_prior
+from v05.kernels import group_advantage, shrinkage
 from v05.kernels.advantage.estimators import resolve
 
 
@@ -73,7 +73,7 @@ class Advantage:
             ValueError: an unknown name.
         """
         self.estimator, self.needs_prior = estimator, resolve(estimator, "none").needs_prior
-        self.priors: dict[str, GroupPrior] = {}  # by full name, made at first use
+        self.priors: dict[str, Any] = {}  # by full name, made at first use
 
     def __call__(
         self,
@@ -106,16 +106,19 @@ class Advantage:
         rewards = token_level_rewards.sum(-1)[groups.order]
         ends = _reward_range(rewards, settings, self.needs_prior)
         prior = self._prior(rewards, groups, settings, reward_baselines) if self.needs_prior else None
+        values = None if prior is None else self._calibrated(rewards, groups, prior, settings)
+        if values is None:
+            values = group_advantage(
+                rewards,
+                groups.offsets,
+                estimator=self.estimator,
+                prior=prior,
+                scale=settings.scale,
+                lengths=(response_mask != 0).sum(-1)[groups.order],
+                reward_range=ends,
+            )
         advantages = token_level_rewards.new_zeros(len(response_mask))
-        advantages[groups.order] = group_advantage(
-            rewards,
-            groups.offsets,
-            estimator=self.estimator,
-            prior=prior,
-            scale=settings.scale,
-            lengths=(response_mask != 0).sum(-1)[groups.order],
-            reward_range=ends,
-        ).to(advantages.dtype)
+        advantages[groups.order] = values.to(advantages.dtype)
         spread = advantages[:, None] * response_mask
         return spread, spread
 
@@ -131,7 +134,35 @@ class Advantage:
             return mean_of_other_groups(rewards, groups.offsets, settings.reward_range)
         if settings.prior not in self.priors:
             self.priors[settings.prior] = load_prior(settings.prior)
-        return self.priors[settings.prior].predict(groups.uids).to(rewards)
+        predicted: Tensor = self.priors[settings.prior].predict(groups.uids)
+        return predicted.to(rewards)
+
+    def _calibrated(self, rewards: Tensor, groups: GroupsByUid, prior: Tensor, settings: Settings) -> Tensor | None:
+        """Go on with calibrated fusion where the prior keeps its state.
+
+        The look-ahead needs the state beside another estimator too; scaled advantages do without it.
+
+        Returns:
+            Advantages [N]; None where others are asked for, or there is no state.
+        """
+        calibrated, keeper = self.estimator.startswith("v05_calibrated"), self.priors.get(settings.prior)
+        if not hasattr(keeper, "mixture") or not len(rewards) or not (calibrated or settings.fusion == "calibrated"):
+            return None
+        assert keeper is not None
+        state = keeper.mixture()
+        found = shrinkage(
+            rewards,
+            groups.offsets,
+            prior,
+            reward_range=settings.reward_range,
+            fusion="calibrated",
+            leave_one_out=self.estimator.endswith("_loo"),
+            advantages=True,
+            state=None if state is None else state.to(rewards.device),
+        )
+        assert found.state is not None
+        keeper.learn(found.state.cpu())
+        return found.advantages if calibrated and settings.scale == "none" else None
 
 
 def _reward_range(rewards: Tensor, settings: Settings, fused: bool) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import torch
+from torch import Tensor
 
 from v05.integrations.verl.settings import Settings
 from v05.kernels import shrinkage
@@ -12,13 +13,14 @@ from v05.kernels import shrinkage
 RollOut = Callable[[range], Awaitable[list[float]]]
 
 
-def more(rewards: list[float], prior: float, settings: Settings) -> int:
+def more(rewards: list[float], prior: float, settings: Settings, mixture: Tensor | None = None) -> int:
     """Return how many further rollouts to ask for at once, 0 to stop.
 
     Args:
         rewards: of the prompt's finished rollouts, in the reward range.
         prior: its expected reward before any.
-        settings: reward range, cost and bounds.
+        settings: reward range, cost, bounds and fusion.
+        mixture: state of calibrated fusion from earlier batches; None for none.
 
     Source: V0.5 (arXiv 2603.10848), one-step look-ahead; asking for all of `k* - k` at once, then testing again, is
     ours.
@@ -32,22 +34,24 @@ def more(rewards: list[float], prior: float, settings: Settings) -> int:
         cost=settings.cost,
         k_init=settings.k_init,
         k_max=settings.k_max,
+        fusion=settings.fusion,
+        state=mixture if settings.fusion == "calibrated" else None,
     )
     return int(found.planned - found.count)
 
 
-async def grow(roll_out: RollOut, prior: float, settings: Settings) -> list[float]:
+async def grow(roll_out: RollOut, prior: float, settings: Settings, mixture: Tensor | None = None) -> list[float]:
     """Roll one prompt out until the look-ahead stops.
 
     Args:
         roll_out: is given the numbers of new rollouts and returns their rewards in that order.
         prior: the prompt's expected reward.
-        settings: as for `more`.
+        settings, mixture: as for `more`.
 
     Returns:
         All rewards, in the order of their numbers: between `k_init` and `k_max` of them.
     """
     rewards: list[float] = []
-    while wanted := more(rewards, prior, settings):
+    while wanted := more(rewards, prior, settings, mixture):
         rewards += await roll_out(range(len(rewards), len(rewards) + wanted))
     return rewards

@@ -1,14 +1,19 @@
-"""What was expected of each prompt before its rollouts: one Ray actor that the agent loops and the estimator share."""
+"""What was expected of each prompt before its rollouts: one Ray actor that the agent loops and the estimator share.
+
+It also keeps what calibrated fusion has found so far, which the estimator learns and the look-ahead uses.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from v05.integrations.verl.settings import Settings, load
+from v05.value.context import pack_text, unpack_text
 from v05.value.history import HistoryPrior
 from v05.value.past import WithPast
 from v05.value.prior import Prior
@@ -41,13 +46,14 @@ class Memory:
         """Make the prior that `settings.memory` names."""
         self.prior: Prior = load("memory", settings.memory)(settings.reward_range)
         self.expected: dict[str, float] = {}  # by uid, newest last
+        self.calibration: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
-    def start(self, uid: str, prompt: str) -> float:
-        """Return the expected reward of a prompt that is about to be rolled out, and remember it."""
+    def start(self, uid: str, prompt: str) -> tuple[float, Tensor | None]:
+        """Return the expected reward of a prompt that is about to be rolled out, and remember it; and `mixture`."""
         self.expected[uid] = float(self.prior.predict([prompt])[0])
         for old in list(self.expected)[: max(0, len(self.expected) - REMEMBERED)]:
             del self.expected[old]
-        return self.expected[uid]
+        return self.expected[uid], self.calibration
 
     def finish(self, prompt: str, rewards: list[float]) -> None:
         """Learn from all rollouts of a prompt."""
@@ -64,6 +70,31 @@ class Memory:
             raise ValueError(f"no prior under uid {unknown[0]!r} ({len(unknown)} of {len(uids)} uids unknown)")
         return [self.expected[uid] for uid in uids]
 
+    def mixture(self) -> Tensor | None:
+        """Return the state of calibrated fusion; None before the first batch."""
+        return self.calibration
+
+    def learn(self, mixture: Tensor) -> None:
+        """Remember the state of calibrated fusion after a batch."""
+        self.calibration = mixture.clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that is known, as a checkpoint can hold it."""
+        text, lengths = pack_text(list(self.expected))
+        expected = torch.tensor(list(self.expected.values()), dtype=torch.float64)
+        own = {"uids": text, "lengths": lengths, "expected": expected}
+        found = {} if self.calibration is None else {"mixture": self.calibration}
+        return own | found | {f"prior.{name}": value.contiguous() for name, value in self.prior.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        prefix = "prior."
+        prior = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        self.prior.load_state_dict(prior)
+        uids = unpack_text(state["uids"], state["lengths"])
+        self.expected = dict(zip(uids, state["expected"].tolist(), strict=True))
+        self.calibration = state.get("mixture")
+
 
 def start_memory(settings: Settings) -> Any:
     """Return the handle of the job's memory, started where it is not yet; it ends with the last handle."""
@@ -71,19 +102,38 @@ def start_memory(settings: Settings) -> Any:
     return ray.remote(Memory).options(name=NAME, get_if_exists=True, num_cpus=0).remote(settings)
 
 
+def running_memory() -> Any:
+    """Return the handle of the job's memory.
+
+    Raises:
+        ValueError: the job has none.
+    """
+    try:
+        return ray_module().get_actor(NAME)
+    except ValueError as error:
+        manager = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
+        raise ValueError(f"no memory is running; {manager} must be that of v05.integrations.verl") from error
+
+
 class Recalled:
-    """The prior that the look-ahead used, for the estimator: `algorithm.v05.prior` is this class's full name."""
+    """What the look-ahead used, for the estimator: `algorithm.v05.prior` is this class's full name.
+
+    Its methods raise ValueError where the job has no memory.
+    """
 
     def predict(self, uids: list[str]) -> Tensor:
         """Return what was expected of each group before its rollouts, [G] float32.
 
         Raises:
-            ValueError: the job has no memory, or does not know a uid.
+            ValueError: the memory does not know a uid.
         """
-        ray = ray_module()
-        try:
-            memory = ray.get_actor(NAME)
-        except ValueError as error:
-            manager = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
-            raise ValueError(f"no memory is running; {manager} must be that of v05.integrations.verl") from error
-        return torch.tensor(ray.get(memory.recall.remote(uids)), dtype=torch.float32)
+        return torch.tensor(ray_module().get(running_memory().recall.remote(uids)), dtype=torch.float32)
+
+    def mixture(self) -> Tensor | None:
+        """Return the state of calibrated fusion that the look-ahead used; None before the first batch."""
+        found: Tensor | None = ray_module().get(running_memory().mixture.remote())
+        return found
+
+    def learn(self, mixture: Tensor) -> None:
+        """Tell the look-ahead the state of calibrated fusion after a batch."""
+        ray_module().get(running_memory().learn.remote(mixture))

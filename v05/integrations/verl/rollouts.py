@@ -15,6 +15,7 @@ import ray
 import transfer_queue
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from v05.integrations.verl.checkpoints import load_memory
 from v05.integrations.verl.look_ahead import grow
 from v05.integrations.verl.memory import start_memory
 from v05.integrations.verl.settings import Settings
@@ -77,7 +78,7 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
     ) -> None:
         given = {name: value for name, value in prompt.items() if name not in ("__rollout_n__", "__do_sample__")}
         text = prompt_text(given["raw_prompt"])
-        prior = await self.memory.start.remote(uid, text)
+        prior, mixture = await self.memory.start.remote(uid, text)
 
         async def roll_out(sessions: range) -> list[float]:
             tasks = [
@@ -90,7 +91,7 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
                     raise result
             return [self.scores[uid, session] for session in sessions]
 
-        rewards = await grow(roll_out, prior, self.settings)
+        rewards = await grow(roll_out, prior, self.settings, mixture)
         await self.memory.finish.remote(text, rewards)
         log.debug("prompt %s: prior %.3f, %d rollouts", uid, prior, len(rewards))
 
@@ -99,7 +100,8 @@ class LookAheadManager(AgentLoopManagerTQ):
     """verl's agent loop manager with workers that look ahead, and one memory of priors beside them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what verl's manager takes."""
+        """Take what verl's manager takes; the memory goes on from the checkpoint that verl resumes from."""
         super().__init__(*args, **kwargs)
         self.memory = start_memory(Settings.of(self.config.algorithm))  # ends with this handle
+        load_memory(self.memory, self.config.trainer)
         self.agent_loop_workers_class = ray.remote(LookAheadWorker)

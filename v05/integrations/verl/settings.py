@@ -8,11 +8,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from v05.kernels.shrinkage.op import FUSIONS
+
 OTHERS = "others"
 
 
 class GroupPrior(Protocol):
-    """Predicts expected rewards of the groups of a batch, which verl tells apart by uid."""
+    """Predicts expected rewards of the groups of a batch, which verl tells apart by uid.
+
+    One that has `mixture()` and `learn(mixture)` too keeps the state of calibrated fusion from batch to batch.
+    """
 
     def predict(self, uids: list[str]) -> Tensor:
         """Return the expected reward of each group, [G] float32, inside the reward range."""
@@ -29,6 +34,7 @@ class Settings:
             that has `predict(uids)`, such as `v05.integrations.verl.memory.Recalled`.
         scale: what advantages are divided by; see `group_advantage`.
         k_init, k_max, cost: of the look-ahead in `LookAheadManager`; see `shrinkage`.
+        fusion: of the look-ahead, `"v05"` or `"calibrated"`; where it is not given, that of `algorithm.adv_estimator`.
         memory: full name of what makes that manager's prior from the reward range.
     """
 
@@ -38,6 +44,7 @@ class Settings:
     k_init: int = 4
     k_max: int = 16
     cost: float = 1 / 256
+    fusion: str = "v05"
     memory: str = "v05.integrations.verl.memory.history"
 
     @classmethod
@@ -45,7 +52,7 @@ class Settings:
         """Return the settings in verl's `algorithm` section, a mapping or None.
 
         Raises:
-            ValueError: an unknown key, or a reward range that is not two ascending numbers.
+            ValueError: an unknown key or fusion, or a reward range that is not two ascending numbers.
         """
         section = None if config is None else config.get("v05", None)
         given = {} if section is None else dict(section)
@@ -56,7 +63,11 @@ class Settings:
         ends = tuple(float(end) for end in given.pop("reward_range", cls.reward_range))
         if len(ends) != 2 or not ends[0] < ends[1]:
             raise ValueError(f"algorithm.v05.reward_range is {list(ends)}; allowed: [smallest, largest]")
-        return cls(reward_range=(ends[0], ends[1]), **given)
+        estimator = "" if config is None else str(config.get("adv_estimator", ""))
+        fusion = given.pop("fusion", "calibrated" if estimator.startswith("v05_calibrated") else cls.fusion)
+        if fusion not in FUSIONS:
+            raise ValueError(f"algorithm.v05.fusion is {fusion!r}; allowed: {', '.join(FUSIONS)}")
+        return cls(reward_range=(ends[0], ends[1]), fusion=fusion, **given)
 
 
 def load(key: str, name: str) -> Any:
