@@ -13,7 +13,7 @@ from v05.kernels.calibration import triton as calibration
 from v05.kernels.calibration.components import NEAR, PRIOR_COUNT, STEPS
 from v05.kernels.policy_loss import triton as policy_loss
 from v05.kernels.policy_loss import triton_sequences
-from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kinds, Kl, Numbers, Surrogate
+from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kinds, Kl, Numbers, Surrogate, whole_sequences
 from v05.kernels.query_attention import triton as query_attention
 from v05.kernels.query_attention import triton_backward, triton_forward, triton_states
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
@@ -131,33 +131,29 @@ def test_token_logprob_backward(target, dtype, wide, gradients):
     assert_it_fits(target, compile_for(target, kernel, types, constants, wide, num_warps=token_logprob.BACKWARD_WARPS))
 
 
-POLICY = {"offsets": "*i64", "tokens": "i64", "sequences": "i64", "each": "i64"} | dict.fromkeys(
-    Numbers._fields, "fp64"
-)
-POLICY |= {"floor": POLICY.pop("sampler_floor"), "cap": POLICY.pop("sampler_cap")}
-
-
-def policy_types(kernel, dtype, **absent):
-    """The type of each argument of a kernel of policy_loss; those in absent are None."""
-    names = [name for name in (parameter.name for parameter in kernel.params) if not name.isupper()]
-    types = {name: POLICY.get(name, f"*{dtype}") for name in names if name not in absent}
-    return types | ({"selected": "*i1"} if "selected" in types else {})
+POLICY = {"offsets": "*i64", "selected": "*i1", "tokens": "i64", "sequences": "i64", "each": "i64"}
+POLICY |= dict.fromkeys((*Numbers._fields[:-2], "floor", "cap"), "fp64")
 
 
 def compile_policy(target, dtype, surrogate, level, kl, correction, per_token=False, wide=True):
-    absent = {} if kl else {"ref_logprobs": None}
-    absent |= {} if correction else {"sampler_logprobs": None}
-    absent |= {} if surrogate in BY_COVARIANCE else {"selected": None}
+    """Compiles the one pass of policy_loss as it is launched, over sequences where an option is on whole ones."""
     kinds = Kinds(int(surrogate), level, int(kl), int(correction))
-    constants = {"SURROGATE": kinds.surrogate, "LEVEL": level, "KL": kinds.kl, "CORRECTION": kinds.correction}
-    constants |= {"PER_TOKEN": per_token, "SELECTS": "selected" not in absent, "BLOCK_T": policy_loss.BLOCK}
-    kernel = policy_loss.token_kernel
-    types = policy_types(kernel, dtype, **absent)
+    by_sequence, selects, size = whole_sequences(kinds), surrogate in BY_COVARIANCE, int(dtype[2:]) // 8
+    constants = {"SURROGATE": kinds.surrogate, "KL": kinds.kl, "CORRECTION": kinds.correction, "SELECTS": selects}
+    constants |= {"PER_TOKEN": per_token, "BLOCK_T": policy_loss.BLOCK}
+    needed = {"ref_logprobs": kl, "sampler_logprobs": correction, "selected": selects}
+    constants |= {name: None for name, needs in needed.items() if not needs}
+    if by_sequence:
+        rows = policy_loss.rows_of(size) * (2 if target == "gfx942" else 1)
+        kernel, more = triton_sequences.sequence_kernel, {"LEVEL": level, "ROWS": rows}
+    else:
+        kernel, more = policy_loss.token_kernel, {"WIDE": wide}
+    constants |= more
+    names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
+    types = {name: POLICY.get(name, f"*{dtype}") for name in names}
     aligned = tuple(name for name, kind in types.items() if kind.startswith("*") and wide)
-    size = int(dtype[2:]) // 8
     options = {} if target == "gfx942" else policy_loss.registers(kinds, wide, size)
-    options["num_warps"] = policy_loss.WARPS[size]
-    resources = compile_for(target, kernel, types, constants | absent | {"WIDE": wide}, aligned, **options)
+    resources = compile_for(target, kernel, types, constants, aligned, num_warps=policy_loss.WARPS[size], **options)
     assert_it_fits(target, resources)
     return resources
 
@@ -176,7 +172,7 @@ def test_policy_loss_moves_16_bytes_at_once_where_it_may(wide, per_token):
 @pytest.mark.parametrize("surrogate", [Surrogate.PPO, Surrogate.CLIP_COV])
 @pytest.mark.parametrize("level", [0, 1])
 def test_policy_loss_of_views_that_are_not_aligned(target, dtype, surrogate, level):
-    compile_policy(target, dtype, surrogate, level, Kl.K3, Correction.SEQUENCE_MASK, wide=False)
+    compile_policy(target, dtype, surrogate, level, Kl.K3, Correction.TOKEN_MASK, wide=False)
     compile_policy(target, dtype, surrogate, level, Kl.NONE, Correction.NONE, wide=False)
 
 
@@ -185,57 +181,41 @@ def test_policy_loss_of_views_that_are_not_aligned(target, dtype, surrogate, lev
 @pytest.mark.parametrize("level", [0, 1])
 def test_policy_loss_surrogates(target, surrogate, level):
     compile_policy(target, "fp32", surrogate, level, Kl.NONE, Correction.NONE)
+    compile_policy(target, "fp32", surrogate, level, Kl.NONE, Correction.NONE, per_token=True)
+    compile_policy(target, "fp32", surrogate, level, Kl.K3, Correction.TOKEN_MASK)
     compile_policy(target, "fp32", surrogate, level, Kl.K3, Correction.SEQUENCE_MASK)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kl", list(Kl))
-def test_policy_loss_kl(target, kl):
-    compile_policy(target, "fp32", Surrogate.PPO, 0, kl, Correction.NONE)
+@pytest.mark.parametrize("level", [0, 1])
+def test_policy_loss_kl(target, kl, level):
+    compile_policy(target, "fp32", Surrogate.PPO, level, kl, Correction.NONE)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("correction", list(Correction))
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-def test_policy_loss_corrections(target, correction, dtype):
-    compile_policy(target, dtype, Surrogate.PPO, 0, Kl.NONE, correction, per_token=dtype == "fp64")
+@pytest.mark.parametrize("level", [0, 1])
+def test_policy_loss_corrections(target, correction, dtype, level):
+    compile_policy(target, dtype, Surrogate.PPO, level, Kl.NONE, correction, per_token=dtype == "fp64")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("level", [0, 1])
-def test_policy_loss_sequences(target, dtype, level):
-    for correction in list(Correction) if level == 1 else (Correction.SEQUENCE_TRUNCATE, Correction.SEQUENCE_MASK):
-        constants = {"LEVEL": level, "CORRECTION": int(correction), "BLOCK_T": policy_loss.BLOCK_SEQUENCE}
-        absent = {} if correction else {"sampler_logprobs": None}
-        types = policy_types(triton_sequences.sequence_kernel, dtype, **absent)
-        resources = compile_for(
-            target,
-            triton_sequences.sequence_kernel,
-            types,
-            constants | absent,
-            num_warps=policy_loss.WARPS[int(dtype[2:]) // 8],
-        )
-        assert_it_fits(target, resources)
+def test_policy_loss_with_every_input(target, dtype, level):
+    for surrogate, kl in ((Surrogate.KL_COV, Kl.K3_PLUS), (Surrogate.CLIP_COV, Kl.K3), (Surrogate.PPO, Kl.K3_PLUS)):
+        compile_policy(target, dtype, surrogate, level, kl, Correction.SEQUENCE_MASK, per_token=True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-def test_policy_loss_share_and_finish(target, dtype):
-    block = {"BLOCK_T": policy_loss.BLOCK_SEQUENCE}
-    kernel = triton_sequences.share_kernel
-    assert_it_fits(
-        target,
-        compile_for(
-            target, kernel, policy_types(kernel, dtype), block, num_warps=policy_loss.WARPS[int(dtype[2:]) // 8]
-        ),
-    )
+def test_policy_loss_scale_and_finish(target, dtype):
     types = dict.fromkeys(("values", "factor"), f"*{dtype}") | {"length": "i64"}
     assert_it_fits(target, compile_for(target, policy_loss.scale_kernel, types, {"BLOCK_T": policy_loss.SCALED}))
     types = dict.fromkeys(("partial", "loss", "metrics"), f"*{dtype}") | {"programs": "i64"}
-    assert_it_fits(
-        target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.BLOCK_SEQUENCE})
-    )
+    assert_it_fits(target, compile_for(target, policy_loss.finish_kernel, types, {"BLOCK_P": policy_loss.SUMMED}))
 
 
 ATTENTION_LENGTHS = dict.fromkeys(triton_forward.LENGTHS, "i64") | {"offsets": "*i64", "eps": "fp64"}

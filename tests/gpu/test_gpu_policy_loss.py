@@ -73,6 +73,18 @@ def test_sequences_longer_than_a_block_and_blocks_of_many_sequences(backend, lev
     compare(run_policy_loss, backend, tokens_of(scaled(5000, 900), 3, seed=5), level=level)
 
 
+@pytest.mark.parametrize("options", [{}, dict(surrogate="sapo", kl="k3+"), dict(correction="sequence_mask")])
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_sequence_that_is_much_longer(backend, level, options):
+    """Beside sequences of no token, of one and of a few, and at any place."""
+    data = tokens_of(scaled(40, 4), 5000, seed=14)
+    tokens = len(data.logprobs)
+    ends = [0, 0, 1, 4, 4, *range(5, 400, 3), tokens - 700, tokens - 699, tokens - 1, tokens, tokens]
+    advantages = torch.linspace(-2, 2, len(ends) - 1, device=DEVICE)
+    skewed = data._replace(sequence_offsets=torch.tensor(ends, device=DEVICE), advantages=advantages)
+    compare(run_policy_loss, backend, skewed, level=level, **options)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_more_sequences_than_a_grid_axis_holds_blocks(backend, level):
     data = tokens_of(scaled(70_003, 500), 4, torch.float64, seed=6)

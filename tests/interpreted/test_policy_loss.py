@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from v05.kernels import policy_loss
+from v05.kernels.policy_loss import triton as backend
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, SURROGATES
 from v05.testing import assert_as_exact_as, poisoned_outputs, ragged_tokens
 
 
-def run(backend, data, surrogate="ppo", level="token", kl="none", correction="none", advantages=None):
+def run(name, data, surrogate="ppo", level="token", kl="none", correction="none", advantages=None):
     logprobs = data.logprobs.clone().requires_grad_()
-    options = {"surrogate": surrogate, "level": level, "sequence_offsets": data.sequence_offsets, "backend": backend}
+    options = {"surrogate": surrogate, "level": level, "sequence_offsets": data.sequence_offsets, "backend": name}
     if kl != "none":
         options |= {"ref_logprobs": data.ref_logprobs, "kl": kl, "kl_coef": 0.3}
     if correction != "none":
@@ -54,6 +55,16 @@ def test_sequences_longer_than_a_block_and_blocks_of_many_sequences():
     compare(ragged_tokens(900, 0, 3, seed=4))
 
 
+@pytest.mark.parametrize("options", [{}, {"surrogate": "sapo", "kl": "k3+"}, {"correction": "sequence_mask"}])
+def test_programs_that_take_several_sequences_of_skewed_lengths(options, monkeypatch):
+    monkeypatch.setattr(backend, "MOST", 3)
+    data = ragged_tokens(1, 3500, 3500, seed=5)
+    ends = torch.tensor([0, 0, 1, 4, 4, 3100, 3101, 3499, 3500, 3500])
+    data = data._replace(sequence_offsets=ends, advantages=torch.linspace(-2, 2, len(ends) - 1))
+    for level in LEVELS:
+        compare(data, level=level, **options)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_advantages_per_token(level):
     data = ragged_tokens(9, 0, 50, seed=5)
@@ -62,6 +73,7 @@ def test_advantages_per_token(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_masked_tokens_may_hold_anything(level, value):
     data = ragged_tokens(20, 0, 60, seed=6, masked=0.5)
     names = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -72,11 +84,12 @@ def test_masked_tokens_may_hold_anything(level, value):
         assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 511, 512, 513, 1026, 1536])
+@pytest.mark.parametrize("tokens", [1, 511, 512, 513, 1023, 1024, 1026, 1536])
 @pytest.mark.parametrize("level", LEVELS)
 def test_blocks_that_end_anywhere_and_views_that_are_not_aligned(tokens, level):
     data = ragged_tokens(1, tokens, tokens, seed=tokens)
     compare(data, level=level)
+    compare(data, level=level, kl="k3")
     compare(data._replace(logprobs=torch.cat([data.logprobs[:1], data.logprobs])[1:]), level=level)
 
 

@@ -13,8 +13,7 @@ from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Gradients, Needs, returned, spread
 from v05.kernels.linear_logprob.softmax import Softmax
 from v05.kernels.policy_loss import options
-from v05.kernels.policy_loss.options import Kinds, Numbers
-from v05.kernels.policy_loss.scratch import whole_sequences
+from v05.kernels.policy_loss.options import Kinds, Numbers, whole_sequences
 
 
 class Work(NamedTuple):

@@ -28,6 +28,7 @@ METRICS = (
     "sampler_masked",
     "covariance_selected",
 )
+FIELDS = 1 + len(METRICS)  # the loss, then the metrics
 
 
 class Surrogate(IntEnum):
@@ -141,6 +142,11 @@ class Numbers(NamedTuple):
     kl_coef: float
     sampler_floor: float
     sampler_cap: float
+
+
+def whole_sequences(kinds: Kinds) -> bool:
+    """Whether an option works on whole sequences."""
+    return kinds.level == 1 or kinds.correction >= Correction.SEQUENCE_TRUNCATE
 
 
 def make_kinds(surrogate: str, level: str, kl: str, correction: str) -> Kinds:

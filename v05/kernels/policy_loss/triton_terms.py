@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from v05.kernels.policy_loss.options import LOG_RATIO_BOUND, Correction, Kl, Surrogate
+from v05.kernels.shrinkage.triton import scalar
 
 PPO = tl.constexpr(int(Surrogate.PPO))
 CISPO = tl.constexpr(int(Surrogate.CISPO))
@@ -150,6 +151,24 @@ def kl_term(logprob, ref_logprob, KL: tl.constexpr):
 
 
 @triton.jit
+def numbers_in(
+    acc: tl.constexpr, clip_low, clip_high, dual_clip, tau_pos, tau_neg, covariance_coef, kl_coef, floor, cap
+):
+    """The numbers of options.Numbers in the dtype of the tokens, as the terms take them."""
+    clips = (scalar(clip_low, acc), scalar(clip_high, acc), scalar(dual_clip, acc))
+    taus = (scalar(tau_pos, acc), scalar(tau_neg, acc))
+    return clips, taus, scalar(covariance_coef, acc), scalar(kl_coef, acc), scalar(floor, acc), scalar(cap, acc)
+
+
+@triton.jit
+def no_sums(acc: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of rows that nothing was added to: of numbers, then of flags."""
+    zero = tl.zeros([ROWS], acc)
+    none = tl.zeros([ROWS], tl.float32)
+    return zero, zero, zero, zero, zero, none, none, none, none, none, none
+
+
+@triton.jit
 def count(flags):
     """How many of each row are set, exactly."""
     return tl.sum(tl.where(flags, 1.0, 0.0), axis=1)
@@ -158,6 +177,7 @@ def count(flags):
 @triton.jit
 def add_terms(
     given,
+    times,
     numbers,
     sums,
     SURROGATE: tl.constexpr,
@@ -167,25 +187,26 @@ def add_terms(
     SELECTS: tl.constexpr,
 ):
     """The gradient of a block of tokens and, where the ratio is the sequence's, the derivative by it; and the sums
-    of rows with this block's added. All that a masked token has is 0, but for a ratio of 1: it adds nothing."""
+    of rows with this block's added. All that a masked token has is 0, but for a ratio of 1: it adds nothing. A token
+    counts so many times, with a weight for all of these."""
     weight, keep, logprob, old, advantage, ratio, chosen, correction, ref = given
     b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen = sums
     x, moves = log_ratio(logprob, old)
-    b_kept += count(keep)
-    b_x += tl.sum(x, axis=1)
+    b_kept += times * count(keep)
+    b_x += times * tl.sum(x, axis=1)
     if LEVEL == 0:
         ratio = tl.exp(x)
-    b_ratio += tl.sum(tl.where(keep, ratio, 0), axis=1)
+    b_ratio += times * tl.sum(tl.where(keep, ratio, 0), axis=1)
     value, slope, direct, low, high, dual = surrogate_term(
         logprob, x, moves, ratio, advantage, chosen, numbers, SURROGATE
     )
     if SURROGATE == PPO or SURROGATE == CISPO or SURROGATE == CLIP_COV:
-        b_low += count(low)
-        b_high += count(high)
+        b_low += times * count(low)
+        b_high += times * count(high)
     if SURROGATE == PPO:
-        b_dual += count(dual)
+        b_dual += times * count(dual)
     if SELECTS:
-        b_chosen += count(chosen)
+        b_chosen += times * count(chosen)
     _clips, _taus, _covariance_coef, kl_coef, floor, cap = numbers
     scale = weight
     if CORRECTION != UNCORRECTED:
@@ -193,8 +214,8 @@ def add_terms(
             z, _moves = log_ratio(old, correction)
             correction = tl.where(keep, sampler_weight(tl.exp(z), floor, cap, CORRECTION == TOKEN_MASK), 0)
         scale = weight * correction
-        b_correction += tl.sum(correction, axis=1)
-        b_passed += count(correction != 0)
+        b_correction += times * tl.sum(correction, axis=1)
+        b_passed += times * count(correction != 0)
     if LEVEL == 0:
         direct += moves * slope
     total, direct, slope = scale * value, scale * direct, scale * slope
@@ -202,7 +223,52 @@ def add_terms(
         kl, kl_slope = kl_term(logprob, ref, KL)
         total += weight * kl_coef * kl
         direct += weight * kl_coef * kl_slope
-        b_kl += tl.sum(kl, axis=1)
+        b_kl += times * tl.sum(kl, axis=1)
     b_loss += tl.sum(total, axis=1)
     sums = (b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen)
     return direct, slope, sums
+
+
+@triton.jit
+def store_sums(
+    partial,
+    sums,
+    sequences_with_any,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    SELECTS: tl.constexpr,
+):
+    """This program's sums, in the order of the loss and METRICS; only those that can be anything are added up."""
+    b_loss, b_ratio, b_x, b_kl, b_correction, b_kept, b_low, b_high, b_dual, b_passed, b_chosen = sums
+    acc: tl.constexpr = b_loss.dtype
+    programs = tl.num_programs(0).to(tl.int64)
+    partial += tl.program_id(0)
+    kept = tl.sum(b_kept, axis=0).to(acc)
+    none = kept * 0
+    low, high, dual, kl, correction, masked, chosen = none, none, none, none, kept, none, none
+    if SURROGATE == PPO or SURROGATE == CISPO or SURROGATE == CLIP_COV:
+        low = tl.sum(b_low, axis=0).to(acc)
+        high = tl.sum(b_high, axis=0).to(acc)
+    if SURROGATE == PPO:
+        dual = tl.sum(b_dual, axis=0).to(acc)
+    if KL != KL_NONE:
+        kl = tl.sum(b_kl, axis=0)
+    if CORRECTION != UNCORRECTED:
+        correction = tl.sum(b_correction, axis=0)
+        if CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK:
+            masked = kept - tl.sum(b_passed, axis=0).to(acc)
+    if SELECTS:
+        chosen = tl.sum(b_chosen, axis=0).to(acc)
+    tl.store(partial, tl.sum(b_loss, axis=0))
+    tl.store(partial + programs, kept)
+    tl.store(partial + 2 * programs, sequences_with_any)
+    tl.store(partial + 3 * programs, tl.sum(b_ratio, axis=0))
+    tl.store(partial + 4 * programs, tl.sum(b_x, axis=0))
+    tl.store(partial + 5 * programs, low)
+    tl.store(partial + 6 * programs, high)
+    tl.store(partial + 7 * programs, dual)
+    tl.store(partial + 8 * programs, kl)
+    tl.store(partial + 9 * programs, correction)
+    tl.store(partial + 10 * programs, masked)
+    tl.store(partial + 11 * programs, chosen)
