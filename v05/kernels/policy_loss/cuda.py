@@ -7,8 +7,7 @@ from torch import Tensor
 
 from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
-from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
-from v05.kernels.policy_loss.scratch import FIELDS, whole_sequences
+from v05.kernels.policy_loss.options import FIELDS, Inputs, Kinds, Numbers, whole_sequences
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
