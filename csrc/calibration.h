@@ -149,7 +149,7 @@ V05_FN Fusion<T> calibrated_fusion(T mean, int64_t count, T prior, const Belief<
     planned = budget.k_init;
   } else if (count < budget.k_max) {
     T about = (std::sqrt(T(1) + T(16) * scale / budget.cost) - T(1)) * T(0.5) - strength + T(count);
-    planned = int64_t(larger(T(count), smaller(T(budget.k_max), about)));
+    planned = first_guess(about, count, budget.k_max);
     while (planned < budget.k_max && calibrated_worth(strength + T(planned - count), scale, budget.cost)) ++planned;
     while (planned > count && !calibrated_worth(strength + T(planned - 1 - count), scale, budget.cost)) --planned;
   }
