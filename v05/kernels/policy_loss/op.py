@@ -116,7 +116,7 @@ def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor 
 _policy_loss.register_autograd(_backward, setup_context=_save)
 
 
-def _run(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: str | None) -> PolicyLoss:
+def loss_of(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: str | None) -> PolicyLoss:
     """Checks shapes, casts to the working dtype and runs the backend."""
     logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected = given
     companions = dict(ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
@@ -216,4 +216,4 @@ def policy_loss(
         )
     tensors = (logprobs, old_logprobs, advantages, weights, sequence_offsets)
     given = Inputs(*tensors, ref_logprobs, sampler_logprobs, covariance_selected)
-    return _run(given, kinds, by, check_values, backend)
+    return loss_of(given, kinds, by, check_values, backend)
