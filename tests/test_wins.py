@@ -8,7 +8,7 @@ from benchmarks.harness import difference
 from benchmarks.wins import wins_of
 
 ROW = dict(op="advantage", architecture="sm_90", dtype="float32", elements="5000", shape="s", run="1", commit="c")
-ROW |= {"pass": "forward", "host_us": "40", "p50_ms": "1"}
+ROW |= {"pass": "forward", "host_us": "40", "p50_ms": "1", "note": ""}
 
 
 def row(contender: str, **changes: str) -> dict[str, str]:
@@ -22,6 +22,11 @@ def orders(*rows: dict[str, str]) -> list[tuple[str, ...]]:
 def test_the_faster_backend_comes_first():
     assert orders(row("v05 cuda", p50_ms="2"), row("v05 triton", p50_ms="1")) == [("triton", "cuda")]
     assert orders(row("v05 cuda", p50_ms="1"), row("v05 triton", p50_ms="2")) == [("cuda", "triton")]
+
+
+def test_a_backend_whose_numbers_differ_wins_nothing():
+    wrong = row("v05 triton", p50_ms="1", note="differs from v05 by 0.3")
+    assert orders(row("v05 cuda", p50_ms="2"), wrong) == []
 
 
 def test_where_the_host_takes_longer_it_decides():
