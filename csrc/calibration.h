@@ -36,16 +36,18 @@ V05_FN bool between_ends(T reward, T low, T high, T near) {
   return (std::fabs(reward - low) > near) & (std::fabs(high - reward) > near);
 }
 
+constexpr int64_t kMany = 1 << 14;  // rewards of a group: eight factors as large are still a float
+
 // B(x + a, k - x + b) / B(a, b) is a product of k ratios; their logarithm is taken a few at a time, so that nothing
 // overflows.
 template <class T>
 V05_FN T log_beta_ratio(int64_t successes, int64_t count, T a, T b) {
-  constexpr int64_t kAtOnce = sizeof(T) == 8 ? 32 : 8;
+  const int64_t at_once = sizeof(T) == 8 ? 32 : count < kMany ? 8 : 4;
   T log_ratio = 0, above = 1, below = 1;
   for (int64_t i = 0; i < count; ++i) {
     above *= i < successes ? a + T(i) : b + T(i - successes);
     below *= a + b + T(i);
-    if (i % kAtOnce == kAtOnce - 1) {
+    if ((i & (at_once - 1)) == at_once - 1) {
       log_ratio += std::log(above / below);
       above = below = 1;
     }
