@@ -28,7 +28,12 @@ def rows_of_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
-def chunked(part: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, targets: Tensor):
+def chosen_of_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
+    """The log-prob alone, for a loss that asks for nothing else."""
+    return (torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, targets[:, None]).squeeze(1),)
+
+
+def chunked(part: Callable[..., tuple[Tensor, ...]], hidden: Tensor, weight: Tensor, targets: Tensor):
     """A loop over chunks of tokens, each computed once more in the backward pass."""
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     parts = [checkpoint(part, some, weight, own, use_reentrant=False) for some, own in pieces]
@@ -150,7 +155,7 @@ def policy_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
         return (policy_loss(linear_logprob(x, w, targets).logprob, *rest, sequence_offsets=offsets).loss,)
 
     def by_torch(x: Tensor, w: Tensor) -> Sequence[Tensor]:
-        ratio = (chunked(rows_of_torch, x, w, targets)[0] - old).exp()
+        ratio = (chunked(chosen_of_torch, x, w, targets)[0] - old).exp()
         each = advantages.repeat_interleave(LENGTH)
         return (torch.maximum(-each * ratio, -each * ratio.clamp(0.8, 1.2)).mean(),)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import platform
 import statistics
@@ -151,13 +152,15 @@ def of_backends(make: Callable[[str], Run], device: torch.device) -> list[Conten
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest |actual - expected| / max(1, |expected|) over all tensors."""
+    """The largest |actual - expected| / max(1, |expected|) over all tensors; infinite where one alone is NaN."""
     worst = 0.0
     for a, b in zip(actual, expected, strict=True):
         parts = (values.detach().flatten().split(2**26) for values in (a, b))  # in float64 the whole may not fit
         for x, y in zip(*parts, strict=True):
             if x.numel():
-                worst = max(worst, float(((x.double() - y.double()).abs() / y.abs().double().clamp(min=1)).max()))
+                gap = (x.double() - y.double()).abs() / y.abs().double().clamp(min=1)
+                same = (x == y) | (x.isnan() & y.isnan())
+                worst = max(worst, float(torch.where(same, 0, gap).nan_to_num(nan=math.inf).max()))
     return worst
 
 

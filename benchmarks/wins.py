@@ -13,13 +13,14 @@ from v05.kernels.wins import Win
 def wins_of(rows: list[Line]) -> list[Win]:
     """The order of our backends in the newest run of each case; the slowest pass of a case, the last timed, decides.
 
-    A call takes as long as the GPU, or the host where that is longer, as it is for small inputs.
+    A backend whose numbers differed did not run. A call takes as long as the GPU, or the host where that is longer, as
+    it is for small inputs.
 
     Args:
         rows: lines of results.csv, oldest first.
     """
     own = [row for row in rows if row["contender"].removeprefix(f"{OURS} ") in GPU_BACKENDS and row["p50_ms"]]
-    own = [row for row in own if row["architecture"] and int(row["elements"] or 0)]
+    own = [row for row in own if row["architecture"] and int(row["elements"] or 0) and "differs" not in row["note"]]
     chosen = {}
     for (op, arch, dtype, elements, *_), raced in grouped(
         own, "op", "architecture", "dtype", "elements", "shape", "run", "pass"

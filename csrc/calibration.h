@@ -36,16 +36,18 @@ V05_FN bool between_ends(T reward, T low, T high, T near) {
   return (std::fabs(reward - low) > near) & (std::fabs(high - reward) > near);
 }
 
+constexpr int64_t kMany = 1 << 14;  // rewards of a group: eight factors as large are still a float
+
 // B(x + a, k - x + b) / B(a, b) is a product of k ratios; their logarithm is taken a few at a time, so that nothing
 // overflows.
 template <class T>
 V05_FN T log_beta_ratio(int64_t successes, int64_t count, T a, T b) {
-  constexpr int64_t kAtOnce = sizeof(T) == 8 ? 32 : 8;
+  const int64_t at_once = sizeof(T) == 8 ? 32 : count < kMany ? 8 : 4;
   T log_ratio = 0, above = 1, below = 1;
   for (int64_t i = 0; i < count; ++i) {
     above *= i < successes ? a + T(i) : b + T(i - successes);
     below *= a + b + T(i);
-    if (i % kAtOnce == kAtOnce - 1) {
+    if ((i & (at_once - 1)) == at_once - 1) {
       log_ratio += std::log(above / below);
       above = below = 1;
     }
@@ -149,7 +151,7 @@ V05_FN Fusion<T> calibrated_fusion(T mean, int64_t count, T prior, const Belief<
     planned = budget.k_init;
   } else if (count < budget.k_max) {
     T about = (std::sqrt(T(1) + T(16) * scale / budget.cost) - T(1)) * T(0.5) - strength + T(count);
-    planned = int64_t(larger(T(count), smaller(T(budget.k_max), about)));
+    planned = first_guess(about, count, budget.k_max);
     while (planned < budget.k_max && calibrated_worth(strength + T(planned - count), scale, budget.cost)) ++planned;
     while (planned > count && !calibrated_worth(strength + T(planned - 1 - count), scale, budget.cost)) --planned;
   }

@@ -53,6 +53,12 @@ V05_FN T lookahead_gain(T deviation, T k, T s) {
   return s * deviation * deviation / ((k * deviation + s) * ((k + T(1)) * deviation + s));
 }
 
+// The first guess of how many rollouts there will be, from count to k_max: a large k_max fits into no floating type.
+template <class T>
+V05_FN int64_t first_guess(T about, int64_t count, int64_t k_max) {
+  return about >= T(k_max) ? k_max : int64_t(larger(about, T(count)));
+}
+
 // G(k) > cost * s, without a division.
 template <class T>
 V05_FN bool worth_one_more(T deviation, T k, T s, T cost) {
@@ -65,7 +71,7 @@ template <class T>
 V05_FN int64_t first_not_worth(T deviation, int64_t count, T s, const Budget<T>& budget) {
   if (!(deviation > T(0)) || count >= budget.k_max) return count;
   T about = (std::sqrt(T(1) + T(4) / budget.cost) - T(1)) * T(0.5) - s / deviation;
-  int64_t k = int64_t(larger(T(count), smaller(T(budget.k_max), about)));
+  int64_t k = first_guess(about, count, budget.k_max);
   while (k < budget.k_max && worth_one_more(deviation, T(k), s, budget.cost)) ++k;
   while (k > count && !worth_one_more(deviation, T(k - 1), s, budget.cost)) --k;
   return k;
@@ -108,10 +114,11 @@ V05_FN T mean_without(T first, T sum, T reward, int64_t count) {
   return first + (sum - (reward - first)) / T(count - 1);
 }
 
-// The std that a baseline implies for a two-valued reward, sqrt(max((b - mu) (mu - a), eps)).
+// The std that a baseline implies for a two-valued reward, sqrt(max((b - mu) (mu - a), eps)), and 1 where that is 0.
 template <class T>
 V05_FN T implied_std(T baseline, T low, T high, T eps) {
-  return std::sqrt(larger((high - baseline) * (baseline - low), eps));
+  T variance = larger((high - baseline) * (baseline - low), eps);
+  return variance > T(0) ? std::sqrt(variance) : T(1);
 }
 
 // 1 / (std + eps), and 1 where the std is 0: equal rewards are left unscaled.

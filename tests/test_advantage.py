@@ -56,6 +56,14 @@ def test_hand_computed(backend):
     assert of("v05", prior=prior, scale="baseline")[4] == pytest.approx((1 - fused[1].item()) / implied)
 
 
+def test_an_implied_std_of_0_leaves_the_advantage_unscaled(backend):
+    rewards, offsets = torch.tensor([1.0, 1, -1, 1]), torch.tensor([0, 2, 4])
+    made = group_advantage(rewards, offsets, estimator="dr_grpo", scale="baseline", eps=0.0, backend=backend)
+    assert made.tolist() == [0, 0, -1, 1]
+    options = dict(prior=torch.tensor([-1.0, -1.0]), scale="baseline", eps=0.0, backend=backend)
+    assert group_advantage(torch.tensor([-1.0, 1]), torch.tensor([0, 1, 2]), **options)[0] == 0
+
+
 def test_baselines_of_the_batch_by_hand(backend):
     rewards = torch.tensor([1.0, -1, 1, 1, 1, -1, -1, -1, 1], dtype=torch.float64)
     offsets, lengths = torch.tensor([0, 2, 5, 8, 9]), torch.tensor([1.0, 3, 1, 1, 1, 2, 2, 2, 5])
@@ -167,6 +175,10 @@ def test_same_bits_from_any_number_of_threads():
         (dict(estimator="grpo", prior=torch.zeros(2)), "prior is given; estimator 'grpo' needs none"),
         (dict(estimator="grpo", eps=-1), "eps is -1"),
         (dict(estimator="grpo", lengths=torch.ones(3)), r"lengths has shape \[3\]; allowed: \[4\]"),
+        (dict(estimator="opo", lengths=torch.ones(4, device="meta")), "lengths is on meta; allowed: cpu"),
+        (dict(estimator="opo", lengths=torch.tensor([1.0, 2, math.nan, 1])), r"lengths\[2\] is nan; allowed: 0 to"),
+        (dict(estimator="opo", lengths=torch.tensor([1, -2, 1, 1])), r"lengths\[1\] is -2; allowed: 0 to"),
+        (dict(estimator="opo", lengths=torch.tensor([1, 2, math.inf, 1])), r"lengths\[2\] is inf; allowed: 0 to"),
         (dict(prior=torch.tensor([0.0, 2.0])), r"prior\[1\] is 2"),
         (dict(estimator="rloo", reward_range=(0, 1)), r"rewards\[2\] is -1 \(group 1\); allowed: 0 to 1|to 1"),
     ],

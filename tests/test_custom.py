@@ -1,5 +1,7 @@
 """Custom ops: eager calls go past torch's dispatcher, unless something listens there, and derive the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from v05.kernels.custom import custom_op
+from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 
 calls: list[str] = []
 
@@ -133,6 +136,18 @@ def test_what_it_writes_into_has_a_new_version():
     assert x.tolist() == [2.0] * 3
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+def test_what_cuda_returns_of_a_policy_loss_shares_no_memory(monkeypatch):
+    cuda = pytest.importorskip("v05.kernels.policy_loss.cuda", exc_type=ImportError)
+    native = SimpleNamespace(policy_blocks=lambda *_: 1, policy_loss=lambda *_: None)
+    monkeypatch.setattr(cuda, "_cuda", native)
+    monkeypatch.setattr(cuda, "stream_of", lambda _: 0)
+    x, offsets = torch.ones(4), torch.tensor([0, 4])
+    returned = cuda.policy_loss(
+        Inputs(x, x, x[:1], x, offsets, None, None, None), Kinds(0, 0, 0, 0), Numbers(*[1.0] * 9)
+    )
+    assert len({values.untyped_storage().data_ptr() for values in returned}) == 3  # or the dispatcher refuses them
 
 
 def test_compiles_without_a_break():

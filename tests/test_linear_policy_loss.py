@@ -126,6 +126,20 @@ def test_half_inputs(dtype, level):
         assert (result.double() - truth).abs().max() < (1e-5 if result.dtype == torch.float32 else 1e-2) * scale
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_loss_scale_reaches_gradients_of_float16_before_they_are_rounded(level):
+    (hidden, weight, _, targets), data = make(seed=8)
+    data = data._replace(weights=data.weights * 2.0**-30)  # in float16, gradients without the scale are 0
+    gradients = []
+    for backend, dtype in (("cpu", torch.float16), ("reference", torch.float64)):
+        own = [x.half().to(dtype).requires_grad_() for x in (hidden, weight)]
+        options = dict(sequence_offsets=data.sequence_offsets, level=level, entropy_coef=0.1, backend=backend)
+        loss = linear_policy_loss(*own, targets, data.old_logprobs, data.advantages, data.weights, **options).loss
+        gradients.append(torch.autograd.grad(2.0**30 * loss, own))
+    for actual, exact in zip(*gradients, strict=True):
+        assert (actual.double() - exact).abs().max() < 1e-2 * exact.abs().max()
+
+
 def test_is_policy_loss_of_linear_logprob_bit_for_bit():
     """A policy that has not moved has ratios of exactly 1 where both ops made its log-probs."""
     (hidden, weight, bias, targets), data = make()

@@ -380,6 +380,16 @@ def test_other_dtypes_and_strides(backend):
     assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
 
 
+def test_a_gradient_may_be_written_into_where_the_graph_is_kept():
+    ones = torch.ones(4)
+    leaf = (-ones).requires_grad_()
+    loss = policy_loss(leaf, -ones, ones[:1], ones, sequence_offsets=torch.tensor([0, 4])).loss
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, leaf)
+    assert second.tolist() == [-1.0] * 4
+
+
 def test_covariance_selection():
     logprobs = torch.tensor([-1.0, -5.0, -1.0, -5.0, -3.0, math.nan])
     advantages = torch.tensor([2.0, -2.0, -2.0, 1.9, 0.1, 9.0])
@@ -481,6 +491,9 @@ def test_wrong_dtypes_and_devices():
         policy_loss(data.logprobs, *rest, sequence_offsets=data.sequence_offsets.int())
     with pytest.raises(ValueError, match="old_logprobs is on meta"):
         policy_loss(data.logprobs, rest[0].to("meta"), *rest[1:], sequence_offsets=data.sequence_offsets)
+    away = dict(surrogate="kl_cov", covariance_selected=torch.empty(data.logprobs.shape, dtype=bool, device="meta"))
+    with pytest.raises(ValueError, match="covariance_selected is on meta; allowed: cpu"):
+        policy_loss(data.logprobs, *rest, sequence_offsets=data.sequence_offsets, **away)
     with pytest.raises(RuntimeError, match="'triton' cannot run policy_loss here"):
         policy_loss(data.logprobs, *rest, sequence_offsets=data.sequence_offsets, backend="triton")
 

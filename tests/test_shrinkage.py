@@ -72,6 +72,13 @@ def test_a_hopeless_prior_stops_exactly_at_sixteen(backend):
     assert float(far.gain) > 1 / 256
 
 
+@pytest.mark.parametrize("fusion", ["v05", "calibrated"])
+def test_the_largest_k_max_there_is(fusion):
+    most = 2**63 - 1  # which as a float is 2^63, and that is no int64
+    data = (*group(-1, -1, -1, -1), torch.tensor([1.0], dtype=torch.float64))
+    assert shrinkage(*data, k_max=most, cost=0.0, fusion=fusion, backend="cpu").planned.item() == most
+
+
 def test_plan_is_the_first_count_whose_gain_is_below_the_cost(backend):
     data = ragged_groups(400, 4, 12, seed=3, dtype=torch.float64)
     result = shrinkage(*data, k_max=40, cost=1 / 500, backend=backend)

@@ -89,6 +89,17 @@ def test_calibrated_fusion_of_nothing(backend):
         torch.testing.assert_close(result["state"], 0.9 * state)
 
 
+def test_calibrated_fusion_of_very_many_rollouts(backend):
+    """Eight factors as large as these are no float."""
+    rewards = torch.ones(scaled(100_000, 40) + 4, device=DEVICE)
+    rewards[-3:] = -1
+    offsets = torch.tensor([0, len(rewards) - 4, len(rewards)], device=DEVICE)
+    prior = torch.tensor([0.3, 0.2], device=DEVICE)
+    result = run_shrinkage(backend, (rewards, offsets, prior), fusion="calibrated", leave_one_out=True)
+    assert result["baseline"][0] > 0.9
+    assert all(result[name].isfinite().all() for name in ("baseline", "state", "rollout_baseline"))
+
+
 @needs_gpu
 @pytest.mark.parametrize("backend", KERNELS)
 def test_calibrated_fusion_is_three_launches(backend):

@@ -5,8 +5,16 @@ import itertools
 import pytest
 import torch
 from common import DEVICE, KERNELS, OPS, allocated, assert_same_bits, needs_gpu, scaled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from v05.kernels import dispatch
+
+
+class Listener(TorchDispatchMode):
+    """Sends every op through torch's dispatcher, as torch.compile does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=OPS)
@@ -45,6 +53,14 @@ def test_same_bits_every_time(op, backend):
 def test_inputs_of_any_layout(op, backend, layout):
     data = op.make(scaled(300, 20))
     assert_same_bits(op(backend, data._make(map(layout, data))), op(backend, data))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_through_the_dispatcher(op, backend):
+    data = op.make(scaled(300, 20))
+    with Listener():
+        heard = op(backend, data)
+    assert_same_bits(heard, op(backend, data))
 
 
 @needs_gpu

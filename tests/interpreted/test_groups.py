@@ -93,6 +93,11 @@ def test_advantage(estimator, scale):
     compare_advantage(ragged_groups(70, 0, 21, seed=4, values=(-1.0, 0.3, 1.0)), estimator, scale=scale)
 
 
+def test_an_implied_std_of_0_leaves_the_advantage_unscaled():
+    data = ragged_groups(70, 0, 3, seed=4, values=(-1.0, 1.0))
+    assert compare_advantage(data, "dr_grpo", scale="baseline", eps=0.0).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_advantage_of_half_precision(estimator, dtype):

@@ -74,7 +74,8 @@ def group_advantage(
             unbiased, plus eps), or the std the baseline implies (`"baseline"`, `sqrt(max((b - mu)(mu - a), eps))`).
             Where a std is 0 or undefined the advantage is left unscaled.
         eps: added to a std, and the floor of the implied variance.
-        lengths: `[N]` tokens of each rollout; where given, the statistics of the batch are taken over tokens.
+        lengths: `[N]` tokens of each rollout, finite and 0 or above; where given, the statistics of the batch are taken
+            over tokens.
         reward_range: the smallest and the largest reward possible.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
@@ -106,10 +107,15 @@ def group_advantage(
         segments.check_tensor("lengths", lengths)
         if lengths.shape != rewards.shape:
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
+        if lengths.device != rewards.device:
+            raise ValueError(f"lengths is on {lengths.device}; allowed: {rewards.device}, where the other inputs are")
         lengths = segments.constant(lengths, dtype)
     chosen = dispatch.backend_for("advantage", rewards, backend)
-    if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
+    on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_values or (chosen == "reference" and on_cpu):
         check_group_values(rewards.to(dtype), offsets, prior, low, high)
+    if lengths is not None and (check_values or on_cpu):
+        segments.check_range("lengths", lengths, 0, torch.finfo(dtype).max)
     if resolved.made:
         prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, lengths, low, high, backend))
     rewards = readable(rewards, chosen)

@@ -67,5 +67,6 @@ def group_advantage(
     if scale == Scale.BATCH:
         return centred / batch_moments(rewards, lengths, eps)[1]
     if scale == Scale.BASELINE:
-        return centred / ((high - mu) * (mu - low)).clamp(min=eps).sqrt()
+        variance = ((high - mu) * (mu - low)).clamp(min=eps)
+        return centred / torch.where(variance > 0, variance, 1).sqrt()
     return centred

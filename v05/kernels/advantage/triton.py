@@ -85,7 +85,8 @@ def advantage_kernel(
                 _b_deviation, baseline = fused_baseline(rest, others, value[:, None], s)
         scale = tl.broadcast_to(divisor[:, None], [BLOCK_G, BLOCK_K])
         if SCALE == BY_BASELINE:
-            scale = tl.sqrt(tl.maximum((b - baseline) * (baseline - a), floor))
+            variance = tl.maximum((b - baseline) * (baseline - a), floor)
+            scale = tl.sqrt(tl.where(variance > 0, variance, 1))
         tl.store(out + o_rollout, (b_reward - baseline) / scale, mask=m_rollout)
 
 

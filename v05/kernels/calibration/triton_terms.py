@@ -39,10 +39,10 @@ def relative_likelihood(total, count, centre, two, most, acc: tl.constexpr):
     b_log = tl.zeros_like(c)
     if two:
         successes = (total + 0.5).to(tl.int64)[:, None]
-        for start in range(0, most, 8):  # a logarithm for eight ratios, whose products do not overflow
+        for start in range(0, most, 4):  # a logarithm for four ratios, whose products do not overflow
             above = tl.full(c.shape, 1, acc)
             below = tl.full(c.shape, 1, acc)
-            for j in tl.static_range(8):
+            for j in tl.static_range(4):
                 i = start + j
                 factor = tl.where(i < successes, h * c + i, h * (1 - c) + (i - successes).to(acc))
                 above *= tl.where(i < k, factor, 1)

@@ -13,7 +13,7 @@ from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, policy_pass, reference
 from v05.kernels.linear_logprob.inputs import Inputs
-from v05.kernels.linear_logprob.op import empty_gradients, linear_logprob
+from v05.kernels.linear_logprob.op import empty_gradients
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
@@ -21,13 +21,8 @@ from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import PolicyLoss, scaled_at_once
 
-MASKED = -(2**62)  # as a target: of a token of weight 0, whose own target counts for nothing
 ROWS_SCALED = 4096  # of a gradient at a time
 NAMES = (*options.METRICS, "entropy_sum")
-
-
-def _masked(given: Inputs, weights: Tensor) -> Inputs:
-    return given._replace(targets=torch.where(weights != 0, given.targets, MASKED))
 
 
 def _check(given: Inputs, tokens: options.Inputs, kinds: options.Kinds, columns: int) -> None:
@@ -64,7 +59,7 @@ def _linear_policy_loss(
     work = Work(options.Kinds(*kinds), options.Numbers(*numbers), entropy_coef, Needs(*needs), chunk, backend)
     if hidden.device.type == "cpu":
         _check(given, tokens, work.kinds, given.columns)
-    result = policy_pass.compute(_masked(given, weights).localised(MASKED), tokens, work)
+    result = policy_pass.compute(policy_pass.masked(given, weights).localised(policy_pass.MASKED), tokens, work)
     likes = zip(result.gradients, given[:3], strict=True)
     empty = hidden.new_empty
     made = (empty(0) if g is None else g.to(like.dtype) for g, like in likes)  # type: ignore[union-attr]
@@ -152,10 +147,7 @@ def _selected(
     if group is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         _check(given, tokens, work.kinds, given.columns)
     with torch.no_grad():
-        hidden, weight, targets = given.hidden, given.weight, _masked(given, tokens.weights).targets
-        temperature = given.temperature if given.temperatures is None else given.temperatures
-        places = dict(chunk=work.chunk, group=group, backend=work.backend, ignore_index=MASKED)
-        logprob, _ = linear_logprob(hidden, weight, targets, bias=given.bias, temperature=temperature, **places)  # type: ignore[arg-type]
+        logprob, _ = policy_pass.logprobs(given, tokens, work, group, False)
     return select_by_covariance(
         logprob,
         *tokens[1:4],
@@ -174,6 +166,7 @@ def _run(
     check_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """Checks what waits for nothing, and more where asked for; then loss and metrics by the backend."""
+    apart = given.hidden.dtype == torch.float16 and any(work.needs)
     kept, on_cpu = tokens.weights != 0, given.hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     if work.backend == "reference":
         if group is not None:
@@ -181,20 +174,23 @@ def _run(
         if check_values or on_cpu:
             _check(given, tokens, work.kinds, given.columns)
             check_logits(given.detached(), kept)
-        masked, numbers = _masked(given, tokens.weights), (work.numbers, work.entropy_coef)
-        loss, metrics, logprob = reference.linear_policy_loss(masked, MASKED, tokens, work.kinds, *numbers)
+        masked, numbers = policy_pass.masked(given, tokens.weights), (work.numbers, work.entropy_coef)
+        loss, metrics, logprob = reference.linear_policy_loss(masked, policy_pass.MASKED, tokens, work.kinds, *numbers)
         if check_values or on_cpu:
             options.check_token_values(tokens._replace(logprobs=logprob.detach()), work.kinds)
         return loss, metrics
+    if group is not None and (check_values or on_cpu):
+        check_tokens(tokens, work.kinds)
+    if group is None and (check_values or (apart and on_cpu)):
+        _check(given, tokens, work.kinds, given.columns)
+    if apart:
+        return policy_pass.apart(given, tokens, work, group, check_values)
     if group is not None:
-        if check_values or on_cpu:
-            check_tokens(tokens, work.kinds)
-        masked = _masked(given, tokens.weights).detached()
-        local = parallel.localised(masked, kept, MASKED, "", group, check_values)
+        masked = policy_pass.masked(given, tokens.weights).detached()
+        local = parallel.localised(masked, kept, policy_pass.MASKED, "", group, check_values)
         work = work._replace(chunk=parallel.agreed_chunk(given.columns, work.chunk, given.hidden, group))
         return _Parallel.apply(local, tokens, work, group, *given[:3])
     if check_values:
-        _check(given, tokens, work.kinds, given.columns)
         check_logits(given.detached(), kept)
     companions = (*tokens[1:], list(work.kinds), list(work.numbers), work.entropy_coef)
     result = _linear_policy_loss(*given, *companions, list(work.needs), work.chunk, work.backend)
@@ -238,9 +234,10 @@ def linear_policy_loss(
 
     Gradients of hidden, weight and bias are made in the forward pass, from logits that exist once: three products
     where the two ops need four. A ratio or a sampler weight for whole sequences needs every log-prob before any
-    gradient, so there log-probs come first and the logits are made twice; so it is for float16 on a device, and for
-    bfloat16 on a CPU and, with more tokens than twice the features, on sm_90. A selection by covariance that is not
-    given takes a pass of its own. Where logits exist once, the gradient of a bfloat16 weight is summed up in a float32
+    gradient, so there log-probs come first and the logits are made twice; so it is for bfloat16 on a CPU and, with more
+    tokens than twice the features, on sm_90; and for float16, whose gradients wait for that of the loss, since a loss
+    scale has to reach them before they are rounded. A selection by covariance that is not given takes a pass of its
+    own. Where logits exist once, the gradient of a bfloat16 weight is summed up in a float32
     copy of it, or made of a bfloat16 gradient of all logits where that is no larger.
 
     Args:

@@ -10,10 +10,15 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.linear_logprob.inputs import Inputs
+from v05.kernels.linear_logprob.op import linear_logprob
 from v05.kernels.linear_logprob.passes import Gradients, Needs, returned, spread
 from v05.kernels.linear_logprob.softmax import Softmax
 from v05.kernels.policy_loss import options
+from v05.kernels.policy_loss.op import loss_of
 from v05.kernels.policy_loss.options import Kinds, Numbers, whole_sequences
+from v05.kernels.token_logprob.op import TokenLogprob
+
+MASKED = -(2**62)  # as a target: of a token of weight 0, whose own target counts for nothing
 
 
 class Work(NamedTuple):
@@ -39,6 +44,32 @@ def check_tokens(tokens: options.Inputs, kinds: Kinds) -> None:
     """Raises at a value that is not allowed, but for those seen beside the log-probs alone; waits for the device."""
     alone = kinds._replace(kl=int(options.Kl.K3))  # which asks nothing of the distance to the reference
     options.check_token_values(tokens._replace(logprobs=torch.zeros_like(tokens.weights)), alone)
+
+
+def masked(given: Inputs, weights: Tensor) -> Inputs:
+    """The same without the targets of tokens of weight 0."""
+    return given._replace(targets=torch.where(weights != 0, given.targets, MASKED))
+
+
+def logprobs(
+    given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup | None, check_values: bool
+) -> TokenLogprob:
+    """Log-probs and entropies, 0 where masked, differentiable."""
+    temperature = given.temperature if given.temperatures is None else given.temperatures
+    tensors = (given.hidden, given.weight, masked(given, tokens.weights).targets)
+    places = dict(chunk=work.chunk, group=group, backend=work.backend, ignore_index=MASKED, check_values=check_values)
+    return linear_logprob(*tensors, bias=given.bias, temperature=temperature, **places)  # type: ignore[arg-type]
+
+
+def apart(
+    given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup | None, check_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics by two ops, whose gradients are made once that of the loss is known."""
+    logprob, entropy = logprobs(given, tokens, work, group, check_values)
+    loss, metrics = loss_of(tokens._replace(logprobs=logprob), work.kinds, work.numbers, check_values, work.backend)
+    if work.entropy_coef:
+        loss = loss - work.entropy_coef * (tokens.weights * entropy).sum()
+    return loss, torch.stack([*metrics.values(), entropy.detach().sum()])
 
 
 def _each(tokens: options.Inputs) -> options.Inputs:

@@ -158,15 +158,14 @@ class Gpu:
 
 
 def two_passes(given: Inputs, needs: Needs) -> bool:
-    """Whether a loss by token needs log-probs before gradients here, or is faster so; the same on each rank of a group.
+    """Whether a loss by token is faster here with log-probs before gradients; the same on each rank of a group.
 
-    float16 needs the largest gradient beforehand. On sm_90, whose kernels make logits as fast as cuBLAS makes products,
+    On sm_90, whose kernels make logits as fast as cuBLAS makes products,
     a fourth product takes less than adding many pieces to a float32 copy of the weight's gradient.
     """
-    dtype, features = given.weight.dtype, given.weight.shape[1]
-    if dtype != torch.bfloat16:
-        return dtype == torch.float16
-    fast = features % 8 == 0 and architecture_of(given.weight.device) in HOPPER
+    if given.weight.dtype != torch.bfloat16:
+        return False
+    fast = given.weight.shape[1] % 8 == 0 and architecture_of(given.weight.device) in HOPPER
     return fast and needs.weight and not passes.keeps(Gpu(), given)
 
 

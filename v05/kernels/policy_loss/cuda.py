@@ -15,7 +15,7 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     beyond; no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
-    sums, gradient = logprobs.new_empty(FIELDS), logprobs.new_empty(tokens)
+    loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))  # no two share memory
     with on_device_of(logprobs):
         blocks = _cuda.policy_blocks(tokens, sequences, whole_sequences(kinds))
         partial = logprobs.new_empty(FIELDS * blocks, dtype=torch.float64) if blocks > 1 else None
@@ -28,12 +28,12 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
             kinds,
             by,
             gradient.data_ptr(),
-            sums.data_ptr(),
-            sums.data_ptr() + sums.element_size(),
+            loss.data_ptr(),
+            metrics.data_ptr(),
             stream_of(logprobs),
             logprobs.dtype == torch.float64,
         )
-    return sums[0], gradient, sums[1:]
+    return loss, gradient, metrics
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:

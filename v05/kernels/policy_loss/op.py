@@ -98,16 +98,17 @@ _kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task
 
 def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor | None:
     """The stored gradient of a loss times that of the loss, which is nearly always a 1, without a pass over it: where a
-    1 can be seen on the CPU; and on a GPU by a kernel that does nothing at a 1, in place, unless the graph is kept.
+    1 can be seen on the CPU; and on a GPU by a kernel that does nothing at a 1, in place. What is returned is the
+    caller's to write into, so that neither is possible where the graph is kept.
 
     Returns:
         None where neither is possible.
     """
-    if type(grad_loss) is not Tensor or torch.compiler.is_compiling():
+    if type(grad_loss) is not Tensor or torch.compiler.is_compiling() or _kept():
         return None
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
         return gradient
-    if backend not in ("cuda", "triton") or _kept():
+    if backend not in ("cuda", "triton"):
         return None
     return dispatch.implementation("policy_loss", backend).scale_(gradient, grad_loss)
 
@@ -115,7 +116,7 @@ def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor 
 _policy_loss.register_autograd(_backward, setup_context=_save)
 
 
-def _run(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: str | None) -> PolicyLoss:
+def loss_of(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backend: str | None) -> PolicyLoss:
     """Checks shapes, casts to the working dtype and runs the backend."""
     logprobs, old_logprobs, advantages, weights, offsets, ref_logprobs, sampler_logprobs, selected = given
     companions = dict(ref_logprobs=ref_logprobs, sampler_logprobs=sampler_logprobs)
@@ -215,4 +216,4 @@ def policy_loss(
         )
     tensors = (logprobs, old_logprobs, advantages, weights, sequence_offsets)
     given = Inputs(*tensors, ref_logprobs, sampler_logprobs, covariance_selected)
-    return _run(given, kinds, by, check_values, backend)
+    return loss_of(given, kinds, by, check_values, backend)

@@ -228,6 +228,9 @@ def check_selected(selected: Tensor | None, like: Tensor) -> None:
     if selected is not None and (selected.dtype != torch.bool or selected.shape != like.shape):
         shape = f"{selected.dtype} of shape {list(selected.shape)}"
         raise ValueError(f"covariance_selected is {shape}; allowed: torch.bool of shape {list(like.shape)}")
+    if selected is not None and selected.device != like.device:
+        given = f"covariance_selected is on {selected.device}"
+        raise ValueError(f"{given}; allowed: {like.device}, where the other inputs are")
 
 
 def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **per_token: Tensor | None) -> bool:
