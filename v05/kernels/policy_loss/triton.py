@@ -164,7 +164,7 @@ def registers(kinds: Kinds, wide: bool, size: int) -> dict[str, int]:
     if size == 8:
         return {"maxnreg": 168}
     if whole_sequences(kinds):
-        return {"maxnreg": 96 if plain else 120}
+        return {"maxnreg": 96 if plain else 144}
     return {"maxnreg": 64 if plain and wide else 128}
 
 
