@@ -1,5 +1,6 @@
 """Our estimators through verl's own `compute_advantage`: ragged groups by uid, priors, and verl's padding rows."""
 
+import os
 import subprocess
 import sys
 from typing import ClassVar
@@ -189,7 +190,8 @@ def test_another_version_is_refused(tmp_path):
     info = tmp_path / "verl-0.8.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.8.0\n", encoding="utf-8")
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import v05.integrations.verl"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", "import v05.integrations.verl"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 1
     assert "ImportError: verl is 0.8.0; v05.integrations.verl works with verl>=0.9.1,<0.10" in done.stderr
