@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.harness import OURS
 from benchmarks.plots import Line, grouped, listed, number, threads_of
-from v05.study_table import StudyTable
+from v05.studies.table import StudyTable
 
 BUSY = 0.25  # cores used by others from which a time is marked
 

@@ -10,7 +10,7 @@ from scipy.stats import betabinom, norm
 
 from v05.kernels import shrinkage
 from v05.kernels.calibration.components import COMPONENTS, PRIOR_COUNT, STEPS, STRENGTHS
-from v05.records_study import PRIORS, RecordsStudy, cells
+from v05.studies.records import PRIORS, RecordsStudy, cells
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
 BACKENDS = ["reference", "cpu"]

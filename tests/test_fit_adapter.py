@@ -14,8 +14,8 @@ from v05.checkpoint import StopRequest, read_tensors
 from v05.cli import main
 from v05.errors import InputError
 from v05.fit_adapter import FitConfig, Records, fit_adapter
-from v05.prior_study import outcomes_of
 from v05.scored import Scored
+from v05.studies.prior import outcomes_of
 from v05.value.adapter_training import draw_episode, embedded_head, episode_loss, learning_rate
 from v05.value.tabpfn_head import differentiable_head
 

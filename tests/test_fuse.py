@@ -11,8 +11,8 @@ from records import read_lines, sparse_records, v0_folder
 from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.fuse import FuseConfig, fuse_file
-from v05.fuse_plot import plot_fusion
 from v05.kernels import dispatch
+from v05.plots.fusion import plot_fusion
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6, "id": 7, "nested": {"a": [1, None]}}
 

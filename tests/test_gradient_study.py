@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from v05.errors import InputError
-from v05.gradient_study import Drawn, Pool, centred_gram, drawn_as, make_pool, quality
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
+from v05.studies.gradient import Drawn, Pool, centred_gram, drawn_as, make_pool, quality
 from v05.tasks import make_task
 
 

@@ -13,8 +13,8 @@ from tiny_models import LettersEmbedder
 
 from v05.cli import main
 from v05.errors import BadLine, InputError
-from v05.prior_study import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
 from v05.scored import Scored, by_policy, read_scored, to_record
+from v05.studies.prior import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
 from v05.value.model import V0, Record
 
 TEXTS = [f"compute {a}+{b} of {'many primes' if a % 2 else 'x'}" for a in range(10) for b in range(6)]

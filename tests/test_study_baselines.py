@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from v05.checkpoint import write_tensors
 from v05.cli import app
 from v05.errors import InputError
-from v05.gradient_study import centred_gram
-from v05.records_study import PRIORS, RecordsStudy, cells
-from v05.study_folder import StudyFolder
+from v05.studies.folder import StudyFolder
+from v05.studies.gradient import centred_gram
+from v05.studies.records import PRIORS, RecordsStudy, cells
 
 
 def run(*arguments):

@@ -13,7 +13,7 @@ from v05.algorithms import parse_algorithm
 from v05.checkpoint import StopRequest, write_text
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.plots import plot_comparison
+from v05.plots.training import plot_comparison
 from v05.run import Reporter, accuracies, read_metrics, train_run
 
 

@@ -13,7 +13,7 @@ from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
 from v05.rollout.engine import Engine, Rollout, Unanswered
 from v05.seeds import seed_of
-from v05.study_folder import StudyFolder
+from v05.studies.folder import StudyFolder
 from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict

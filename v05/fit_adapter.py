@@ -14,7 +14,7 @@ from torch import Tensor
 
 from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.errors import InputError
-from v05.prior_study import Outcomes, Scores
+from v05.studies.prior import Outcomes, Scores
 from v05.value.adapter import QUERIES, QueryAdapter, save_adapter
 from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, evaluate
 from v05.value.measure import grouped_auc, pair_accuracy

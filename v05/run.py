@@ -16,7 +16,7 @@ from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
 from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
 from v05.model_config import ModelConfig
-from v05.plots import plot_run
+from v05.plots.training import plot_run
 from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine

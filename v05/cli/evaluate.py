@@ -128,7 +128,7 @@ def evaluate_command(
     reward_timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 10.0,
 ) -> None:
     """Sample a model's answers to problems and report mean@n and pass@k."""
-    from v05.evaluation_plot import plot_evaluation
+    from v05.plots.evaluation import plot_evaluation
 
     if reward_workers < 1 or not reward_timeout > 0:
         raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0")

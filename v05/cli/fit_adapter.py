@@ -13,8 +13,8 @@ from rich.table import Table
 
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
-from v05.prior_study import outcomes_of
 from v05.scored import Scored, by_policy, read_scored
+from v05.studies.prior import outcomes_of
 
 MEASURES = (
     ("auc", "AUC within a policy"),

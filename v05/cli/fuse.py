@@ -75,7 +75,7 @@ def fuse(
     if output is not None:
         console.print(f"decisions: {output}", soft_wrap=True)
     if plot is not None:
-        from v05.fuse_plot import plot_fusion
+        from v05.plots.fusion import plot_fusion
 
         try:
             plot_fusion(summary, config, plot)

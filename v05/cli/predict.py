@@ -84,7 +84,7 @@ def read_background(file: Path | None, reward_range: tuple[float, float]) -> lis
 
 def draw(summary: Prediction, plot: Path, console: Console) -> None:
     """Draw the reliability plot, or say why there is none."""
-    from v05.reliability_plot import plot_reliability
+    from v05.plots.reliability import plot_reliability
 
     if not summary.rate:
         raise InputError(f"--plot {plot}: no prompt carries a score; allowed: prompt lines with score")

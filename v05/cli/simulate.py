@@ -15,9 +15,9 @@ from rich.table import Table
 from v05.checkpoint import write_text
 from v05.cli.study_baselines import progressing
 from v05.errors import InputError
+from v05.plots.simulation import plot_simulation
 from v05.rollout.simulated import LONGEST, LogNormal, Observed
 from v05.simulation import Result, Simulation, as_row, compare, contenders
-from v05.simulation_plot import plot_simulation
 
 
 def simulate(

@@ -16,9 +16,9 @@ from rich.table import Table
 from v05.cli import study_baselines, study_train
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
-from v05.prior_study import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
 from v05.records import whole_file
 from v05.scored import read_scored
+from v05.studies.prior import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
 from v05.value.measure import reliability
 
 app = typer.Typer(help="Studies: what was measured, reproducible on your records.", no_args_is_help=True)
@@ -166,7 +166,7 @@ def interval(edges: Sequence[float] | None) -> str:
 
 def draw(scores: Scores, plot: Path, console: Console) -> None:
     """Draw the reliability curves of V0 and of the strongest rival."""
-    from v05.reliability_plot import plot_reliability
+    from v05.plots.reliability import plot_reliability
 
     shown = [name for name in (EMBEDDED, "the same, pooled") if name in scores.predictions]
     labels = {EMBEDDED: EMBEDDED, "the same, pooled": "pooled ridge"}

@@ -13,17 +13,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from v05.baseline_plots import plot_baseline_errors, plot_gradients
 from v05.checkpoint import StopRequest, read_tensors, write_tensors
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.gradient_study import GradientQuality, Pool, drawn_as, make_pool, quality
 from v05.kernels.advantage.estimators import ESTIMATORS
+from v05.plots.baselines import plot_baseline_errors, plot_gradients
 from v05.records import check_keys, check_number, parse_object, read_blocks
-from v05.records_study import DEFAULT, PRIORS, Cell, RecordsStudy, cells
 from v05.run import make_trainer
-from v05.study_folder import StudyFolder
-from v05.study_table import StudyTable
+from v05.studies.folder import StudyFolder
+from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
+from v05.studies.records import DEFAULT, PRIORS, Cell, RecordsStudy, cells
+from v05.studies.table import StudyTable
 
 FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"

@@ -13,11 +13,20 @@ from v05.checkpoint import StopRequest
 from v05.cli.study_baselines import listed, progressing
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.plots import plot_training
+from v05.plots.training import plot_training
 from v05.run import Interrupted
-from v05.study_folder import StudyFolder
-from v05.train_report import Trained, table_of, target
-from v05.train_study import RATES, TrainStudy, best_rates, carry_out, choose_rates, final_runs, trained_of, tuning_runs
+from v05.studies.folder import StudyFolder
+from v05.studies.training import (
+    RATES,
+    TrainStudy,
+    best_rates,
+    carry_out,
+    choose_rates,
+    final_runs,
+    trained_of,
+    tuning_runs,
+)
+from v05.studies.training_report import Trained, table_of, target
 
 PAPER = "v05,grpo:16,dapo:16,grpo:4,dr_grpo:16,dr_grpo:4"
 FROM_ONE = "v05_calibrated_loo:1,v05_calibrated_loo:2,spo,reinforce"

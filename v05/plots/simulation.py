@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from v05.plots import COLOURS, INK
+from v05.plots.training import COLOURS, INK
 from v05.simulation import Result
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from v05.interquartile import interquartile_mean
+from v05.studies.interquartile import interquartile_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from v05.train_report import Trained
+    from v05.studies.training_report import Trained
 
 COLOURS: Final = ("#0b6e99", "#d9730d", "#6f42a8", "#448361", "#c14c8a", "#9b6b43", "#5f6b7a", "#cb912f")
 INK: Final = "#24292f"

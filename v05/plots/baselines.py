@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from v05.gradient_study import GradientQuality
-from v05.records_study import Cell
+from v05.studies.gradient import GradientQuality
+from v05.studies.records import Cell
 
 COLOURS = ("#8d99ae", "#4a6fa5", "#0b6e4f", "#c97b63", "#b5a642", "#7d5a94", "#5f9ea0", "#999999")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from v05.evaluate import Evaluation
-from v05.plots import COLOURS, INK
+from v05.plots.training import COLOURS, INK
 
 
 def plot_evaluation(evaluation: Evaluation, title: str, file: Path) -> None:

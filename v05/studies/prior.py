@@ -10,9 +10,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from v05.baselines import context_mean, ridge_per_policy, ridge_pooled
 from v05.errors import InputError
 from v05.scored import Scored, by_policy, to_record
+from v05.studies.rivals import context_mean, ridge_per_policy, ridge_pooled
 from v05.value.measure import auc, correlation
 from v05.value.model import V0, Record
 

@@ -19,9 +19,9 @@ from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage, token_logprob
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.policy import Policy
-from v05.records_study import PRIORS
 from v05.rollout.engine import Engine, Rollout
 from v05.rollout.pack import pack
+from v05.studies.records import PRIORS
 from v05.tasks import Task
 
 BLOCKS: Final = 10  # of repeats: what intervals are drawn from

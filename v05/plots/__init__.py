@@ -1,0 +1,1 @@
+"""The pictures that commands draw, one file for each kind."""
