@@ -6,7 +6,7 @@ import torch
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
-from v05.studies.gradient import Drawn, Pool, centred_gram, drawn_as, make_pool, quality
+from v05.studies.gradient import Drawn, Pool, centred_gram, drawn_as, in_common, make_pool, quality
 from v05.tasks import make_task
 
 
@@ -17,7 +17,7 @@ def pool():
     answer = torch.randint(5, (6, 400), generator=rng)
     right = torch.rand(6, 400, generator=rng) < torch.linspace(0.1, 0.9, 6)[:, None]
     grams = [centred_gram(torch.randn(5, 30, generator=rng), row) for row in answer]
-    return Pool(right.double() * 2 - 1, answer, torch.stack(grams))
+    return Pool(right.double() * 2 - 1, answer, torch.stack(grams), torch.tensor(0.2, dtype=torch.float64))
 
 
 def test_scores_are_those_of_autograd():
@@ -49,6 +49,33 @@ def test_scores_are_those_of_autograd():
     coefficients = torch.zeros(pool.gram.shape[1], dtype=torch.float64)
     coefficients.index_add_(0, pool.answer[1], weights)  # centring the scores does what centring the weights does
     assert float(coefficients @ pool.gram[1] @ coefficients) == pytest.approx(squared, rel=1e-3)
+
+
+def test_what_prompts_have_in_common_is_that_of_the_mean_over_all_of_them():
+    """Gradients with a known mean: the estimate from many of them finds its share, whatever their number."""
+    rng = torch.Generator().manual_seed(0)
+    mean = torch.zeros(50)
+    mean[0] = 3.0
+    gradients = mean + torch.randn(4000, 50, generator=rng)
+    assert float(in_common(gradients)) == pytest.approx(9 / 59, rel=0.05)
+    few = torch.stack([in_common(gradients[i : i + 4]) for i in range(0, 4000, 4)])
+    assert float(few.mean()) == pytest.approx(9 / 59, rel=0.1)
+    assert float(in_common(gradients[:1])) == 0
+
+
+def test_an_update_of_many_prompts_has_the_variance_that_is_told(pool):
+    """Prompts drawn at random, four rollouts each: the noise of the update, times its rollouts."""
+    rng = torch.Generator().manual_seed(0)
+    true, noise, k = torch.randn(200, 40, generator=rng) + 0.3, 0.5, 4
+    drawn = true[torch.randint(200, (3000, 8), generator=rng)]
+    drawn = drawn + noise / k**0.5 * torch.randn(drawn.shape, generator=rng)
+    update = drawn.mean(1)
+    told = quality(pool, Drawn("rloo", "sd 0.1", k, k, repeats=20))
+    size = float(true.square().sum(1).mean())
+    told = told._replace(variance=40 * noise**2 / k / size, between=1 - float(in_common(true)))
+    measured = float((update - true.mean(0)).square().sum(1).mean()) / size * 8 * k
+    assert measured == pytest.approx(told.by_rollout_in_all, rel=0.05)
+    assert told.by_rollout == pytest.approx(40 * noise**2 / size)
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "v05_loo", "v05_calibrated_loo", "james_stein"])

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from v05.checkpoint import write_tensors
 from v05.cli import app
 from v05.errors import InputError
-from v05.studies.folder import StudyFolder
 from v05.studies.gradient import centred_gram
 from v05.studies.records import PRIORS, RecordsStudy, cells
 
@@ -103,12 +102,8 @@ def test_gradient_reads_its_pool_and_goes_on(tmp_path):
     grams = torch.stack([centred_gram(torch.randn(4, 9, generator=rng), row) for row in answer])
     rewards = (torch.rand(3, 50, generator=rng) < 0.5).double() * 2 - 1
     options = ("--prompts", 3, "--pool", 50, "--repeats", 20, "--priors", "constant", "--output", tmp_path)
-    StudyFolder(
-        tmp_path,
-        dict(task="arithmetic", prompts=3, pool=50, repeats=20, seed=0),
-        ("estimator", "prior", "k_init", "k_max"),
-    )
-    write_tensors(tmp_path / "pool.safetensors", {"rewards": rewards, "answer": answer, "gram": grams})
+    pool = {"rewards": rewards, "answer": answer, "gram": grams, "common": torch.tensor(0.25, dtype=torch.float64)}
+    write_tensors(tmp_path / "pool.safetensors", pool)
     run("gradient", *options, "--estimators", "rloo")
     output = run("gradient", *options, "--estimators", "rloo,v05:2-8")
     assert [(row["estimator"], row["k_init"], row["k_max"]) for row in lines(tmp_path)] == [
@@ -116,6 +111,10 @@ def test_gradient_reads_its_pool_and_goes_on(tmp_path):
         ("v05", 2, 8),
     ]
     assert "2 to 8" in output
+    assert [row["between"] for row in lines(tmp_path)] == [0.75, 0.75]
+    table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    row = dict(zip(table["columns"], table["rows"][0], strict=True))
+    assert float(row["with prompts"]) == pytest.approx(float(row["x rollouts"]) + 4 * 0.75, abs=0.011)
     run("gradient", *options, "--estimators", "rloo,v05:2-8", "--cost", "1/256, 1/64")
     assert [row["cost"] for row in lines(tmp_path)] == [1 / 256, 1 / 256, 1 / 64]
     assert "2 to 8 at 1/64" in (tmp_path / "table.json").read_text(encoding="utf-8")

@@ -152,6 +152,7 @@ def gradient(
     if prompts < 1 or pool < 2:
         raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
     settings = dict(task=task, prompts=prompts, pool=pool, repeats=repeats, seed=seed)
+    settings["measured"] = ",".join(GradientQuality._fields)
     folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max", "cost"))
     with progressing() as progress:
         sampled = read_pool(output, task, prompts, pool, progress)
@@ -174,8 +175,8 @@ def gradient(
 def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progress) -> Pool:
     """The pool in a folder, made where it is not there yet."""
     file = output / "pool.safetensors"
-    if file.exists():
-        return Pool(**read_tensors(file))
+    if file.exists() and (found := read_tensors(file)).keys() == set(Pool._fields):
+        return Pool(**found)
     warm = progress.add_task("warm start", total=None)
     trainer = make_trainer(
         TrainConfig(algorithm="rloo:4", task=name),
@@ -195,7 +196,7 @@ def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progre
 
 def gradients_table(found: list[GradientQuality], title: str, command: str) -> StudyTable:
     """A line for each estimator, prior by prior."""
-    columns = ["estimator", "prior", "k", "rollouts", "factor", "bias^2", "variance", "variance x rollouts"]
+    columns = ["estimator", "prior", "k", "rollouts", "factor", "bias^2", "variance", "x rollouts", "with prompts"]
     rows = [
         [
             row.estimator,
@@ -205,10 +206,15 @@ def gradients_table(found: list[GradientQuality], title: str, command: str) -> S
             f"{row.factor:.3f}",
             f"{row.bias:.4f} ±{row.bias_half_width:.4f}",
             f"{row.variance:.3f} ±{row.variance_half_width:.3f}",
-            f"{row.variance * row.rollouts:.2f}",
+            f"{row.by_rollout:.2f}",
+            f"{row.by_rollout_in_all:.2f}",
         ]
         for prior in dict.fromkeys(row.prior for row in found)
         for row in found
         if row.prior == prior
     ]
-    return StudyTable(title, command, columns, rows)
+    note = (
+        "x rollouts: variance times rollouts of a prompt. With prompts: that of the gradient over all prompts: an "
+        "update of as many rollouts sees fewer where each has more."
+    )
+    return StudyTable(title, command, columns, rows, [note])

@@ -47,7 +47,8 @@ def plot_baseline_errors(cells: Sequence[Cell], path: Path) -> None:
 
 
 def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
-    """Draws a panel for each prior: variance of the gradient, times rollouts, by algorithm.
+    """Draws a panel for each prior: variance of the gradient, times rollouts, by algorithm; dark what a prompt's
+    rollouts leave, light what comes on top because more rollouts of each leave room for fewer prompts.
 
     Args:
         rows: of one study.
@@ -59,14 +60,14 @@ def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
     most = max(sum(row.prior == prior for row in rows) for prior in priors)
     figure = Figure(figsize=(5.2 * len(priors), 1.2 + 0.3 * most), layout="constrained")
     for axis, prior in zip(figure.subplots(1, len(priors), squeeze=False)[0], priors, strict=True):
-        shown = sorted((row for row in rows if row.prior == prior), key=lambda row: -row.variance * row.rollouts)
+        shown = sorted((row for row in rows if row.prior == prior), key=lambda row: -row.by_rollout_in_all)
         labels = [f"{row.estimator}:{row.size}" for row in shown]
-        axis.barh(
-            labels,
-            [row.variance * row.rollouts for row in shown],
-            xerr=[row.variance_half_width * row.rollouts for row in shown],
-            color=["#0b6e4f" if row.estimator.startswith("v05") else "#8d99ae" for row in shown],
-        )
+        colours = ["#0b6e4f" if row.estimator.startswith("v05") else "#5c677d" for row in shown]
+        within = [row.by_rollout for row in shown]
+        between = [row.by_rollout_in_all - row.by_rollout for row in shown]
+        half_width = [row.variance_half_width * row.rollouts for row in shown]
+        axis.barh(labels, within, xerr=half_width, color=colours)
+        axis.barh(labels, between, left=within, color=colours, alpha=0.35)
         axis.set_title(f"prior: {prior}", size=11)
         axis.set_xlabel("variance of the gradient x rollouts per prompt")
         axis.tick_params(labelsize=8)

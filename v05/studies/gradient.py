@@ -33,18 +33,21 @@ class Pool(NamedTuple):
     """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], and their answers `[P, M]` int64.
 
     `gram` `[P, U, U]` float64: inner products of the answers' scores, centred on the pool; a prompt has at most U.
+    `common`, a scalar float64: what part of a prompt's gradient, by squared length, all prompts have in common.
     """
 
     rewards: Tensor
     answer: Tensor
     gram: Tensor
+    common: Tensor
 
 
 class GradientQuality(NamedTuple):
     """One estimator's gradients against the truth, relative to its squared length, each with half a 95 % interval.
 
     `factor` is what the mean gradient is multiplied by to come nearest to the truth (a learning rate does as much);
-    `bias` is the squared length of what is then missing, `variance` that of the noise, multiplied too.
+    `bias` is the squared length of what is then missing, `variance` that of the noise, multiplied too. `between` is the
+    variance from one prompt's true gradient to the next one's.
     """
 
     estimator: str
@@ -57,6 +60,7 @@ class GradientQuality(NamedTuple):
     bias_half_width: float
     variance: float
     variance_half_width: float
+    between: float
     cost: float = COST
 
     @property
@@ -64,6 +68,16 @@ class GradientQuality(NamedTuple):
         """Rollouts of a group, and at which cost it grows."""
         price = Fraction(self.cost).limit_denominator(10_000)
         return str(self.k_init) if self.k_init == self.k_max else f"{self.k_init} to {self.k_max} at {price}"
+
+    @property
+    def by_rollout(self) -> float:
+        """Variance times rollouts of a prompt: what an update of many rollouts of these prompts has, for each."""
+        return self.rollouts * self.variance
+
+    @property
+    def by_rollout_in_all(self) -> float:
+        """The same for the gradient over all prompts there are: more rollouts of each leave room for fewer of them."""
+        return self.rollouts * (self.variance + self.between)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def make_pool(
         size: rollouts of each.
         on_prompt: called after each with the prompts done.
     """
-    rewards, answers, grams = [], [], []
+    rewards, answers, grams, gradients = [], [], [], []
     for number, prompt in enumerate(prompts):
         rollouts: list[Rollout] = []
         for start in range(0, size, CHUNK):
@@ -120,11 +134,22 @@ def make_pool(
         answer = torch.tensor([index[rollout.token_ids] for rollout in rollouts])
         rewards.append((2 * unit - 1)[answer])
         answers.append(answer)
-        grams.append(centred_gram(scores(policy, list(distinct.values()), task.max_answer_length), answer))
+        score = scores(policy, list(distinct.values()), task.max_answer_length)
+        grams.append(centred_gram(score, answer))
+        share = torch.bincount(answer, weights=rewards[-1] - rewards[-1].mean(), minlength=len(score)) / size
+        gradients.append(share.float() @ score)
         on_prompt(number + 1)
     most = max(len(gram) for gram in grams)
     padded = [torch.nn.functional.pad(gram, (0, most - len(gram), 0, most - len(gram))) for gram in grams]
-    return Pool(torch.stack(rewards), torch.stack(answers), torch.stack(padded))
+    return Pool(torch.stack(rewards), torch.stack(answers), torch.stack(padded), in_common(torch.stack(gradients)))
+
+
+def in_common(gradients: Tensor) -> Tensor:
+    """The squared length of all prompts' mean gradient over the mean squared length, from some, `[P, D]`, without
+    bias: the mean inner product of two different ones; 0 where there is one prompt."""
+    squares = gradients.double().square().sum()
+    others = gradients.double().sum(0).square().sum() - squares
+    return others / (max(1, len(gradients) - 1) * squares)
 
 
 def scores(policy: Policy, rollouts: Sequence[Rollout], max_length: int) -> Tensor:
@@ -197,19 +222,19 @@ def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
             spent += int(counts.sum())
     exact = torch.zeros(prompts, pool.gram.shape[1], dtype=torch.float64)
     exact.scatter_add_(1, pool.answer, (pool.rewards - truth[:, None]) / size)
-    return _summary(pool.gram, coefficients, lengths, exact, drawn, spent / (BLOCKS * per_block * prompts))
+    return _summary(pool, coefficients, lengths, exact, drawn, spent / (BLOCKS * per_block * prompts))
 
 
 def _summary(
-    gram: Tensor, coefficients: Tensor, lengths: Tensor, exact: Tensor, drawn: Drawn, rollouts: float
+    pool: Pool, coefficients: Tensor, lengths: Tensor, exact: Tensor, drawn: Drawn, rollouts: float
 ) -> GradientQuality:
     """Bias and variance from the mean gradients and squared lengths of blocks, with jackknife intervals."""
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
-        return torch.einsum("...pi,pij,...pj->...", a, gram, b)
+        return torch.einsum("...pi,pij,...pj->...", a, pool.gram, b)
 
     size = inner(exact, exact)
-    products = torch.einsum("api,pij,bpj->ab", coefficients, gram, coefficients)
+    products = torch.einsum("api,pij,bpj->ab", coefficients, pool.gram, coefficients)
     along = inner(coefficients, exact)
 
     def of(kept: Tensor) -> Tensor:
@@ -228,7 +253,8 @@ def _summary(
     factor, bias, variance = whole.tolist()
     _, bias_spread, variance_spread = (1.96 * spread).tolist()
     where = (drawn.estimator, drawn.prior, drawn.k_init, drawn.k_max)
-    return GradientQuality(*where, rollouts, factor, bias, bias_spread, variance, variance_spread, drawn.cost)
+    numbers = (rollouts, factor, bias, bias_spread, variance, variance_spread, 1 - float(pool.common))
+    return GradientQuality(*where, *numbers, drawn.cost)
 
 
 def drawn_as(text: str, prior: str, repeats: int, seed: int = 0, cost: float = COST) -> Drawn:
