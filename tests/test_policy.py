@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from v05.batch import offsets_from_lengths
 from v05.config import TrainConfig
@@ -146,6 +147,12 @@ def test_a_finished_warm_start_is_reused(tmp_path: Path) -> None:
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
     assert len({cache_key(dataclasses.replace(config, warm_start_seed=seed)) for seed in range(3)}) == 3
+
+
+def test_saving_says_nothing(policy: Policy, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    policy.save(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_a_saved_policy_loads_in_transformers(policy: Policy, tmp_path: Path) -> None:
