@@ -53,42 +53,69 @@ struct Crew {
   }
 };
 
+// Whether the tokens of a sequence differ by weight alone: one then stands for all of them.
+template <Surrogate kSurrogate, class T>
+__device__ __forceinline__ bool tokens_alike(const PolicyInputs<T>& in) {
+  const bool of_sequence = in.correction == Correction::none || whole_sequence(in.correction);
+  return (kSurrogate == Surrogate::ppo || kSurrogate == Surrogate::sapo) && in.sequence_level && in.kl == Kl::none &&
+         !in.advantage_per_token && of_sequence;
+}
+
+// Adds such a sequence: `count` unmasked tokens with the sum of their weights and their mean log-ratio.
+template <Surrogate kSurrogate, class T>
+__device__ __forceinline__ T add_alike(const PolicyInputs<T>& in, int64_t s, T count, T weight, T mean,
+                                       const Whole<T>& whole, T (&sums)[kPolicySums]) {
+  T one[kPolicySums] = {};
+  const TokenGradient<T> token =
+      add_token<kSurrogate, Form::sequence>(in, in.offsets[s], weight, mean, T(0), in.advantages[s], whole, one);
+#pragma unroll
+  for (int field = 0; field < kPolicySums; ++field) sums[field] += field == kLoss ? one[field] : count * one[field];
+  return token.by_ratio;
+}
+
 template <Surrogate kSurrogate, int kSize, class T>
 __global__ void __launch_bounds__(kThreads, kLeast<T>)
     sequence_kernel(PolicyInputs<T> in, T* gradient, PolicyOutputs<T> out) {
   const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
   // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
-  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>;
+  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>, alike = tokens_alike<kSurrogate>(in);
   T sums[kPolicySums] = {};
   for (int64_t s = crew.first; s < in.sequences; s += crew.step) {
-    double count = 0, x_sum = 0, sampler_sum = 0;
+    double count = 0, weight_sum = 0, x_sum = 0, sampler_sum = 0;
     crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
       if (weight == T(0)) return;
-      count += 1;
+      count += 1, weight_sum += weight;
       if (in.sequence_level) x_sum += log_ratio(logprob, old).value;
       if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
     });
     Whole<T> whole{T(1), T(1)};
     count = crew.sum(count);
-    if (in.sequence_level) whole.ratio = exp(T(crew.sum(x_sum) / larger(count, 1.0)));
+    const T mean = in.sequence_level ? T(crew.sum(x_sum) / larger(count, 1.0)) : T(0);
+    if (in.sequence_level) whole.ratio = exp(mean);
     if (corrects) {
       const double bound = kLogRatioBound<double>, sum = clamped(crew.sum(sampler_sum), -bound, bound);
       whole.correction = sampler_weight(exp(T(sum)), masks(in.correction), in.numbers);
     }
     if (crew.place == 0) sums[kSequences] += count > 0 ? 1 : 0;
-    double by_ratio_sum = 0;
-    crew.template each_token<1>(in, s, [&](int64_t i, T weight, T logprob, T old) {
-      TokenGradient<T> token{T(0), T(0)};
-      if (weight != T(0)) {
-        const T advantage = in.advantages[in.advantage_per_token ? i : s];
-        token = add_token<kSurrogate, Form::sequence>(in, i, weight, logprob, old, advantage, whole, sums);
-      }
-      by_ratio_sum += token.by_ratio;
-      if (waits || !in.sequence_level) gradient[i] = token.direct;
-    });
+    double by_ratio = 0;  // the derivative by the ratio, of the calling thread's tokens
+    if (alike) {
+      weight_sum = crew.sum(weight_sum);
+      if (crew.place == 0 && count > 0)
+        by_ratio = add_alike<kSurrogate>(in, s, T(count), T(weight_sum), mean, whole, sums);
+    } else {
+      crew.template each_token<1>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+        TokenGradient<T> token{T(0), T(0)};
+        if (weight != T(0)) {
+          const T advantage = in.advantages[in.advantage_per_token ? i : s];
+          token = add_token<kSurrogate, Form::sequence>(in, i, weight, logprob, old, advantage, whole, sums);
+        }
+        by_ratio += token.by_ratio;
+        if (waits || !in.sequence_level) gradient[i] = token.direct;
+      });
+    }
     if (!in.sequence_level) continue;
-    const T part = T(crew.sum(by_ratio_sum) / larger(count, 1.0));
+    const T part = T(crew.sum(by_ratio) / larger(count, 1.0));
     crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
       const T direct = waits ? gradient[i] : T(0);
       gradient[i] = weight == T(0) ? T(0) : direct + log_ratio(logprob, old).slope * part;
