@@ -66,10 +66,11 @@ def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
         within = [row.by_rollout for row in shown]
         between = [row.by_rollout_in_all - row.by_rollout for row in shown]
         half_width = [row.variance_half_width * row.rollouts for row in shown]
-        axis.barh(labels, within, xerr=half_width, color=colours)
-        axis.barh(labels, between, left=within, color=colours, alpha=0.35)
+        axis.barh(labels, within, xerr=half_width, color=colours, label="of a prompt's gradient")
+        axis.barh(labels, between, left=within, color=colours, alpha=0.35, label="of the choice of prompts")
         axis.set_title(f"prior: {prior}", size=11)
-        axis.set_xlabel("variance of the gradient x rollouts per prompt")
+        axis.set_xlabel("variance x rollouts per prompt")
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
