@@ -83,7 +83,7 @@ class GradientQuality(NamedTuple):
 @dataclass(frozen=True)
 class Drawn:
     """How groups are drawn: `k_init` rollouts of every prompt, growing to `k_max` where the look-ahead wants more at
-    `cost` a rollout, in units of the largest variance of a reward."""
+    `cost` a rollout, in units of the largest variance of a reward. What has grown weighs more, as in an update."""
 
     estimator: str
     prior: str
@@ -215,7 +215,7 @@ def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
             answer = pool.answer.gather(1, places)
             share = torch.zeros(places.shape, dtype=torch.float64)
             share[torch.arange(drawn.k_max) < counts[:, None]] = advantages
-            share = share / counts[:, None]
+            share = share / counts.double().mean()  # an update weighs every rollout alike
             coefficients[block].scatter_add_(1, answer, share / per_block)
             inner = pool.gram[torch.arange(prompts)[:, None, None], answer[:, :, None], answer[:, None, :]]
             lengths[block] += torch.einsum("pi,pij,pj->", share, inner, share) / per_block
