@@ -122,3 +122,13 @@ def test_what_is_not_allowed_is_said(model: V0, tmp_path: Path) -> None:
         model.predict_policies([Record(CONTEXT, SCORES)], [[], []])
     with pytest.raises(InputError, match=r"absent\.pt: No such file"):
         V0.from_pretrained(tmp_path / "absent.pt", tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("solved", [slice(0, 1), slice(0, None, 2)], ids=["one of all", "every other one"])
+def test_a_context_that_the_wording_explains_wholly_has_a_prediction(solved: slice) -> None:
+    prompts = [f"What is the {what} of {n}?" for n in range(64) for what in ("square", "cube", "root", "log")]
+    outcomes = torch.full((256,), -1.0)
+    outcomes[solved] = 1.0
+    found = V0.embedded(embedder=LettersEmbedder()).predict(prompts, outcomes, [*prompts, "What is the log of 99?"])
+    assert found.isfinite().all()
+    assert found[:-1][solved].mean() > found.mean()

@@ -33,6 +33,7 @@ SENTENCE_NEAR: Final = 0.2
 EXTRA: Final = ("shared", "same prompt", "noise", "policy")  # logit of rho, then logarithms of variances
 START: Final = (*(-2.5,) * len(KERNELS), 2.0, -1.0, -0.7, -4.0)
 SPREAD: Final = 2.0  # standard deviation of the prior of each hyper-parameter
+FARTHEST: Final = 3.0  # of those from `START`: beyond, noise drowns in rounding and the covariance has no inverse
 SUBSET: Final = 800  # rows that hyper-parameters are chosen on; all rows are conditioned on
 JITTER: Final = 1e-6
 
@@ -149,10 +150,13 @@ def choose(rows: Rows, targets: Tensor, scaling: Scaling, start: Tensor, steps: 
         [parameters], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-2, tolerance_change=1e-3
     )
 
+    def bounded() -> Tensor:
+        return parameters.clamp(first - FARTHEST * SPREAD, first + FARTHEST * SPREAD)
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        noise = parameters[-2].exp() + JITTER
-        full = covariance(parameters, stack, same_prompt, same_policy) + noise * identity
+        kept = bounded()
+        full = covariance(kept, stack, same_prompt, same_policy) + (kept[-2].exp() + JITTER) * identity
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
         mean, variance = left_out(inverse, targets, rows.prompt)
         value = 0.5 * (variance.log() + (targets - mean).square() / variance).sum()
@@ -161,4 +165,4 @@ def choose(rows: Rows, targets: Tensor, scaling: Scaling, start: Tensor, steps: 
         return value
 
     optimizer.step(loss)
-    return parameters.detach()
+    return bounded().detach()
