@@ -6,13 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from records import read_lines, sparse_records, v0_folder
 
 from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.fuse import FuseConfig, fuse_file
 from v05.fuse_plot import plot_fusion
-from v05.kernels import dispatch
+from v05.kernels import dispatch, group_advantage
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6, "id": 7, "nested": {"a": [1, None]}}
 
@@ -145,6 +146,19 @@ def test_blocks_do_not_show(tmp_path):
     assert summary.planned == sum(line["planned"] for line in lines)
     assert summary.baseline_sum == pytest.approx(sum(line["baseline"] for line in lines))
     assert len(summary.sample) == 20_000 < summary.groups_with_rollouts
+
+
+def test_the_batch_whose_spread_scales_is_the_whole_file(tmp_path):
+    rewards = [[1, -1], *[[1, 1]] * 8191, [-1]]
+    source = write(tmp_path / "in.jsonl", *({"prompt": "", "rewards": group, "prior": 0} for group in rewards))
+    fuse_file(source, tmp_path / "out.jsonl", FuseConfig(scale="batch"))
+    lines = read_lines(tmp_path / "out.jsonl")
+    flat = torch.tensor([reward for group in rewards for reward in group], dtype=torch.float64)
+    offsets = torch.tensor([0, *np.cumsum([len(group) for group in rewards])])
+    prior = torch.zeros(len(rewards), dtype=torch.float64)
+    expected = group_advantage(flat, offsets, prior=prior, scale="batch")
+    assert lines[-1]["advantages"] == pytest.approx(expected[-1:].tolist())
+    assert lines[0]["advantages"] == pytest.approx(expected[:2].tolist())
 
 
 def test_half_a_pair_of_surrogates_passes_through(tmp_path):
