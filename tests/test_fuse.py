@@ -1,6 +1,7 @@
 """`v05 fuse`: real records against numpy, pass-through, malformed lines, bounded memory, and what a user sees."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -195,6 +196,19 @@ def test_settings_and_paths_that_are_not_allowed(tmp_path):
         fuse_file(write(tmp_path / "in.jsonl", GOOD), tmp_path)
 
 
+def test_links_and_pipes_are_not_replaced(tmp_path):
+    source = write(tmp_path / "in.jsonl", GOOD)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "out.jsonl")
+    fuse_file(source, tmp_path / "link.jsonl")
+    assert len(read_lines(tmp_path / "elsewhere" / "out.jsonl")) == 1
+    assert (tmp_path / "link.jsonl").is_symlink()
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    with pytest.raises(InputError, match="pipe is a device or a pipe; allowed: a file"):
+        fuse_file(source, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "in.jsonl", {**GOOD, "prompt": "é"}, {**GOOD, "rewards": [1, 1, 1, -1]})
     status, lines, table = run(capsys, monkeypatch, "fuse", source)
@@ -212,8 +226,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 def test_standard_input_in_a_process_of_its_own():
     command = [sys.executable, "-c", "from v05.cli import main; main()", "fuse", "-", "--reward-range", "0", "1"]
-    record = '{"prompt":"","rewards":[1],"prior":0.5}\n'
-    done = subprocess.run(command, input=record, capture_output=True, text=True, check=True)
+    record = '{"prompt":"é","rewards":[1],"prior":0.5}\n'
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, input=record, capture_output=True, encoding="utf-8", check=True, env=ascii_only)
+    assert json.loads(done.stdout)["prompt"] == "é"
     assert json.loads(done.stdout)["planned"] == 4
     assert "prompts" in done.stderr
 

@@ -175,8 +175,10 @@ def aside(path: Path) -> Iterator[Callable[[Block], int]]:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Opens a file for writing that appears under its name only when everything was written."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; allowed: a file in a folder that can be written")
+    path = path.resolve()  # a link stays, and what it leads to is written
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise InputError(f"{path} is {kind}; allowed: a file in a folder that can be written")
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
@@ -203,4 +205,6 @@ def whole_output(path: Path | None) -> Iterator[IO[str]]:
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         yield out
         out.seek(0)
-        shutil.copyfileobj(out, sys.stdout)
+        sys.stdout.flush()
+        shutil.copyfileobj(out.buffer, sys.stdout.buffer)  # UTF-8, whatever the terminal's encoding
+        sys.stdout.buffer.flush()
