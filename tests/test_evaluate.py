@@ -114,6 +114,7 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
         ([{"question": "a"}], "bad.jsonl:1: key 'prompt' is missing"),
         ([{"prompt": 3, "answer": 1}], "prompt is 3; allowed: text"),
+        ([{"prompt": "\ud83d", "answer": 1}], "bad.jsonl:1: prompt has half a surrogate pair at character 0"),
         ([], "has no problem"),
     ):
         bad = write_lines(tmp_path / "bad.jsonl", content)
@@ -283,6 +284,8 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
         (["--device", "quantum"], "allowed: auto, cpu"),
         (["--verifier", "magic"], "allowed: exact, math"),
         (["--samples", "0"], "samples is 0"),
+        (["--reward-range", "1", "0"], "--reward-range is 1 0; allowed"),
+        (["--reward-range", "0", "inf"], "--reward-range is 0 inf; allowed"),
         (["--temperature", "0"], "temperature is 0"),
         (["--data", "missing.jsonl"], "No such file"),
     ],

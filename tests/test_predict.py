@@ -101,6 +101,8 @@ def test_rewards_of_another_range(model: V0, tmp_path: Path) -> None:
         ("queries", {"prompt": 4}, "prompt is 4; allowed: a string"),
         ("queries", {"prompt": "a", "score": -3}, "score is -3"),
         ("queries", {"text": "a"}, "key 'prompt' is missing"),
+        ("queries", {"prompt": "é\ud83d"}, "prompt has half a surrogate pair at character 1"),
+        ("context", {"prompt": "\ud83d", "score": 1}, "prompt has half a surrogate pair at character 0"),
     ],
 )
 def test_bad_lines_stop_it_or_are_set_aside(model: V0, tmp_path: Path, where: str, line: object, reason: str) -> None:
@@ -121,6 +123,9 @@ def test_files_that_are_not_allowed(model: V0, tmp_path: Path) -> None:
     queries = str(write(tmp_path / "queries.jsonl", QUERIES))
     with pytest.raises(InputError, match="has no outcome"):
         predict_file(model, write(tmp_path / "empty.jsonl", []), queries, tmp_path / "out.jsonl")
+    for wrong in ((1.0, -1.0), (-1.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(InputError, match=r"--reward-range is .* both finite"):
+            predict_file(model, write(tmp_path / "context.jsonl", CONTEXT), queries, tmp_path / "out.jsonl", wrong)
     with pytest.raises(InputError, match="No such file"):
         predict_file(model, tmp_path / "absent.jsonl", queries, tmp_path / "out.jsonl")
     assert (

@@ -209,6 +209,9 @@ def test_a_closed_pool_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
+    for wrong in ((1.0, 0.0), (0.0, float("inf"))):
+        with pytest.raises(ValueError, match="reward_range is"):
+            RewardPool("exact", wrong)
     with pytest.raises(ValueError, match="workers is 0"):
         RewardPool("exact", workers=0)
     with pytest.raises(ValueError, match="timeout is 0"):

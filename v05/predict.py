@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from v05.errors import InputError
-from v05.records import aside, bad_path, read_blocks, whole_output, write_line
+from v05.records import aside, bad_path, check_range, read_blocks, whole_output, write_line
 from v05.scored import parse_prompt, parse_scored
 from v05.value.measure import Reliability, auc, reliability
 from v05.value.model import V0, Record
@@ -102,8 +102,7 @@ def predict_file(
         InputError: a file that cannot be opened, or an empty context.
     """
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     beside = bad_path(str(context), output.with_name(f"{output.stem}.context.jsonl") if output else None)
     record, wrong = read_context(context, low, high, skip_bad, beside)
     conditioned = model.condition([record], reward_range=reward_range)

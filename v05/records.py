@@ -6,6 +6,7 @@ A record is a JSON object `{"prompt": str, "rewards": [float, ...], "prior": flo
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,6 +37,20 @@ def check_number(value: Any, where: str, low: float, high: float) -> float:
         shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
         raise ValueError(f"{where} is {shown}; allowed: {low:g} to {high:g}")
     return float(value)
+
+
+def check_range(low: float, high: float) -> None:
+    """Raises InputError unless a reward range is two finite numbers that ascend."""
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest, both finite")
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises ValueError where a text holds what no tokenizer takes: half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a surrogate pair at character {error.start}; allowed: Unicode") from None
 
 
 def parse_object(text: bytes, keys: str) -> dict[str, Any]:

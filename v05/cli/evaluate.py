@@ -18,6 +18,7 @@ from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
 from v05.model_config import is_object
+from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import make_verifier, needs_answer
@@ -132,6 +133,7 @@ def evaluate_command(
 
     if reward_workers < 1 or not reward_timeout > 0:
         raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0")
+    check_range(*reward_range)
     check("engine_options", engine_options, is_object, "a JSON object")
     named = {"split": split, "prompt_key": prompt_key, "answer_key": answer_key, "template": template}
     source, sampling = source_of(data, named), Sampling(samples, temperature, max_new_tokens, seed, batch)

@@ -14,6 +14,7 @@ from rich.table import Table
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
 from v05.prior_study import outcomes_of
+from v05.records import check_range
 from v05.scored import Scored, by_policy, read_scored
 
 MEASURES = (
@@ -56,8 +57,7 @@ def fit_adapter(
 
     config = FitConfig(steps, learning_rate, context, pairs, queries, seed, eval_every)
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]
     data = outcomes_of(found, reward_range, folds, seed)
     function = embedded_head() if head is None else differentiable_head(head)

@@ -17,7 +17,7 @@ from v05.cli import study_baselines, study_train
 from v05.cli.models import GIB, cache_file
 from v05.errors import InputError
 from v05.prior_study import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
-from v05.records import whole_file
+from v05.records import check_range, whole_file
 from v05.scored import read_scored
 from v05.value.measure import reliability
 
@@ -54,8 +54,7 @@ def prior(
     from v05.value.model import V0, EmbeddingCache
 
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]
     data = outcomes_of(found, reward_range, folds, seed)
     console = Console()

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from v05.errors import InputError
-from v05.records import parse_object, read_blocks
+from v05.records import check_text, parse_object, read_blocks
 
 BOXED: Final = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -94,6 +94,10 @@ def _record(row: Mapping[str, Any], source: Source, needs_answer: bool, where: s
     if not isinstance(text, str) or not text:
         shown = json.dumps(text, default=repr)[:40]
         raise InputError(f"{where}: {source.prompt_key} is {shown}; allowed: text, or one turn of a conversation")
+    try:
+        check_text(text, source.prompt_key)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
     record = dict(row) | {"prompt": source.template.replace("{prompt}", text)}
     return record if answer is None else record | {"answer": _text(answer)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -236,8 +237,8 @@ class V0:
 
     def context(self, record: Record, reward_range: tuple[float, float]) -> Context[Any]:
         low, high = reward_range
-        if not low < high:
-            raise ValueError(f"reward_range is {reward_range}; allowed: smallest, then a larger largest")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"reward_range is {reward_range}; allowed: smallest, then a larger largest, both finite")
         outcomes = torch.as_tensor(record.outcomes, dtype=torch.float64)
         rates = (outcomes - low) / (high - low)
         try:
