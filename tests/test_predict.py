@@ -149,5 +149,15 @@ def test_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
     status, lines, errors = run(capsys, monkeypatch, *arguments)
     assert (status, lines) == (0, first)
     assert "AUC" in errors
-    for wrong in (("--head", "x"), ("--checkpoint", tmp_path / "absent.pt"), ("--reward-range", 1, 0)):
+    (tmp_path / "empty.pt").touch()
+    for wrong in (
+        ("--head", "x"),
+        ("--checkpoint", tmp_path / "absent.pt"),
+        ("--checkpoint", tmp_path / "empty.pt"),
+        ("--reward-range", 1, 0),
+        ("--cache-gib", "inf"),
+        ("--cache", context / "cache"),
+        ("--background", tmp_path),
+        ("--output", context / "out.jsonl"),
+    ):
         assert run(capsys, monkeypatch, *arguments, *wrong)[0] == 2, wrong

@@ -53,3 +53,10 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"v05: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(
+            f"v05: {error.filename}: {error.strerror}", err=True
+        )  # a folder that cannot be written, and the like
+        sys.exit(2)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from v05.cli.models import GIB, cache_file
+from v05.cli.models import cache_file, cache_limit
 from v05.errors import InputError
 from v05.prior_study import outcomes_of
 from v05.records import check_range
@@ -92,7 +92,7 @@ def make_embedder(backbone: str | None, device: str, cache: Path | None, cache_g
     from v05.value.embedder import CachedEmbedder, TransformersEmbedder, sentence_folder
 
     source = sentence_folder() if backbone is None else backbone
-    store = EmbeddingCache(cache_file(cache), int(cache_gib * GIB))
+    store = EmbeddingCache(cache_file(cache), cache_limit(cache_gib))
     return CachedEmbedder(TransformersEmbedder.from_pretrained(source, device), store)
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from v05.cli import study_baselines, study_train
-from v05.cli.models import GIB, cache_file
+from v05.cli.models import cache_file, cache_limit
 from v05.errors import InputError
 from v05.prior_study import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
 from v05.records import check_range, whole_file
@@ -58,7 +58,7 @@ def prior(
     found = read_scored(records, prompts, low, high)[:limit]
     data = outcomes_of(found, reward_range, folds, seed)
     console = Console()
-    embedder = CachedEmbedder(sentence_embedder(), EmbeddingCache(cache_file(cache), int(cache_gib * GIB)))
+    embedder = CachedEmbedder(sentence_embedder(), EmbeddingCache(cache_file(cache), cache_limit(cache_gib)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         model = V0.embedded(embedder=embedder)
