@@ -72,8 +72,16 @@ def test_verifiers_are_imported_by_path_or_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def score(prompt, completion, record):\n    return record['weight']\n")
     assert make_verifier(f"{file}:score", UNIT)("", "", {"weight": 0.25}) == 0.25
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Score:\n"
+        "    value: dataclasses.InitVar[float] = 0.5\n\n    def __call__(self, prompt, completion, record):\n"
+        "        return 0.5\n\nscore = Score()\n"
+    )
+    assert make_verifier(f"{file}:score", UNIT)("", "", {}) == 0.5
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     before = list(sys.path)
     for bad, message in (
+        (f"{tmp_path}/script.py:score", "cannot be imported: SystemExit: 0"),
         ("nothing", "allowed: exact, math, package.module:function"),
         (":score", "allowed: exact"),
         ("v05.nowhere:score", "No module named"),
@@ -141,6 +149,12 @@ def test_what_a_hung_verifier_has_started_is_stopped_with_it(pool: RewardPool, t
     while status.exists() and status.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the child lives on"
         os.sched_yield()
+
+
+def test_a_process_that_a_verifier_forks_judges_nothing(pool: RewardPool) -> None:
+    asked = ["fork", "0.25", "fork", "0.75", *[str(number / 20) for number in range(20)]]
+    verdicts = pool.collect(submit(pool, asked))
+    assert verdicts == [Verdict(0.5 if text == "fork" else float(text)) for text in asked]
 
 
 def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(caplog: pytest.LogCaptureFixture) -> None:

@@ -71,13 +71,17 @@ def serve(connection: Connection, name: str, reward_range: tuple[float, float], 
         connection.send((False, str(error)))
         return
     limit_memory(memory)
+    own = os.getpid()
     connection.send((True, ""))
     while True:
         try:
             answer = connection.recv()
         except EOFError:
             return
-        connection.send(judge(verifier, answer, reward_range))
+        verdict = judge(verifier, answer, reward_range)
+        if os.getpid() != own:  # forked by the verifier, which thought that an exit ends it
+            os._exit(0)
+        connection.send(verdict)
 
 
 def limit_memory(more: int) -> None:
