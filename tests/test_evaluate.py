@@ -113,6 +113,9 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}], "a prompt with the answers '1' and '2'"),
         ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
         ([{"question": "a"}], "bad.jsonl:1: key 'prompt' is missing"),
+        ([{"prompt": "a", "answer": " "}], "bad.jsonl:1: answer is blank; allowed: an answer"),
+        ([{"prompt": "a", "answer": []}], "bad.jsonl:1: answer is blank; allowed: an answer"),
+        ([{"prompt": "a", "answer": float("nan")}], "bad.jsonl:1: key 'answer' is missing"),
         ([{"prompt": 3, "answer": 1}], "prompt is 3; allowed: text"),
         ([{"prompt": "\ud83d", "answer": 1}], "bad.jsonl:1: prompt has half a surrogate pair at character 0"),
         ([], "has no problem"),
@@ -121,6 +124,10 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_data(Source(str(bad)))
     assert read_data(Source(str(write_lines(bad, [{"prompt": "a"}]))), needs_answer=False) == [{"prompt": "a"}]
+    values = [7, 7.0, 0.5, 1.5e-05, -2.5e22, [1, 2.0], "  x "]
+    write_lines(bad, [{"prompt": str(number), "answer": value} for number, value in enumerate(values)])
+    found = [record["answer"] for record in read_data(Source(str(bad)))]
+    assert found == ["7", "7", "0.5", "0.000015", str(int(-2.5e22)), "1, 2", "x"]
     for source, message in (
         (Source("missing.jsonl"), "No such file"),
         (Source("missing.parquet"), "no such file"),
