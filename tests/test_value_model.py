@@ -105,6 +105,12 @@ def test_from_pretrained_equals_the_plain_architecture(tmp_path: Path) -> None:
     assert np.std(probability) > 1e-4
 
 
+def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    save_adapter(QueryAdapter(384, 4), tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match=r"adapter.safetensors wants a backbone of width 384, not"):
+        V0.from_pretrained(tmp_path / "adapter.safetensors", backbone=tiny_embedder(tmp_path / "qwen3"))
+
+
 def test_an_adapter_works_without_tabpfn(tmp_path: Path) -> None:
     embedder = tiny_embedder(tmp_path / "qwen3")
     save_adapter(QueryAdapter(embedder.width, 8), tmp_path / "adapter.safetensors")

@@ -16,7 +16,7 @@ from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_check
 from v05.errors import InputError
 from v05.prior_study import Outcomes, Scores
 from v05.value.adapter import QUERIES, QueryAdapter, save_adapter
-from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, evaluate
+from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, draw_episode, evaluate
 from v05.value.measure import grouped_auc, pair_accuracy
 
 MODEL = "adapter"
@@ -106,8 +106,12 @@ def fit_adapter(
         The line of metrics.jsonl at the last step reached; `step` tells which that is.
 
     Raises:
-        InputError: the folder has a run and `resume` is false, or that run has other settings.
+        InputError: no policy has outcomes of both kinds to learn from; the folder has a run and `resume` is false, or
+            that run has other settings.
     """
+    states, rates = records.training()
+    if all(draw_episode(rate.tolist(), config.context, config.pairs, 0) is None for rate in rates):
+        raise InputError("no policy has two solved and two failed prompts to train on; allowed: one or more that have")
     prepare(config, records, folder, resume)
     torch.manual_seed(config.seed)
     adapter = QueryAdapter(records.states[0].shape[1], config.queries)
@@ -120,7 +124,6 @@ def fit_adapter(
         load(trainer, checkpoint)
         metrics = checkpoint.state["metrics"]
     write_metrics(folder, metrics)
-    states, rates = records.training()
     losses: list[float] = [] if checkpoint is None else checkpoint.state["losses"]
     note = describe(metrics[-1])
     while trainer.done < config.steps:

@@ -43,7 +43,7 @@ def prior(
     seed: Annotated[int, typer.Option(help="Of the folds.")] = 0,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap over prompts.")] = 1000,
     alone: Annotated[bool, typer.Option(help="Judge V0 also with one policy's records only.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Read only so many records, for a first look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records, for a first look.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,

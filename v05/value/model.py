@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.errors import InputError
 from v05.value import features
 from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
@@ -141,6 +142,8 @@ class V0:
         state, _ = read_weights(checkpoint)
         adapter = QueryAdapter.from_state(state, str(checkpoint), backend).to(device)
         found = TransformersEmbedder.from_pretrained(backbone, device) if isinstance(backbone, str | Path) else backbone
+        if found.width != (width := adapter.proj_kv.in_features):
+            raise InputError(f"{checkpoint} wants a backbone of width {width}, not {found.width}; allowed: its own")
         embedder = CachedEmbedder(found, EmbeddingCache(cache, cache_limit)) if cache else found
         if head is not None:
             TabPFNHead.check(head)
