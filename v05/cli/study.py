@@ -21,7 +21,9 @@ from v05.records import check_range, whole_file
 from v05.scored import read_scored
 from v05.value.measure import reliability
 
-app = typer.Typer(help="Studies: what was measured, reproducible on your records.", no_args_is_help=True)
+app = typer.Typer(
+    help="Studies: what was measured, reproducible on your records.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.callback()
