@@ -227,6 +227,10 @@ def test_digests_change_with_what_they_name(tmp_path: Path) -> None:
     before = fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
     assert fingerprint(str(tmp_path)) != before
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        before = fingerprint(str(tmp_path))
+        (tmp_path / name).write_text("{}")
+        assert fingerprint(str(tmp_path)) != before, name
     assert fingerprint("owner/name") == "owner/name"
 
 
@@ -252,6 +256,13 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
     assert isinstance(other.exception, InputError)
     assert "temperature is 0.5 and was 1.0" in str(other.exception)
+    mine = tmp_path / "mine.py"
+    command += ["--verifier", f"{mine}:score", "--output", str(tmp_path / "mine")]
+    for reward, message in ((1.0, ""), (0.0, "verifier_text is")):
+        mine.write_text(f"def score(prompt, completion, record):\n    return {reward}\n")
+        result = CliRunner().invoke(app, command)
+        assert message in str(result.exception or "")
+        assert (result.exit_code == 0) is not bool(message)
 
 
 def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(

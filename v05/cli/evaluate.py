@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,9 @@ def run(
     check_positions(policy, longest, sampling.max_new_tokens)
     settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
+    place = judging["verifier"].rpartition(":")[0]
+    if place.endswith(".py"):
+        settings["verifier_text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16]
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
