@@ -113,6 +113,17 @@ def test_state_is_all_there_is(kind: str, before: int) -> None:
     assert torch.equal(whole.predict(EASY + HARD), resumed.predict(EASY + HARD))
 
 
+def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:
+    whole, resumed = (
+        V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0), window=20), refresh=1) for _ in "ab"
+    )
+    whole.observe(EASY[:20], torch.tensor([1.0, 0.0] * 10), ones(20))
+    whole.observe(HARD[:4], torch.zeros(4), 10 * ones(4))  # all else is 40 rollouts old
+    assert whole.used.prompts == HARD[:4]
+    resumed.load_state_dict(whole.state_dict())
+    assert torch.equal(whole.predict(EASY), resumed.predict(EASY))
+
+
 def test_a_run_with_v0_goes_on_bit_for_bit(tmp_path: Path) -> None:
     settings, threads = dataclasses.replace(TINY, prior="v0"), torch.get_num_threads()
     torch.set_num_threads(1)
