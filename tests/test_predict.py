@@ -119,7 +119,7 @@ def test_bad_lines_stop_it_or_are_set_aside(model: V0, tmp_path: Path, where: st
     assert reason in aside[0]["reason"]
 
 
-def test_files_that_are_not_allowed(model: V0, tmp_path: Path) -> None:
+def test_files_that_are_not_allowed(model: V0, tmp_path: Path, monkeypatch) -> None:
     queries = str(write(tmp_path / "queries.jsonl", QUERIES))
     with pytest.raises(InputError, match="has no outcome"):
         predict_file(model, write(tmp_path / "empty.jsonl", []), queries, tmp_path / "out.jsonl")
@@ -128,6 +128,10 @@ def test_files_that_are_not_allowed(model: V0, tmp_path: Path) -> None:
             predict_file(model, write(tmp_path / "context.jsonl", CONTEXT), queries, tmp_path / "out.jsonl", wrong)
     with pytest.raises(InputError, match="No such file"):
         predict_file(model, tmp_path / "absent.jsonl", queries, tmp_path / "out.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("v05.value.head.LARGEST", 39, raising=False)
+        with pytest.raises(InputError, match=r"have 40 outcomes; allowed: 39, such as"):
+            predict_file(model, write(tmp_path / "context.jsonl", CONTEXT), queries, tmp_path / "out.jsonl")
     assert (
         predict_file(
             model, write(tmp_path / "context.jsonl", CONTEXT), str(write(tmp_path / "none", [])), tmp_path / "out.jsonl"

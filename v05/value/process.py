@@ -90,13 +90,17 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def covariance(parameters: Tensor, stack: Tensor, same_prompt: Tensor, same_policy: Tensor) -> Tensor:
-    """Return the covariance without noise, [N, M], from kernels [K, N, M] and two masks [N, M] of 0 and 1."""
-    weights, (shared, same, _, policy) = parameters[: len(KERNELS)].exp(), parameters[len(KERNELS) :]
+def mixture(parameters: Tensor, stack: Tensor) -> Tensor:
+    """Return the weighted sum of kernels [K, A, B], [A, B]."""
+    return torch.einsum("k,kab->ab", parameters[: len(KERNELS)].exp(), stack)
+
+
+def covariance(parameters: Tensor, alike: Tensor, same_prompt: Tensor, same_policy: Tensor) -> Tensor:
+    """Return the covariance without noise, [N, M], from the kernels' mixture and two masks of 0 and 1, [N, M] each."""
+    shared, same, _, policy = parameters[len(KERNELS) :]
     rho = torch.sigmoid(shared)
     between = rho + (1 - rho) * same_policy
-    difficulty = torch.einsum("k,knm->nm", weights, stack) + same.exp() * same_prompt
-    return between * difficulty + policy.exp() * same_policy
+    return between * (alike + same.exp() * same_prompt) + policy.exp() * same_policy
 
 
 def masks(a: Rows, b: Rows) -> tuple[Tensor, Tensor]:
@@ -156,7 +160,8 @@ def choose(rows: Rows, targets: Tensor, scaling: Scaling, start: Tensor, steps: 
     def loss() -> Tensor:
         optimizer.zero_grad()
         kept = bounded()
-        full = covariance(kept, stack, same_prompt, same_policy) + (kept[-2].exp() + JITTER) * identity
+        full = covariance(kept, mixture(kept, stack), same_prompt, same_policy)
+        full = full + (kept[-2].exp() + JITTER) * identity
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
         mean, variance = left_out(inverse, targets, rows.prompt)
         value = 0.5 * (variance.log() + (targets - mean).square() / variance).sum()
