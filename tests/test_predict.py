@@ -81,6 +81,14 @@ def test_lines_get_a_probability_and_scores_are_compared(model: V0, tmp_path: Pa
     assert read[-1] == queries.stat().st_size
 
 
+def test_what_the_context_tells_is_not_judged(model: V0, tmp_path: Path) -> None:
+    told = [{**line, "score": -line["score"]} for line in CONTEXT[:10]]
+    context, queries = write(tmp_path / "c.jsonl", CONTEXT), write(tmp_path / "q.jsonl", [*told, *QUERIES])
+    summary = predict_file(model, context, str(queries), tmp_path / "out.jsonl")
+    assert (summary.prompts, len(summary.rate), summary.auc) == (13, 2, 1.0)
+    assert len(read_lines(tmp_path / "out.jsonl")) == 13
+
+
 def test_rewards_of_another_range(model: V0, tmp_path: Path) -> None:
     halved = [{**line, "score": (line["score"] + 1) / 2} for line in CONTEXT]
     outputs = []
