@@ -302,6 +302,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
         (["--device", "quantum"], "allowed: auto, cpu"),
         (["--verifier", "magic"], "allowed: exact, math"),
         (["--samples", "0"], "samples is 0"),
+        (["--reward-timeout", "inf"], "inf s; allowed: 1 or more, above 0 and finite"),
         (["--reward-range", "1", "0"], "--reward-range is 1 0; allowed"),
         (["--reward-range", "0", "inf"], "--reward-range is 0 inf; allowed"),
         (["--temperature", "0"], "temperature is 0"),

@@ -135,8 +135,8 @@ def evaluate_command(
     """Sample a model's answers to problems and report mean@n and pass@k."""
     from v05.evaluation_plot import plot_evaluation
 
-    if reward_workers < 1 or not reward_timeout > 0:
-        raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0")
+    if reward_workers < 1 or not 0 < reward_timeout < float("inf"):
+        raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0 and finite")
     check_range(*reward_range)
     check("engine_options", engine_options, is_object, "a JSON object")
     named = {"split": split, "prompt_key": prompt_key, "answer_key": answer_key, "template": template}
