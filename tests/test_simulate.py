@@ -114,6 +114,8 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
         simulate(*SMALL, "--lengths", tmp_path / "lengths")
     with pytest.raises(InputError, match="is a folder; allowed: a file"):
         simulate(*SMALL, "--output", tmp_path)
+    with pytest.raises(InputError, match=r"--plot .*nonsense: Format 'nonsense' is not supported"):
+        simulate(*SMALL, "--plot", tmp_path / "out.nonsense")
     with pytest.raises(InputError, match="--slots is 0; allowed: 1 or more"):
         simulate("--slots", 0)
     with pytest.raises(InputError, match=r"--prior-sd is -1\.0; allowed: 0 or more"):

@@ -54,7 +54,10 @@ def simulate(
         with whole_file(output) as out:
             out.write(json.dumps(found, indent=2) + "\n")
     if plot is not None:
-        plot_simulation(results, plot)
+        try:
+            plot_simulation(results, plot)
+        except (ValueError, OSError) as error:
+            raise InputError(f"--plot {plot}: {error}") from None
 
 
 def read_lengths(file: Path) -> tuple[int, ...]:
