@@ -13,7 +13,7 @@ from tiny_models import write_qwen3
 from v05.checkpoint import StopRequest, read_tensors
 from v05.cli import main
 from v05.errors import InputError
-from v05.fit_adapter import FitConfig, Records, fit_adapter
+from v05.fit_adapter import FitConfig, Records, fit_adapter, measures
 from v05.prior_study import outcomes_of
 from v05.scored import Scored
 from v05.value.adapter_training import draw_episode, embedded_head, episode_loss, learning_rate
@@ -164,6 +164,18 @@ def test_what_nothing_can_be_learnt_from_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no policy has two solved and two failed prompts"):
         fit_adapter(TINY, records, embedded_head(), tmp_path / "run", StopRequest())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_without_pairs_does_not_hide_the_others() -> None:
+    rows = [
+        Scored(str(n), score, policy)
+        for policy in "ab"
+        for n, score in enumerate((1.0, -1.0 if policy == "a" else 1.0))
+    ]
+    data = outcomes_of(rows, (-1.0, 1.0), 2, 0)
+    assert measures(data, data.rate, [0, 0])["pair_accuracy"] == 1.0
+    alike = outcomes_of(rows[2:], (-1.0, 1.0), 2, 0)
+    assert measures(alike, alike.rate, [0])["pair_accuracy"] is None
 
 
 def test_settings_that_are_not_allowed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,10 +181,12 @@ def measures(data: Outcomes, prediction: np.ndarray, steps: Sequence[int]) -> di
     rows = [data.policy == policy for policy in present]
     success = data.rate >= 0.5
     with_mean, with_difficulty = scores.residual_correlations(MODEL)
+    ordered = np.array([pair_accuracy(prediction[own], data.rate[own]) for own in rows])
+    ordered = ordered[~np.isnan(ordered)]  # a policy whose rates are all alike has no pair
     values = {
         "auc": grouped_auc(prediction, success, data.policy),
         "gauc": grouped_auc(prediction, success, np.array(steps)[data.policy]),
-        "pair_accuracy": float(np.mean([pair_accuracy(prediction[own], data.rate[own]) for own in rows])),
+        "pair_accuracy": float(ordered.mean()) if len(ordered) else math.nan,
         "squared_error": float(np.mean((prediction - data.rate) ** 2)),
         "residual_correlation_with_context_mean": with_mean,
         "residual_correlation_with_difficulty": with_difficulty,
