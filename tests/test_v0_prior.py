@@ -90,6 +90,17 @@ def test_v0_learns_what_the_policy_can_do() -> None:
     assert prior.predict(HARD[48:]).max() < 0.3
 
 
+@pytest.mark.parametrize("reward_range", [(0.0, 0.1), (-0.1, 0.7), (100.0, 100.3)])
+def test_rewards_at_the_edges_of_any_range_are_taken(reward_range: tuple[float, float]) -> None:
+    low, high = reward_range
+    prior = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext(reward_range))
+    sums = torch.tensor([high] * 16 + [low] * 16) + torch.tensor([high] * 16 + [low] * 16) * 2
+    prior.observe(EASY[:16] + HARD[:16], sums / 3, 3 * ones(32))
+    assert prior.predict(EASY[16:]).min() > prior.predict(HARD[16:]).max()
+    with pytest.raises(ValueError, match=r"entry 0 is 1\.01"):
+        prior.model.predict(["a"], [low + 1.01 * (high - low)], ["b"], reward_range=reward_range)
+
+
 def make(kind: str) -> WithPast:
     inner = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((-1.0, 1.0)), refresh=40)
     return WithPast(inner if kind == "v0" else RunningMean((-1.0, 1.0)), (-1.0, 1.0))

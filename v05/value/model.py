@@ -20,6 +20,7 @@ from v05.value.regression_head import RegressionHead
 from v05.value.tabpfn_head import TabPFNHead
 
 MEMORY: Final = 4096  # prompts whose features stay at hand
+ROUNDING: Final = 8 * torch.finfo(torch.float32).eps  # of a mean of float32 rewards, relative to the largest
 
 
 class Record(NamedTuple):
@@ -242,8 +243,10 @@ class V0:
         low, high = reward_range
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"reward_range is {reward_range}; allowed: smallest, then a larger largest, both finite")
-        outcomes = torch.as_tensor(record.outcomes, dtype=torch.float64)
+        outcomes = torch.as_tensor(record.outcomes, dtype=torch.float64).detach()
         rates = (outcomes - low) / (high - low)
+        inside, rounding = rates.clamp(0, 1), ROUNDING * max(abs(low), abs(high)) / (high - low)
+        rates = torch.where((rates - inside).abs() <= rounding, inside, rates)
         try:
             check_outcomes(rates, len(record.prompts), "outcomes")
         except ValueError as error:
