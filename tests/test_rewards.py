@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from v05.errors import InputError
 from v05.tasks.grading import InlineGrader, PoolGrader, Troubles
@@ -104,6 +106,16 @@ def test_what_a_verifier_returns_is_checked() -> None:
         verdict = returning(bad)
         assert (verdict.reward, verdict.problem) == (-1.0, "failure")
         assert "allowed: a number from -1 to 1" in verdict.reason
+
+
+def test_rewards_in_float32_are_inside_the_range() -> None:
+    for low, high in ((0.0, 0.1), (-0.7, 0.3)):
+        for value in (low, high):
+            for returned in (np.float32(value), torch.tensor(value)):
+                verdict = judge(lambda *_, found=returned: found, Answer("", "", {}), (low, high))  # type: ignore[misc]
+                assert verdict == Verdict(pytest.approx(value))
+                assert low <= verdict.reward <= high
+    assert judge(lambda *_: 0.10001, Answer("", "", {}), (0.0, 0.1)).problem == "failure"
 
 
 @pytest.fixture(scope="module")

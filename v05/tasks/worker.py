@@ -7,9 +7,11 @@ import resource
 import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from v05.tasks.verifiers import Verifier, make_verifier
+
+ROUNDING: Final = 2.0**-22  # of a number in float32: a verifier's 0.1 may be a little more
 
 
 class Verdict(NamedTuple):
@@ -45,9 +47,10 @@ def judge(verifier: Verifier, answer: Answer, reward_range: tuple[float, float])
         reward = float(returned)
     except Exception:
         reward = math.nan
-    if not low <= reward <= high:
+    rounding = ROUNDING * max(abs(low), abs(high))
+    if not low - rounding <= reward <= high + rounding:
         return Verdict(low, "failure", f"returned {returned!r:.80}; allowed: a number from {low:g} to {high:g}")
-    return Verdict(reward)
+    return Verdict(min(max(reward, low), high))
 
 
 def serve(connection: Connection, name: str, reward_range: tuple[float, float], memory: int) -> None:
