@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from v05.tasks.verifiers import Verifier, make_verifier
 
-ROUNDING: Final = 2.0**-22  # of a number in float32: a verifier's 0.1 may be a little more
+ROUNDING: Final = 2.0**-22  # of a number in float32: a verifier's 0.1 may be a little more, its 0.7 a little less
 
 
 class Verdict(NamedTuple):
@@ -48,9 +48,12 @@ def judge(verifier: Verifier, answer: Answer, reward_range: tuple[float, float])
     except Exception:
         reward = math.nan
     rounding = ROUNDING * max(abs(low), abs(high))
-    if not low - rounding <= reward <= high + rounding:
+    for edge in reward_range:
+        if abs(reward - edge) <= rounding:
+            return Verdict(edge)
+    if not low <= reward <= high:
         return Verdict(low, "failure", f"returned {returned!r:.80}; allowed: a number from {low:g} to {high:g}")
-    return Verdict(min(max(reward, low), high))
+    return Verdict(reward)
 
 
 def serve(connection: Connection, name: str, reward_range: tuple[float, float], memory: int) -> None:
