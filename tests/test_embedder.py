@@ -92,6 +92,19 @@ def test_other_weights_have_another_name(embedder: TransformersEmbedder) -> None
     assert before != after
 
 
+def test_a_model_that_keeps_positions_for_itself_takes_what_its_tokenizer_says(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = tiny_embedder(tmp_path).tokenizer
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    found = TransformersEmbedder.from_pretrained(tmp_path / "roberta").embed(["1+2+3+4+5+6+7+8+9="])
+    assert (len(found.states), found.truncated) == (16, 1)
+
+
 def test_another_tokenizer_has_another_name(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 

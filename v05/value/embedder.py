@@ -127,7 +127,8 @@ class TransformersEmbedder:
             )
         except (OSError, ValueError) as error:
             raise InputError(f"backbone {source}: {str(error).splitlines()[0]}; allowed: a folder or a name") from None
-        limit = min(max_tokens, int(getattr(model.config, "max_position_embeddings", max_tokens)))
+        positions = int(getattr(model.config, "max_position_embeddings", max_tokens))
+        limit = min(max_tokens, positions, tokenizer.model_max_length)  # RoBERTa keeps two positions for itself
         return cls(model.to(device), tokenizer, fingerprint(model, tokenizer), limit, layers=layers)
 
     @torch.inference_mode()
