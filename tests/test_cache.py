@@ -1,5 +1,6 @@
 """The embedding cache: found by content, bounded, shared by processes, and never trusted when damaged."""
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from v05.errors import InputError
 from v05.value.cache import EmbeddingCache, content_key, default_folder
 
 
@@ -73,10 +75,36 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "cache.sqlite"
-    file.write_bytes(b"this is no database" * 500)
+    EmbeddingCache(file).close()
+    file.write_bytes(file.read_bytes()[:100] + b"no longer a database" * 500)
     cache = EmbeddingCache(file)
     cache.put({content_key("x"): entry(2.0)})
     assert len(EmbeddingCache(file)) == 1
+
+
+def test_what_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "done.jsonl"
+    file.write_text('{"prompt": "mine", "score": 1}\n' * 99)
+    before = file.read_bytes()
+    with pytest.raises(InputError, match=r"done.jsonl is no cache of embeddings"):
+        EmbeddingCache(file)
+    assert file.read_bytes() == before
+    for place in (tmp_path, file / "cache.sqlite"):
+        with pytest.raises(InputError, match="allowed: a file in a folder that can be written"):
+            EmbeddingCache(place)
+
+
+def test_a_cache_that_another_process_has_locked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cache.sqlite"
+    holder = sqlite3.connect(file)
+    holder.execute("CREATE TABLE other (x)")
+    holder.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr("v05.value.cache.WAIT_SECONDS", 0.05)
+    with pytest.raises(InputError, match="locked"):
+        EmbeddingCache(file)
+    holder.rollback()
+    assert holder.execute("SELECT COUNT(*) FROM other").fetchone() == (0,)
+    assert file.exists()
 
 
 def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,13 +83,38 @@ def test_the_cache_is_asked_first_and_gives_the_same_bits(embedder: Transformers
 
 
 def test_other_weights_have_another_name(embedder: TransformersEmbedder) -> None:
-    before = fingerprint(embedder.model)
+    before = fingerprint(embedder.model, embedder.tokenizer)
     weight = next(embedder.model.parameters())
     with torch.no_grad():
         weight += 1
-        after = fingerprint(embedder.model)
+        after = fingerprint(embedder.model, embedder.tokenizer)
         weight -= 1
     assert before != after
+
+
+def test_a_model_that_keeps_positions_for_itself_takes_what_its_tokenizer_says(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = tiny_embedder(tmp_path).tokenizer
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    found = TransformersEmbedder.from_pretrained(tmp_path / "roberta").embed(["1+2+3+4+5+6+7+8+9="])
+    assert (len(found.states), found.truncated) == (16, 1)
+
+
+def test_another_tokenizer_has_another_name(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    first = tiny_embedder(tmp_path)
+    end = first.tokenizer.convert_ids_to_tokens(1)
+    first.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", special_tokens=[(end, 1)])
+    first.tokenizer.save_pretrained(tmp_path)
+    second = TransformersEmbedder.from_pretrained(tmp_path)
+    assert len(second.embed(["1+2="]).states) == 1 + len(tiny_embedder(tmp_path / "plain").embed(["1+2="]).states)
+    assert first.name != second.name
 
 
 def test_the_packaged_sentence_model_knows_what_is_alike() -> None:

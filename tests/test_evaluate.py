@@ -113,13 +113,21 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}], "a prompt with the answers '1' and '2'"),
         ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
         ([{"question": "a"}], "bad.jsonl:1: key 'prompt' is missing"),
+        ([{"prompt": "a", "answer": " "}], "bad.jsonl:1: answer is blank; allowed: an answer"),
+        ([{"prompt": "a", "answer": []}], "bad.jsonl:1: answer is blank; allowed: an answer"),
+        ([{"prompt": "a", "answer": float("nan")}], "bad.jsonl:1: key 'answer' is missing"),
         ([{"prompt": 3, "answer": 1}], "prompt is 3; allowed: text"),
+        ([{"prompt": "\ud83d", "answer": 1}], "bad.jsonl:1: prompt has half a surrogate pair at character 0"),
         ([], "has no problem"),
     ):
         bad = write_lines(tmp_path / "bad.jsonl", content)
         with pytest.raises(InputError, match=message):
             read_data(Source(str(bad)))
     assert read_data(Source(str(write_lines(bad, [{"prompt": "a"}]))), needs_answer=False) == [{"prompt": "a"}]
+    values = [7, 7.0, 0.5, 1.5e-05, -2.5e22, [1, 2.0], "  x "]
+    write_lines(bad, [{"prompt": str(number), "answer": value} for number, value in enumerate(values)])
+    found = [record["answer"] for record in read_data(Source(str(bad)))]
+    assert found == ["7", "7", "0.5", "0.000015", str(int(-2.5e22)), "1, 2", "x"]
     for source, message in (
         (Source("missing.jsonl"), "No such file"),
         (Source("missing.parquet"), "no such file"),
@@ -219,6 +227,10 @@ def test_digests_change_with_what_they_name(tmp_path: Path) -> None:
     before = fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
     assert fingerprint(str(tmp_path)) != before
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        before = fingerprint(str(tmp_path))
+        (tmp_path / name).write_text("{}")
+        assert fingerprint(str(tmp_path)) != before, name
     assert fingerprint("owner/name") == "owner/name"
 
 
@@ -244,6 +256,13 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
     assert isinstance(other.exception, InputError)
     assert "temperature is 0.5 and was 1.0" in str(other.exception)
+    mine = tmp_path / "mine.py"
+    command += ["--verifier", f"{mine}:score", "--output", str(tmp_path / "mine")]
+    for reward, message in ((1.0, ""), (0.0, "verifier_text is")):
+        mine.write_text(f"def score(prompt, completion, record):\n    return {reward}\n")
+        result = CliRunner().invoke(app, command)
+        assert message in str(result.exception or "")
+        assert (result.exit_code == 0) is not bool(message)
 
 
 def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
@@ -283,6 +302,9 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
         (["--device", "quantum"], "allowed: auto, cpu"),
         (["--verifier", "magic"], "allowed: exact, math"),
         (["--samples", "0"], "samples is 0"),
+        (["--reward-timeout", "inf"], "inf s; allowed: 1 or more, above 0 and finite"),
+        (["--reward-range", "1", "0"], "--reward-range is 1 0; allowed"),
+        (["--reward-range", "0", "inf"], "--reward-range is 0 inf; allowed"),
         (["--temperature", "0"], "temperature is 0"),
         (["--data", "missing.jsonl"], "No such file"),
     ],

@@ -13,7 +13,7 @@ from tiny_models import write_qwen3
 from v05.checkpoint import StopRequest, read_tensors
 from v05.cli import main
 from v05.errors import InputError
-from v05.fit_adapter import FitConfig, Records, fit_adapter
+from v05.fit_adapter import FitConfig, Records, fit_adapter, measures
 from v05.scored import Scored
 from v05.studies.prior import outcomes_of
 from v05.value.adapter_training import draw_episode, embedded_head, episode_loss, learning_rate
@@ -142,8 +142,40 @@ def test_the_command_and_what_it_writes_is_used_by_predict(tmp_path: Path, capsy
         with pytest.raises(SystemExit) as stopped:
             main()
         assert not stopped.value.code
-    assert "AUC within a policy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "AUC within a policy" in printed
+    assert f"use it: v05 predict --checkpoint {output}/adapter.safetensors --backbone {backbone}" in printed
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 64
+    for wrong, said in (
+        (["--resume", "--reward-range", "-2", "2"], "source is"),
+        (["--limit", "-3"], "Invalid value for '--limit'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["v05", *map(str, commands[0]), *wrong])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_nothing_can_be_learnt_from_is_refused(tmp_path: Path) -> None:
+    rows = [Scored(str(number), 1.0) for number in range(20)]
+    data = outcomes_of(rows, (-1.0, 1.0), 4, 0)
+    records = Records(data, [torch.zeros(2, 12)] * 20, [0], "made here")
+    with pytest.raises(InputError, match="no policy has two solved and two failed prompts"):
+        fit_adapter(TINY, records, embedded_head(), tmp_path / "run", StopRequest())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_without_pairs_does_not_hide_the_others() -> None:
+    rows = [
+        Scored(str(n), score, policy)
+        for policy in "ab"
+        for n, score in enumerate((1.0, -1.0 if policy == "a" else 1.0))
+    ]
+    data = outcomes_of(rows, (-1.0, 1.0), 2, 0)
+    assert measures(data, data.rate, [0, 0])["pair_accuracy"] == 1.0
+    alike = outcomes_of(rows[2:], (-1.0, 1.0), 2, 0)
+    assert measures(alike, alike.rate, [0])["pair_accuracy"] is None
 
 
 def test_settings_that_are_not_allowed() -> None:

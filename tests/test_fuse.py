@@ -1,17 +1,19 @@
 """`v05 fuse`: real records against numpy, pass-through, malformed lines, bounded memory, and what a user sees."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from records import read_lines, sparse_records, v0_folder
 
 from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.fuse import FuseConfig, fuse_file
-from v05.kernels import dispatch
+from v05.kernels import dispatch, group_advantage
 from v05.plots.fusion import plot_fusion
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6, "id": 7, "nested": {"a": [1, None]}}
@@ -147,6 +149,19 @@ def test_blocks_do_not_show(tmp_path):
     assert len(summary.sample) == 20_000 < summary.groups_with_rollouts
 
 
+def test_the_batch_whose_spread_scales_is_the_whole_file(tmp_path):
+    rewards = [[1, -1], *[[1, 1]] * 8191, [-1]]
+    source = write(tmp_path / "in.jsonl", *({"prompt": "", "rewards": group, "prior": 0} for group in rewards))
+    fuse_file(source, tmp_path / "out.jsonl", FuseConfig(scale="batch"))
+    lines = read_lines(tmp_path / "out.jsonl")
+    flat = torch.tensor([reward for group in rewards for reward in group], dtype=torch.float64)
+    offsets = torch.tensor([0, *np.cumsum([len(group) for group in rewards])])
+    prior = torch.zeros(len(rewards), dtype=torch.float64)
+    expected = group_advantage(flat, offsets, prior=prior, scale="batch")
+    assert lines[-1]["advantages"] == pytest.approx(expected[-1:].tolist())
+    assert lines[0]["advantages"] == pytest.approx(expected[:2].tolist())
+
+
 def test_half_a_pair_of_surrogates_passes_through(tmp_path):
     source = write(tmp_path / "in.jsonl", {**GOOD, "prompt": "é"}, {**GOOD, "prompt": "cut off \ud83d"})
     fuse_file(source, tmp_path / "out.jsonl")
@@ -181,6 +196,19 @@ def test_settings_and_paths_that_are_not_allowed(tmp_path):
         fuse_file(write(tmp_path / "in.jsonl", GOOD), tmp_path)
 
 
+def test_links_and_pipes_are_not_replaced(tmp_path):
+    source = write(tmp_path / "in.jsonl", GOOD)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "out.jsonl")
+    fuse_file(source, tmp_path / "link.jsonl")
+    assert len(read_lines(tmp_path / "elsewhere" / "out.jsonl")) == 1
+    assert (tmp_path / "link.jsonl").is_symlink()
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    with pytest.raises(InputError, match="pipe is a device or a pipe; allowed: a file"):
+        fuse_file(source, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "in.jsonl", {**GOOD, "prompt": "é"}, {**GOOD, "rewards": [1, 1, 1, -1]})
     status, lines, table = run(capsys, monkeypatch, "fuse", source)
@@ -198,8 +226,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 def test_standard_input_in_a_process_of_its_own():
     command = [sys.executable, "-c", "from v05.cli import main; main()", "fuse", "-", "--reward-range", "0", "1"]
-    record = '{"prompt":"","rewards":[1],"prior":0.5}\n'
-    done = subprocess.run(command, input=record, capture_output=True, text=True, check=True)
+    record = '{"prompt":"é","rewards":[1],"prior":0.5}\n'
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, input=record, capture_output=True, encoding="utf-8", check=True, env=ascii_only)
+    assert json.loads(done.stdout)["prompt"] == "é"
     assert json.loads(done.stdout)["planned"] == 4
     assert "prompts" in done.stderr
 

@@ -234,3 +234,13 @@ def test_gradients_reach_features_through_tabpfn(checkpoint: Path) -> None:
     assert context.grad is not None
     assert queries.grad is not None
     assert context.grad.abs().sum() > 0 < queries.grad.abs().sum()
+
+
+def test_tabpfn_gives_the_share_of_successes_where_a_context_has_one_class(tmp_path: Path) -> None:
+    log_odds = differentiable_head(write_tabpfn(tmp_path / "random.ckpt"))
+    context, queries = torch.randn(9, 8), torch.randn(3, 8, requires_grad=True)
+    for outcome, expected in ((0.0, 0.05), (1.0, 0.95)):
+        found = log_odds(context, torch.full((9,), outcome), queries)
+        torch.testing.assert_close(torch.sigmoid(found), torch.full((3,), expected))
+    found.sum().backward()
+    assert not queries.grad.any()

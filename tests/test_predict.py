@@ -81,6 +81,14 @@ def test_lines_get_a_probability_and_scores_are_compared(model: V0, tmp_path: Pa
     assert read[-1] == queries.stat().st_size
 
 
+def test_what_the_context_tells_is_not_judged(model: V0, tmp_path: Path) -> None:
+    told = [{**line, "score": -line["score"]} for line in CONTEXT[:10]]
+    context, queries = write(tmp_path / "c.jsonl", CONTEXT), write(tmp_path / "q.jsonl", [*told, *QUERIES])
+    summary = predict_file(model, context, str(queries), tmp_path / "out.jsonl")
+    assert (summary.prompts, len(summary.rate), summary.auc) == (13, 2, 1.0)
+    assert len(read_lines(tmp_path / "out.jsonl")) == 13
+
+
 def test_rewards_of_another_range(model: V0, tmp_path: Path) -> None:
     halved = [{**line, "score": (line["score"] + 1) / 2} for line in CONTEXT]
     outputs = []
@@ -101,6 +109,8 @@ def test_rewards_of_another_range(model: V0, tmp_path: Path) -> None:
         ("queries", {"prompt": 4}, "prompt is 4; allowed: a string"),
         ("queries", {"prompt": "a", "score": -3}, "score is -3"),
         ("queries", {"text": "a"}, "key 'prompt' is missing"),
+        ("queries", {"prompt": "é\ud83d"}, "prompt has half a surrogate pair at character 1"),
+        ("context", {"prompt": "\ud83d", "score": 1}, "prompt has half a surrogate pair at character 0"),
     ],
 )
 def test_bad_lines_stop_it_or_are_set_aside(model: V0, tmp_path: Path, where: str, line: object, reason: str) -> None:
@@ -117,12 +127,19 @@ def test_bad_lines_stop_it_or_are_set_aside(model: V0, tmp_path: Path, where: st
     assert reason in aside[0]["reason"]
 
 
-def test_files_that_are_not_allowed(model: V0, tmp_path: Path) -> None:
+def test_files_that_are_not_allowed(model: V0, tmp_path: Path, monkeypatch) -> None:
     queries = str(write(tmp_path / "queries.jsonl", QUERIES))
     with pytest.raises(InputError, match="has no outcome"):
         predict_file(model, write(tmp_path / "empty.jsonl", []), queries, tmp_path / "out.jsonl")
+    for wrong in ((1.0, -1.0), (-1.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(InputError, match=r"--reward-range is .* both finite"):
+            predict_file(model, write(tmp_path / "context.jsonl", CONTEXT), queries, tmp_path / "out.jsonl", wrong)
     with pytest.raises(InputError, match="No such file"):
         predict_file(model, tmp_path / "absent.jsonl", queries, tmp_path / "out.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("v05.value.head.LARGEST", 39, raising=False)
+        with pytest.raises(InputError, match=r"have 40 outcomes; allowed: 39, such as"):
+            predict_file(model, write(tmp_path / "context.jsonl", CONTEXT), queries, tmp_path / "out.jsonl")
     assert (
         predict_file(
             model, write(tmp_path / "context.jsonl", CONTEXT), str(write(tmp_path / "none", [])), tmp_path / "out.jsonl"
@@ -144,5 +161,15 @@ def test_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
     status, lines, errors = run(capsys, monkeypatch, *arguments)
     assert (status, lines) == (0, first)
     assert "AUC" in errors
-    for wrong in (("--head", "x"), ("--checkpoint", tmp_path / "absent.pt"), ("--reward-range", 1, 0)):
+    (tmp_path / "empty.pt").touch()
+    for wrong in (
+        ("--head", "x"),
+        ("--checkpoint", tmp_path / "absent.pt"),
+        ("--checkpoint", tmp_path / "empty.pt"),
+        ("--reward-range", 1, 0),
+        ("--cache-gib", "inf"),
+        ("--cache", context / "cache"),
+        ("--background", tmp_path),
+        ("--output", context / "out.jsonl"),
+    ):
         assert run(capsys, monkeypatch, *arguments, *wrong)[0] == 2, wrong

@@ -104,9 +104,23 @@ def test_records_are_read_in_either_form(tmp_path: Path) -> None:
     assert (doubled.prompts, doubled.outcomes.tolist()) == (["x", "y"], [0.75, 0.0])
     with pytest.raises(BadLine, match=r"r.jsonl:1: prompt of d_7 is unknown: --prompts is not given"):
         read_scored(tmp_path / "r.jsonl", None, -1, 1)
+    (tmp_path / "prompts.json").write_text('{"d_7": "what?"}', encoding="utf-8-sig")
+    assert read_scored(tmp_path / "r.jsonl", tmp_path / "prompts.json", -1, 1) == found
     (tmp_path / "prompts.json").write_text("[]")
     with pytest.raises(InputError, match="holds a list; allowed: a JSON object"):
         read_scored(tmp_path / "r.jsonl", tmp_path / "prompts.json", -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "shown"), [("NaN", "nan"), ("Infinity", "inf"), ('"3"', '"3"'), ("true", "true"), ("null", None)]
+)
+def test_the_step_of_a_policy_is_a_number(tmp_path: Path, step: str, shown: str | None) -> None:
+    (tmp_path / "r.jsonl").write_text(f'{{"prompt": "x", "model": "m", "step": {step}, "score": 0.5}}\n')
+    if shown is None:
+        assert read_scored(tmp_path / "r.jsonl", None, -1, 1)[0].step == 0
+        return
+    with pytest.raises(BadLine, match=f"r.jsonl:1: step is {shown}; allowed"):
+        read_scored(tmp_path / "r.jsonl", None, -1, 1)
 
 
 def test_the_published_records_from_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from v05.errors import InputError
 from v05.tasks.grading import InlineGrader, PoolGrader, Troubles
@@ -72,8 +74,16 @@ def test_verifiers_are_imported_by_path_or_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def score(prompt, completion, record):\n    return record['weight']\n")
     assert make_verifier(f"{file}:score", UNIT)("", "", {"weight": 0.25}) == 0.25
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Score:\n"
+        "    value: dataclasses.InitVar[float] = 0.5\n\n    def __call__(self, prompt, completion, record):\n"
+        "        return 0.5\n\nscore = Score()\n"
+    )
+    assert make_verifier(f"{file}:score", UNIT)("", "", {}) == 0.5
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     before = list(sys.path)
     for bad, message in (
+        (f"{tmp_path}/script.py:score", "cannot be imported: SystemExit: 0"),
         ("nothing", "allowed: exact, math, package.module:function"),
         (":score", "allowed: exact"),
         ("v05.nowhere:score", "No module named"),
@@ -96,6 +106,15 @@ def test_what_a_verifier_returns_is_checked() -> None:
         verdict = returning(bad)
         assert (verdict.reward, verdict.problem) == (-1.0, "failure")
         assert "allowed: a number from -1 to 1" in verdict.reason
+
+
+def test_rewards_in_float32_are_inside_the_range() -> None:
+    for low, high in ((0.0, 0.1), (-0.7, 0.3), (0.1, 0.7)):
+        for value in (low, high):
+            for returned in (np.float32(value), torch.tensor(value)):
+                verdict = judge(lambda *_, found=returned: found, Answer("", "", {}), (low, high))  # type: ignore[misc]
+                assert verdict == Verdict(value)
+    assert judge(lambda *_: 0.10001, Answer("", "", {}), (0.0, 0.1)).problem == "failure"
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +160,12 @@ def test_what_a_hung_verifier_has_started_is_stopped_with_it(pool: RewardPool, t
     while status.exists() and status.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the child lives on"
         os.sched_yield()
+
+
+def test_a_process_that_a_verifier_forks_judges_nothing(pool: RewardPool) -> None:
+    asked = ["fork", "0.25", "fork", "0.75", *[str(number / 20) for number in range(20)]]
+    verdicts = pool.collect(submit(pool, asked))
+    assert verdicts == [Verdict(0.5 if text == "fork" else float(text)) for text in asked]
 
 
 def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +234,9 @@ def test_a_closed_pool_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
+    for wrong in ((1.0, 0.0), (0.0, float("inf"))):
+        with pytest.raises(ValueError, match="reward_range is"):
+            RewardPool("exact", wrong)
     with pytest.raises(ValueError, match="workers is 0"):
         RewardPool("exact", workers=0)
     with pytest.raises(ValueError, match="timeout is 0"):

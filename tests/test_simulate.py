@@ -2,12 +2,13 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from v05.cli import app
+from v05.cli import app, main
 from v05.errors import InputError
 from v05.rollout.budget import LookAhead
 from v05.rollout.simulated import LogNormal, Observed, SimulatedEngine
@@ -108,7 +109,22 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "lengths").write_text("5\nlong\n")
     with pytest.raises(InputError, match=r"lengths:2 is 'long'; allowed: a length from 1 to 16,384"):
         simulate(*SMALL, "--lengths", tmp_path / "lengths")
+    (tmp_path / "lengths").write_bytes(b"5\n\xff\n")
+    with pytest.raises(InputError, match="lengths:2 is"):
+        simulate(*SMALL, "--lengths", tmp_path / "lengths")
+    with pytest.raises(InputError, match="is a folder; allowed: a file"):
+        simulate(*SMALL, "--output", tmp_path)
+    with pytest.raises(InputError, match=r"--plot .*nonsense: Format 'nonsense' is not supported"):
+        simulate(*SMALL, "--plot", tmp_path / "out.nonsense")
     with pytest.raises(InputError, match="--slots is 0; allowed: 1 or more"):
         simulate("--slots", 0)
     with pytest.raises(InputError, match=r"--prior-sd is -1\.0; allowed: 0 or more"):
         simulate("--prior-sd", -1.0)
+
+
+def test_a_file_that_cannot_be_opened_is_said_in_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["v05", "simulate", "--lengths", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"v05: {tmp_path / 'absent'}: No such file or directory\n"

@@ -90,6 +90,17 @@ def test_v0_learns_what_the_policy_can_do() -> None:
     assert prior.predict(HARD[48:]).max() < 0.3
 
 
+@pytest.mark.parametrize("reward_range", [(0.0, 0.1), (-0.1, 0.7), (100.0, 100.3)])
+def test_rewards_at_the_edges_of_any_range_are_taken(reward_range: tuple[float, float]) -> None:
+    low, high = reward_range
+    prior = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext(reward_range))
+    sums = torch.tensor([high] * 16 + [low] * 16) + torch.tensor([high] * 16 + [low] * 16) * 2
+    prior.observe(EASY[:16] + HARD[:16], sums / 3, 3 * ones(32))
+    assert prior.predict(EASY[16:]).min() > prior.predict(HARD[16:]).max()
+    with pytest.raises(ValueError, match=r"entry 0 is 1\.01"):
+        prior.model.predict(["a"], [low + 1.01 * (high - low)], ["b"], reward_range=reward_range)
+
+
 def make(kind: str) -> WithPast:
     inner = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((-1.0, 1.0)), refresh=40)
     return WithPast(inner if kind == "v0" else RunningMean((-1.0, 1.0)), (-1.0, 1.0))
@@ -111,6 +122,17 @@ def test_state_is_all_there_is(kind: str, before: int) -> None:
         for prior in (whole, resumed):
             prior.observe(prompts, means, ones(25))
     assert torch.equal(whole.predict(EASY + HARD), resumed.predict(EASY + HARD))
+
+
+def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:
+    whole, resumed = (
+        V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0), window=20), refresh=1) for _ in "ab"
+    )
+    whole.observe(EASY[:20], torch.tensor([1.0, 0.0] * 10), ones(20))
+    whole.observe(HARD[:4], torch.zeros(4), 10 * ones(4))  # all else is 40 rollouts old
+    assert whole.used.prompts == HARD[:4]
+    resumed.load_state_dict(whole.state_dict())
+    assert torch.equal(whole.predict(EASY), resumed.predict(EASY))
 
 
 def test_a_run_with_v0_goes_on_bit_for_bit(tmp_path: Path) -> None:

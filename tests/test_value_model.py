@@ -105,6 +105,12 @@ def test_from_pretrained_equals_the_plain_architecture(tmp_path: Path) -> None:
     assert np.std(probability) > 1e-4
 
 
+def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    save_adapter(QueryAdapter(384, 4), tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match=r"adapter.safetensors wants a backbone of width 384, not"):
+        V0.from_pretrained(tmp_path / "adapter.safetensors", backbone=tiny_embedder(tmp_path / "qwen3"))
+
+
 def test_an_adapter_works_without_tabpfn(tmp_path: Path) -> None:
     embedder = tiny_embedder(tmp_path / "qwen3")
     save_adapter(QueryAdapter(embedder.width, 8), tmp_path / "adapter.safetensors")
@@ -122,3 +128,13 @@ def test_what_is_not_allowed_is_said(model: V0, tmp_path: Path) -> None:
         model.predict_policies([Record(CONTEXT, SCORES)], [[], []])
     with pytest.raises(InputError, match=r"absent\.pt: No such file"):
         V0.from_pretrained(tmp_path / "absent.pt", tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("solved", [slice(0, 1), slice(0, None, 2)], ids=["one of all", "every other one"])
+def test_a_context_that_the_wording_explains_wholly_has_a_prediction(solved: slice) -> None:
+    prompts = [f"What is the {what} of {n}?" for n in range(64) for what in ("square", "cube", "root", "log")]
+    outcomes = torch.full((256,), -1.0)
+    outcomes[solved] = 1.0
+    found = V0.embedded(embedder=LettersEmbedder()).predict(prompts, outcomes, [*prompts, "What is the log of 99?"])
+    assert found.isfinite().all()
+    assert found[:-1][solved].mean() > found.mean()

@@ -33,6 +33,12 @@ def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
             raise KeyError("nothing here")
         case ["exit"]:
             sys.exit("done")
+        case ["fork"]:
+            child = os.fork()
+            if child == 0:
+                sys.exit("the child ends here, it thinks")
+            os.waitpid(child, 0)
+            return 0.5
         case ["none"]:
             return None  # type: ignore[return-value]
         case ["memory"]:

@@ -164,11 +164,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], reward_range: tuple[float, floa
 
 
 def fingerprint(model: str) -> str:
-    """Return a name that changes with the weights in a folder: sizes and ends of its files; a hub name is itself."""
+    """Return a name that changes with the model in a folder: weights, settings, tokenizer; a hub name is itself."""
     folder, found = Path(model), hashlib.sha256()
     if not folder.is_dir():
         return model
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+    for file in sorted(
+        file for end in ("safetensors", "bin", "json", "jinja", "model") for file in folder.glob(f"*.{end}")
+    ):
         size, end = file.stat().st_size, 2**20
         with file.open("rb") as stream:
             found.update(f"{file.name} {size} ".encode() + stream.read(end))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_check
 from v05.errors import InputError
 from v05.studies.prior import Outcomes, Scores
 from v05.value.adapter import QUERIES, QueryAdapter, save_adapter
-from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, evaluate
+from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, draw_episode, evaluate
 from v05.value.measure import grouped_auc, pair_accuracy
 
 MODEL = "adapter"
@@ -106,8 +107,12 @@ def fit_adapter(
         The line of metrics.jsonl at the last step reached; `step` tells which that is.
 
     Raises:
-        InputError: the folder has a run and `resume` is false, or that run has other settings.
+        InputError: no policy has outcomes of both kinds to learn from; the folder has a run and `resume` is false, or
+            that run has other settings.
     """
+    states, rates = records.training()
+    if all(draw_episode(rate.tolist(), config.context, config.pairs, 0) is None for rate in rates):
+        raise InputError("no policy has two solved and two failed prompts to train on; allowed: one or more that have")
     prepare(config, records, folder, resume)
     torch.manual_seed(config.seed)
     adapter = QueryAdapter(records.states[0].shape[1], config.queries)
@@ -120,7 +125,6 @@ def fit_adapter(
         load(trainer, checkpoint)
         metrics = checkpoint.state["metrics"]
     write_metrics(folder, metrics)
-    states, rates = records.training()
     losses: list[float] = [] if checkpoint is None else checkpoint.state["losses"]
     note = describe(metrics[-1])
     while trainer.done < config.steps:
@@ -177,10 +181,12 @@ def measures(data: Outcomes, prediction: np.ndarray, steps: Sequence[int]) -> di
     rows = [data.policy == policy for policy in present]
     success = data.rate >= 0.5
     with_mean, with_difficulty = scores.residual_correlations(MODEL)
+    ordered = np.array([pair_accuracy(prediction[own], data.rate[own]) for own in rows])
+    ordered = ordered[~np.isnan(ordered)]  # a policy whose rates are all alike has no pair
     values = {
         "auc": grouped_auc(prediction, success, data.policy),
         "gauc": grouped_auc(prediction, success, np.array(steps)[data.policy]),
-        "pair_accuracy": float(np.mean([pair_accuracy(prediction[own], data.rate[own]) for own in rows])),
+        "pair_accuracy": float(ordered.mean()) if len(ordered) else math.nan,
         "squared_error": float(np.mean((prediction - data.rate) ** 2)),
         "residual_correlation_with_context_mean": with_mean,
         "residual_correlation_with_difficulty": with_difficulty,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from v05.kernels import group_advantage, shrinkage
 from v05.kernels.shrinkage.rules import make_budget
 from v05.records import aside, bad_path, read_blocks, whole_output, write_line
 
+BLOCK = 8192  # lines at once
 PLOT_POINTS = 20_000
 
 
@@ -26,7 +28,8 @@ class FuseConfig:
         reward_range: the smallest and the largest reward possible.
         cost: of one rollout, in units of the largest variance of a reward.
         k_init, k_max: rollouts before the first test, and at most.
-        scale: of the advantages, as `group_advantage` takes it.
+        scale: of the advantages, as `group_advantage` takes it; the batch is the whole file, which `batch` keeps in
+            memory.
         skip_bad: set malformed lines aside instead of stopping.
     """
 
@@ -155,7 +158,8 @@ def fuse_file(
     config = config or FuseConfig()
     summary = Summary()
     with whole_output(output) as out, aside(bad_path(source, output)) as set_aside:
-        for block in read_blocks(source, *config.reward_range, skip_bad=config.skip_bad):
+        size = sys.maxsize if config.scale == "batch" else BLOCK
+        for block in read_blocks(source, *config.reward_range, skip_bad=config.skip_bad, size=size):
             if block.records:
                 decisions = Decisions(block.records, config)
                 decisions.write(block.records, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from v05.errors import InputError
-from v05.records import aside, bad_path, read_blocks, whole_output, write_line
+from v05.records import aside, bad_path, check_range, read_blocks, whole_output, write_line
 from v05.scored import parse_prompt, parse_scored
 from v05.value.measure import Reliability, auc, reliability
 from v05.value.model import V0, Record
@@ -28,7 +28,8 @@ class Prediction:
         prompts: predicted.
         bad_lines: set aside, of both files.
         total: sum of the probabilities.
-        probability, rate: of the prompts that carry a score: prediction and success rate, from 0 to 1.
+        probability, rate: of the prompts that carry a score and are not in the context, whose outcome V0 was told:
+            prediction and success rate, from 0 to 1.
         span: largest minus smallest reward.
     """
 
@@ -102,17 +103,16 @@ def predict_file(
         InputError: a file that cannot be opened, or an empty context.
     """
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     beside = bad_path(str(context), output.with_name(f"{output.stem}.context.jsonl") if output else None)
     record, wrong = read_context(context, low, high, skip_bad, beside)
-    conditioned = model.condition([record], reward_range=reward_range)
+    conditioned, known = model.condition([record], reward_range=reward_range), frozenset(record.prompts)
     summary = Prediction(context=len(record.prompts), bad_lines=wrong, span=high - low)
     with whole_output(output) as out, aside(bad_path(prompts, output)) as set_aside:
         for block in read_blocks(prompts, low, high, skip_bad=skip_bad, size=BLOCK, parse=parse_prompt):
             if block.records:
                 probability = conditioned.predict([line["prompt"] for line in block.records]).tolist()
-                write_lines(block.records, probability, summary, reward_range, out)
+                write_lines(block.records, probability, summary, reward_range, known, out)
             summary.bad_lines += set_aside(block)
             on_bytes(block.bytes_read)
     return summary
@@ -123,14 +123,15 @@ def write_lines(
     probability: Sequence[float],
     summary: Prediction,
     reward_range: tuple[float, float],
+    known: Set[str],
     out: IO[str],
 ) -> None:
-    """Writes each line with its probability, and adds it to the summary."""
+    """Writes each line with its probability, and adds it to the summary; prompts of the context are not judged."""
     low, high = reward_range
     for line, value in zip(records, probability, strict=True):
         write_line({**line, "probability": value}, out)
         summary.prompts += 1
         summary.total += value
-        if line.get("score") is not None:
+        if line.get("score") is not None and line["prompt"] not in known:
             summary.probability.append(value)
             summary.rate.append((float(line["score"]) - low) / (high - low))

@@ -6,6 +6,7 @@ A record is a JSON object `{"prompt": str, "rewards": [float, ...], "prior": flo
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,6 +37,20 @@ def check_number(value: Any, where: str, low: float, high: float) -> float:
         shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
         raise ValueError(f"{where} is {shown}; allowed: {low:g} to {high:g}")
     return float(value)
+
+
+def check_range(low: float, high: float) -> None:
+    """Raises InputError unless a reward range is two finite numbers that ascend."""
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest, both finite")
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises ValueError where a text holds what no tokenizer takes: half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a surrogate pair at character {error.start}; allowed: Unicode") from None
 
 
 def parse_object(text: bytes, keys: str) -> dict[str, Any]:
@@ -175,8 +190,10 @@ def aside(path: Path) -> Iterator[Callable[[Block], int]]:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Opens a file for writing that appears under its name only when everything was written."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; allowed: a file in a folder that can be written")
+    path = path.resolve()  # a link stays, and what it leads to is written
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise InputError(f"{path} is {kind}; allowed: a file in a folder that can be written")
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
@@ -203,4 +220,6 @@ def whole_output(path: Path | None) -> Iterator[IO[str]]:
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         yield out
         out.seek(0)
-        shutil.copyfileobj(out, sys.stdout)
+        sys.stdout.flush()
+        shutil.copyfileobj(out.buffer, sys.stdout.buffer)  # UTF-8, whatever the terminal's encoding
+        sys.stdout.buffer.flush()

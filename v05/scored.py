@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from v05.errors import InputError
-from v05.records import check_keys, check_number, check_prompt, parse_object, read_blocks
+from v05.records import check_keys, check_number, check_prompt, check_text, parse_object, read_blocks
 from v05.value.model import Record
+
+LAST_STEP: Final = 1e15
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def parse_scored(text: bytes, low: float, high: float) -> dict[str, Any]:
     record = parse_object(text, "prompt, score")
     check_keys(record, ("prompt", "score"))
     check_prompt(record)
+    check_text(record["prompt"], "prompt")
     check_number(record["score"], "score", low, high)
     return record
 
@@ -55,6 +58,7 @@ def parse_prompt(text: bytes, low: float, high: float) -> dict[str, Any]:
     record = parse_object(text, "prompt")
     check_keys(record, ("prompt",))
     check_prompt(record)
+    check_text(record["prompt"], "prompt")
     if record.get("score") is not None:
         check_number(record["score"], "score", low, high)
     return record
@@ -87,6 +91,9 @@ def read_scored(records: Path, prompts: Path | None, low: float, high: float) ->
                 raise ValueError(f"prompt of {name} is unknown: {where}; allowed: a prompt, or an id in that file")
             record["prompt"] = texts[name]
         check_prompt(record)
+        check_text(record["prompt"], "prompt")
+        if record.get("step") is not None:
+            check_number(record["step"], "step", -LAST_STEP, LAST_STEP)
         return record
 
     found = []
@@ -99,14 +106,14 @@ def read_scored(records: Path, prompts: Path | None, low: float, high: float) ->
 
 def as_scored(record: dict[str, Any]) -> Scored:
     """Return a parsed line as a record."""
-    model, step = str(record.get("model", "")), record.get("step", 0)
+    model, step = str(record.get("model", "")), record.get("step") or 0
     named = f"{model} step {step}" if model else ""
     return Scored(
         prompt=record["prompt"],
         score=float(record["score"]),
         policy=str(record.get("policy", named)),
         model=model,
-        step=int(step) if isinstance(step, int | float) else 0,
+        step=int(step),
     )
 
 
@@ -117,7 +124,7 @@ def read_texts(file: Path) -> dict[str, str]:
         InputError: the file cannot be read as that.
     """
     try:
-        texts = json.loads(file.read_text(encoding="utf-8"))
+        texts = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; allowed: a JSON object from id to prompt") from None
     except ValueError as error:

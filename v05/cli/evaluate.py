@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
 from v05.model_config import is_object
+from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import make_verifier, needs_answer
@@ -84,6 +86,9 @@ def run(
     check_positions(policy, longest, sampling.max_new_tokens)
     settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
+    place = judging["verifier"].rpartition(":")[0]
+    if place.endswith(".py"):
+        settings["verifier_text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16]
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -130,8 +135,9 @@ def evaluate_command(
     """Sample a model's answers to problems and report mean@n and pass@k."""
     from v05.plots.evaluation import plot_evaluation
 
-    if reward_workers < 1 or not reward_timeout > 0:
-        raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0")
+    if reward_workers < 1 or not 0 < reward_timeout < float("inf"):
+        raise InputError(f"{reward_workers} workers and {reward_timeout:g} s; allowed: 1 or more, above 0 and finite")
+    check_range(*reward_range)
     check("engine_options", engine_options, is_object, "a JSON object")
     named = {"split": split, "prompt_key": prompt_key, "answer_key": answer_key, "template": template}
     source, sampling = source_of(data, named), Sampling(samples, temperature, max_new_tokens, seed, batch)

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from v05.cli.models import GIB, cache_file
+from v05.cli.models import cache_file, cache_limit
 from v05.errors import InputError
+from v05.records import check_range
 from v05.scored import Scored, by_policy, read_scored
 from v05.studies.prior import outcomes_of
 
@@ -44,10 +45,10 @@ def fit_adapter(
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; kernel regression without.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of token states; in the user's cache by default.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
-    limit: Annotated[int | None, typer.Option(help="Read only so many records, for a first look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records, for a first look.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
-    """Train V0's adapter; `v05 predict --checkpoint FOLDER/adapter.safetensors` then uses it."""
+    """Train V0's adapter, which `v05 predict --checkpoint` then uses with the same --backbone."""
     from v05.checkpoint import StopRequest
     from v05.fit_adapter import FitConfig, Records
     from v05.fit_adapter import fit_adapter as fit
@@ -56,8 +57,7 @@ def fit_adapter(
 
     config = FitConfig(steps, learning_rate, context, pairs, queries, seed, eval_every)
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]
     data = outcomes_of(found, reward_range, folds, seed)
     function = embedded_head() if head is None else differentiable_head(head)
@@ -68,7 +68,7 @@ def fit_adapter(
         embedder = make_embedder(backbone, device, cache, cache_gib)
         states = embed_all(embedder, data.prompts, stop, progress)
         aged = [rows[0].step for rows in by_policy(found).values()]
-        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{fingerprint(found)}"
+        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{fingerprint(found)}/{low:g} {high:g}"
         task = progress.add_task("train", total=steps, note="")
         report = fit(
             config,
@@ -83,17 +83,26 @@ def fit_adapter(
     if report["step"] < steps:
         console.print(f"Stopped after {report['step']} of {steps} steps; go on with --resume", highlight=False)
         raise typer.Exit(130)
-    console.print(f"adapter: {output / 'adapter.safetensors'}", soft_wrap=True, highlight=False)
+    file = output / "adapter.safetensors"
+    console.print(
+        f"use it: v05 predict --checkpoint {file} --backbone {source_of(backbone)}", soft_wrap=True, highlight=False
+    )
+
+
+def source_of(backbone: str | None) -> str | Path:
+    """Return the folder or name of the backbone: the packaged model where none is given."""
+    from v05.value.embedder import sentence_folder
+
+    return sentence_folder() if backbone is None else backbone
 
 
 def make_embedder(backbone: str | None, device: str, cache: Path | None, cache_gib: float) -> Any:
     """Return the embedder of token states, with its cache."""
     from v05.value.cache import EmbeddingCache
-    from v05.value.embedder import CachedEmbedder, TransformersEmbedder, sentence_folder
+    from v05.value.embedder import CachedEmbedder, TransformersEmbedder
 
-    source = sentence_folder() if backbone is None else backbone
-    store = EmbeddingCache(cache_file(cache), int(cache_gib * GIB))
-    return CachedEmbedder(TransformersEmbedder.from_pretrained(source, device), store)
+    store = EmbeddingCache(cache_file(cache), cache_limit(cache_gib))
+    return CachedEmbedder(TransformersEmbedder.from_pretrained(source_of(backbone), device), store)
 
 
 def embed_all(embedder: Any, prompts: list[str], stop: Any, progress: Progress) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from v05.errors import InputError
@@ -15,6 +16,13 @@ GIB = 2**30
 def cache_file(cache: Path | None) -> Path:
     """Return the file of embeddings: the one given, or the user's own."""
     return cache or default_folder() / "embeddings.sqlite"
+
+
+def cache_limit(cache_gib: float) -> int:
+    """Return the bytes of embeddings that are kept at most."""
+    if not 0 < cache_gib < math.inf:
+        raise InputError(f"--cache-gib is {cache_gib:g}; allowed: above 0 and finite")
+    return math.ceil(cache_gib * GIB)
 
 
 def make_model(
@@ -32,9 +40,7 @@ def make_model(
     Raises:
         InputError: a head or a backbone without a checkpoint, or what the model itself raises.
     """
-    if not cache_gib > 0:
-        raise InputError(f"--cache-gib is {cache_gib:g}; allowed: above 0")
-    file, limit = cache_file(cache), int(cache_gib * GIB)
+    file, limit = cache_file(cache), cache_limit(cache_gib)
     if checkpoint is None:
         if backbone is not None or head is not None:
             raise InputError("--backbone or --head is given without --checkpoint; allowed: with it")

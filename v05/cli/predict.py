@@ -31,7 +31,7 @@ def prediction_table(summary: Prediction, skip_bad: bool) -> Table:
         table.add_row("bad lines set aside", f"{summary.bad_lines:,}")
     if summary.rate:
         table.add_section()
-        table.add_row("prompts with a score", f"{len(summary.rate):,}")
+        table.add_row("prompts with a score, not in the context", f"{len(summary.rate):,}")
         table.add_row("AUC", "- (one class)" if math.isnan(summary.auc) else f"{summary.auc:.4f}")
         table.add_row("mean squared error of the reward", f"{summary.squared_error:.4f}")
         table.add_row("mean calibration gap", f"{summary.reliability.gap:.4f}")
@@ -87,7 +87,7 @@ def draw(summary: Prediction, plot: Path, console: Console) -> None:
     from v05.plots.reliability import plot_reliability
 
     if not summary.rate:
-        raise InputError(f"--plot {plot}: no prompt carries a score; allowed: prompt lines with score")
+        raise InputError(f"--plot {plot}: no prompt outside the context has a score; allowed: one or more")
     try:
         title = f"{len(summary.rate):,} prompts, AUC {summary.auc:.3f}"
         plot_reliability({"V0": summary.reliability}, title, plot)

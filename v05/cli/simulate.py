@@ -12,10 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from v05.checkpoint import write_text
 from v05.cli.study_baselines import progressing
 from v05.errors import InputError
 from v05.plots.simulation import plot_simulation
+from v05.records import whole_file
 from v05.rollout.simulated import LONGEST, LogNormal, Observed
 from v05.simulation import Result, Simulation, as_row, compare, contenders
 
@@ -51,15 +51,19 @@ def simulate(
     if output is not None:
         settings = {**asdict(simulation), "length": "lognormal" if lengths is None else str(lengths)}
         found = {"settings": settings, "results": [as_row(result) for result in results]}
-        write_text(output, json.dumps(found, indent=2) + "\n")
+        with whole_file(output) as out:
+            out.write(json.dumps(found, indent=2) + "\n")
     if plot is not None:
-        plot_simulation(results, plot)
+        try:
+            plot_simulation(results, plot)
+        except (ValueError, OSError) as error:
+            raise InputError(f"--plot {plot}: {error}") from None
 
 
 def read_lengths(file: Path) -> tuple[int, ...]:
     """Return the lengths in a text file, one a line."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip().isdecimal() or not 1 <= int(line) <= LONGEST:
             raise InputError(f"{file}:{number} is {line!r}; allowed: a length from 1 to {LONGEST:,}")
         found.append(int(line))

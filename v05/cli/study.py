@@ -14,14 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from v05.cli import study_baselines, study_train
-from v05.cli.models import GIB, cache_file
+from v05.cli.models import cache_file, cache_limit
 from v05.errors import InputError
-from v05.records import whole_file
+from v05.records import check_range, whole_file
 from v05.scored import read_scored
 from v05.studies.prior import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
 from v05.value.measure import reliability
 
-app = typer.Typer(help="Studies: what was measured, reproducible on your records.", no_args_is_help=True)
+app = typer.Typer(
+    help="Studies: what was measured, reproducible on your records.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.callback()
@@ -43,7 +45,7 @@ def prior(
     seed: Annotated[int, typer.Option(help="Of the folds.")] = 0,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap over prompts.")] = 1000,
     alone: Annotated[bool, typer.Option(help="Judge V0 also with one policy's records only.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Read only so many records, for a first look.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records, for a first look.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
@@ -54,12 +56,11 @@ def prior(
     from v05.value.model import V0, EmbeddingCache
 
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]
     data = outcomes_of(found, reward_range, folds, seed)
     console = Console()
-    embedder = CachedEmbedder(sentence_embedder(), EmbeddingCache(cache_file(cache), int(cache_gib * GIB)))
+    embedder = CachedEmbedder(sentence_embedder(), EmbeddingCache(cache_file(cache), cache_limit(cache_gib)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         model = V0.embedded(embedder=embedder)

@@ -18,7 +18,7 @@ from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.plots.baselines import plot_baseline_errors, plot_gradients
-from v05.records import check_keys, check_number, parse_object, read_blocks
+from v05.records import check_keys, check_number, check_range, parse_object, read_blocks
 from v05.run import make_trainer
 from v05.studies.folder import StudyFolder
 from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
@@ -61,8 +61,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
     """The `score` of every line of a JSON Lines file, moved to [-1, 1]."""
     low, high = reward_range
-    if not low < high:
-        raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest")
+    check_range(low, high)
 
     def parse(text: bytes, low: float, high: float) -> dict[str, Any]:
         record = parse_object(text, "score")

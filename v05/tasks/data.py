@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from v05.errors import InputError
-from v05.records import parse_object, read_blocks
+from v05.records import check_text, parse_object, read_blocks
 
 BOXED: Final = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -94,25 +96,34 @@ def _record(row: Mapping[str, Any], source: Source, needs_answer: bool, where: s
     if not isinstance(text, str) or not text:
         shown = json.dumps(text, default=repr)[:40]
         raise InputError(f"{where}: {source.prompt_key} is {shown}; allowed: text, or one turn of a conversation")
+    try:
+        check_text(text, source.prompt_key)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
     record = dict(row) | {"prompt": source.template.replace("{prompt}", text)}
-    return record if answer is None else record | {"answer": _text(answer)}
+    if answer is None:
+        return record
+    found = _text(answer)
+    if needs_answer and not found:
+        raise InputError(f"{where}: {source.answer_key} is blank; allowed: an answer")
+    return record | {"answer": found}
 
 
 def _column(row: Mapping[str, Any], key: str) -> Any:
-    """Return what a row has under a key, or under the parts of a key with dots; None where there is nothing."""
-    if key in row:
-        return row[key]
+    """Return what a row has under a key, or under the parts of a key with dots; None where there is nothing, or NaN."""
     value: Any = row
-    for part in key.split("."):
+    for part in [key] if key in row else key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(answer: Any) -> str:
     """Return an answer as text: the only one of a list, or all of them after commas."""
     if isinstance(answer, list | tuple):
         return ", ".join(_text(part) for part in answer)
-    return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer).strip()
+    if isinstance(answer, float):
+        return str(int(answer)) if answer.is_integer() else f"{Decimal(repr(answer)):f}"  # without an exponent
+    return str(answer).strip()
 
 
 def _rows(source: Source) -> Iterable[Mapping[str, Any]]:

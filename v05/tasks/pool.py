@@ -1,5 +1,6 @@
 """Rewards from processes of their own: they overlap generation, and a verifier that hangs or crashes stops nothing."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -80,6 +81,8 @@ class RewardPool:
             InputError: no such verifier.
             ValueError: a number that is not allowed.
         """
+        if not -math.inf < reward_range[0] < reward_range[1] < math.inf:
+            raise ValueError(f"reward_range is {reward_range}; allowed: two finite numbers, the first below the second")
         if workers < 1:
             raise ValueError(f"workers is {workers}; allowed: 1 or more")
         if not 0 < timeout < float("inf"):

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -54,7 +55,7 @@ def make_verifier(name: str, reward_range: tuple[float, float]) -> Verifier:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         function = getattr(module, attribute)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
         raise InputError(f"verifier {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise InputError(f"verifier {name!r} is a {type(function).__name__}; allowed: a callable")
@@ -68,9 +69,10 @@ def needs_answer(verifier: Verifier) -> bool:
 
 
 def _from_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"v05_verifier_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
     spec.loader.exec_module(module)
     return module

@@ -7,9 +7,11 @@ import resource
 import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from v05.tasks.verifiers import Verifier, make_verifier
+
+ROUNDING: Final = 2.0**-22  # of a number in float32: a verifier's 0.1 may be a little more, its 0.7 a little less
 
 
 class Verdict(NamedTuple):
@@ -45,6 +47,10 @@ def judge(verifier: Verifier, answer: Answer, reward_range: tuple[float, float])
         reward = float(returned)
     except Exception:
         reward = math.nan
+    rounding = ROUNDING * max(abs(low), abs(high))
+    for edge in reward_range:
+        if abs(reward - edge) <= rounding:
+            return Verdict(edge)
     if not low <= reward <= high:
         return Verdict(low, "failure", f"returned {returned!r:.80}; allowed: a number from {low:g} to {high:g}")
     return Verdict(reward)
@@ -71,13 +77,17 @@ def serve(connection: Connection, name: str, reward_range: tuple[float, float], 
         connection.send((False, str(error)))
         return
     limit_memory(memory)
+    own = os.getpid()
     connection.send((True, ""))
     while True:
         try:
             answer = connection.recv()
         except EOFError:
             return
-        connection.send(judge(verifier, answer, reward_range))
+        verdict = judge(verifier, answer, reward_range)
+        if os.getpid() != own:  # forked by the verifier, which thought that an exit ends it
+            os._exit(0)
+        connection.send(verdict)
 
 
 def limit_memory(more: int) -> None:

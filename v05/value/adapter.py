@@ -154,7 +154,8 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}; {allowed}") from None
     except Exception as error:  # a damaged file raises any of a dozen kinds
-        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}; {allowed}") from None
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise InputError(f"{file} cannot be read: {reason}; {allowed}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         held = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{file} holds {held}; {allowed}")

@@ -11,10 +11,13 @@ from typing import Final
 from safetensors.torch import load, save
 from torch import Tensor
 
+from v05.errors import InputError
+
 DEFAULT_LIMIT: Final = 4 * 2**30  # bytes
 FORMAT: Final = 1  # part of every key: a change of what is stored finds nothing old
 WAIT_SECONDS: Final = 60.0  # for another process's write
 BATCH: Final = 500  # keys in one query
+SQLITE: Final = b"SQLite format 3\0"  # how a database begins
 
 
 def default_folder() -> Path:
@@ -35,7 +38,7 @@ class EmbeddingCache:
     """Tensors by content key in one SQLite file; the ones used longest ago go first when it is full."""
 
     def __init__(self, file: Path, limit: int = DEFAULT_LIMIT) -> None:
-        """Open or make a cache; a file that is not a cache is replaced.
+        """Open or make a cache; a damaged one is replaced, any other file is left alone.
 
         Args:
             file: of the cache; its folder is made where missing.
@@ -43,15 +46,20 @@ class EmbeddingCache:
 
         Raises:
             ValueError: `limit` is not above 0.
-            OSError: the folder cannot be made.
+            InputError: the file is something else, or cannot be opened or made.
         """
         if not limit > 0:
             raise ValueError(f"limit is {limit}; allowed: above 0 bytes")
         self.file, self.limit = file, limit
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             self._connect()
+        except (OSError, sqlite3.OperationalError) as error:  # such as locked or read-only: it may be whole
+            raise InputError(f"cache {file}: {error}; allowed: a file in a folder that can be written") from None
         except sqlite3.DatabaseError:
+            with file.open("rb") as stream:
+                if stream.read(len(SQLITE)) != SQLITE:
+                    raise InputError(f"{file} is no cache of embeddings; allowed: one, or a free name") from None
             for path in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
                 path.unlink(missing_ok=True)
             self._connect()

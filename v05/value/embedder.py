@@ -127,8 +127,9 @@ class TransformersEmbedder:
             )
         except (OSError, ValueError) as error:
             raise InputError(f"backbone {source}: {str(error).splitlines()[0]}; allowed: a folder or a name") from None
-        limit = min(max_tokens, int(getattr(model.config, "max_position_embeddings", max_tokens)))
-        return cls(model.to(device), tokenizer, fingerprint(model), limit, layers=layers)
+        positions = int(getattr(model.config, "max_position_embeddings", max_tokens))
+        limit = min(max_tokens, positions, tokenizer.model_max_length)  # RoBERTa keeps two positions for itself
+        return cls(model.to(device), tokenizer, fingerprint(model, tokenizer), limit, layers=layers)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> TokenStates:
@@ -262,9 +263,9 @@ def join(rows: Sequence[Tensor], width: int, truncated: int) -> TokenStates:
     return TokenStates(states, offsets_from_lengths([len(row) for row in rows]), truncated)
 
 
-def fingerprint(model: Any) -> str:
-    """Return 16 hexadecimal digits that depend on a model's configuration and on samples of every weight."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """Return 16 hexadecimal digits that depend on configuration, tokenizer, and samples of every weight."""
+    digest = hashlib.sha256(model.config.to_json_string().encode() + tokenizer.backend_tokenizer.to_str().encode())
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()

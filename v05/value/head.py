@@ -8,12 +8,14 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from v05.errors import InputError
 from v05.value import process
 from v05.value.features import Described
 from v05.value.process import Rows, Scaling
 
 LOWEST = 0.01  # no prompt is called impossible or sure
 SEARCH_STEPS = 30
+LARGEST = 8192  # outcomes in a Gaussian process, whose memory grows with their square: 10 GiB for so many
 Features = TypeVar("Features")
 Given = TypeVar("Given", contravariant=True)
 SLOPE_STRENGTH = 50.0  # outcomes that a slope of 1 counts for in the calibration
@@ -71,9 +73,12 @@ class GaussianProcessHead:
             contexts: Q contexts; an empty one is allowed, its policy is then taken to be an average one.
 
         Raises:
+            InputError: more than `LARGEST` outcomes.
             ValueError: an outcome is not from 0 to 1, or their number is not that of the prompts.
         """
         together = [*contexts, *self.background]
+        if (outcomes := sum(len(context.outcomes) for context in together)) > LARGEST:
+            raise InputError(f"the contexts have {outcomes:,} outcomes; allowed: {LARGEST:,}, such as the newest")
         for number, context in enumerate(together):
             check_outcomes(context.outcomes, len(context.features.sentence), f"outcomes of context {number}")
         self.rows = number_prompts(together)
@@ -107,10 +112,10 @@ class GaussianProcessHead:
     def _covariance(self, rows: Rows, noise: bool = False) -> Tensor:
         """Return the covariance [N, R] of `rows` with the rows of the fit."""
         fitted = self.rows
-        of_prompts = process.kernels(rows.described, fitted.described, self.scaling)
-        first = torch.arange(len(rows.prompt)) if rows is not fitted else rows.prompt
-        stack = of_prompts[:, first][:, :, fitted.prompt]
-        full = process.covariance(self.parameters, stack, *process.masks(rows, fitted))
+        stack = process.kernels(rows.described, fitted.described, self.scaling)
+        of_prompts = process.mixture(self.parameters, stack)[:, fitted.prompt]
+        alike = of_prompts[rows.prompt] if rows is fitted else of_prompts
+        full = process.covariance(self.parameters, alike, *process.masks(rows, fitted))
         if noise:
             full = full + (self.parameters[-2].exp() + process.JITTER) * torch.eye(len(full), dtype=torch.float64)
         return full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.errors import InputError
 from v05.value import features
 from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
@@ -18,6 +20,7 @@ from v05.value.regression_head import RegressionHead
 from v05.value.tabpfn_head import TabPFNHead
 
 MEMORY: Final = 4096  # prompts whose features stay at hand
+ROUNDING: Final = 8 * torch.finfo(torch.float32).eps  # of a mean of float32 rewards, relative to the largest
 
 
 class Record(NamedTuple):
@@ -140,6 +143,8 @@ class V0:
         state, _ = read_weights(checkpoint)
         adapter = QueryAdapter.from_state(state, str(checkpoint), backend).to(device)
         found = TransformersEmbedder.from_pretrained(backbone, device) if isinstance(backbone, str | Path) else backbone
+        if found.width != (width := adapter.proj_kv.in_features):
+            raise InputError(f"{checkpoint} wants a backbone of width {width}, not {found.width}; allowed: its own")
         embedder = CachedEmbedder(found, EmbeddingCache(cache, cache_limit)) if cache else found
         if head is not None:
             TabPFNHead.check(head)
@@ -236,10 +241,12 @@ class V0:
 
     def context(self, record: Record, reward_range: tuple[float, float]) -> Context[Any]:
         low, high = reward_range
-        if not low < high:
-            raise ValueError(f"reward_range is {reward_range}; allowed: smallest, then a larger largest")
-        outcomes = torch.as_tensor(record.outcomes, dtype=torch.float64)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"reward_range is {reward_range}; allowed: smallest, then a larger largest, both finite")
+        outcomes = torch.as_tensor(record.outcomes, dtype=torch.float64).detach()
         rates = (outcomes - low) / (high - low)
+        inside, rounding = rates.clamp(0, 1), ROUNDING * max(abs(low), abs(high)) / (high - low)
+        rates = torch.where((rates - inside).abs() <= rounding, inside, rates)
         try:
             check_outcomes(rates, len(record.prompts), "outcomes")
         except ValueError as error:

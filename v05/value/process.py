@@ -33,6 +33,7 @@ SENTENCE_NEAR: Final = 0.2
 EXTRA: Final = ("shared", "same prompt", "noise", "policy")  # logit of rho, then logarithms of variances
 START: Final = (*(-2.5,) * len(KERNELS), 2.0, -1.0, -0.7, -4.0)
 SPREAD: Final = 2.0  # standard deviation of the prior of each hyper-parameter
+FARTHEST: Final = 3.0  # of those from `START`: beyond, noise drowns in rounding and the covariance has no inverse
 SUBSET: Final = 800  # rows that hyper-parameters are chosen on; all rows are conditioned on
 JITTER: Final = 1e-6
 
@@ -89,13 +90,17 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def covariance(parameters: Tensor, stack: Tensor, same_prompt: Tensor, same_policy: Tensor) -> Tensor:
-    """Return the covariance without noise, [N, M], from kernels [K, N, M] and two masks [N, M] of 0 and 1."""
-    weights, (shared, same, _, policy) = parameters[: len(KERNELS)].exp(), parameters[len(KERNELS) :]
+def mixture(parameters: Tensor, stack: Tensor) -> Tensor:
+    """Return the weighted sum of kernels [K, A, B], [A, B]."""
+    return torch.einsum("k,kab->ab", parameters[: len(KERNELS)].exp(), stack)
+
+
+def covariance(parameters: Tensor, alike: Tensor, same_prompt: Tensor, same_policy: Tensor) -> Tensor:
+    """Return the covariance without noise, [N, M], from the kernels' mixture and two masks of 0 and 1, [N, M] each."""
+    shared, same, _, policy = parameters[len(KERNELS) :]
     rho = torch.sigmoid(shared)
     between = rho + (1 - rho) * same_policy
-    difficulty = torch.einsum("k,knm->nm", weights, stack) + same.exp() * same_prompt
-    return between * difficulty + policy.exp() * same_policy
+    return between * (alike + same.exp() * same_prompt) + policy.exp() * same_policy
 
 
 def masks(a: Rows, b: Rows) -> tuple[Tensor, Tensor]:
@@ -149,10 +154,14 @@ def choose(rows: Rows, targets: Tensor, scaling: Scaling, start: Tensor, steps: 
         [parameters], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-2, tolerance_change=1e-3
     )
 
+    def bounded() -> Tensor:
+        return parameters.clamp(first - FARTHEST * SPREAD, first + FARTHEST * SPREAD)
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        noise = parameters[-2].exp() + JITTER
-        full = covariance(parameters, stack, same_prompt, same_policy) + noise * identity
+        kept = bounded()
+        full = covariance(kept, mixture(kept, stack), same_prompt, same_policy)
+        full = full + (kept[-2].exp() + JITTER) * identity
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
         mean, variance = left_out(inverse, targets, rows.prompt)
         value = 0.5 * (variance.log() + (targets - mean).square() / variance).sum()
@@ -161,4 +170,4 @@ def choose(rows: Rows, targets: Tensor, scaling: Scaling, start: Tensor, steps: 
         return value
 
     optimizer.step(loss)
-    return parameters.detach()
+    return bounded().detach()

@@ -64,9 +64,8 @@ class TabPFNHead:
         check_outcomes(outcomes, len(features), "outcomes")
         solved = outcomes >= 0.5
         self.model = None
-        if len(solved) == 0 or bool(solved.all()) or not bool(solved.any()):
-            # One class is no classification: the share of successes, with half a success and half a failure added.
-            self.constant = (solved.sum() + 0.5) / (len(solved) + 1.0)
+        if one_class(solved):
+            self.constant = share(solved)
             return
         self.model = classifier()(
             n_estimators=self.estimators,
@@ -91,6 +90,16 @@ class TabPFNHead:
         return torch.from_numpy(np.concatenate(parts)).float().clamp(LOWEST, 1 - LOWEST)
 
 
+def one_class(solved: Tensor) -> bool:
+    """Return whether there is nothing to classify."""
+    return len(solved) == 0 or bool(solved.all()) or not bool(solved.any())
+
+
+def share(solved: Tensor) -> Tensor:
+    """Return the share of successes, with half a success and half a failure added."""
+    return (solved.sum() + 0.5) / (len(solved) + 1.0)
+
+
 def classifier() -> Any:
     """Return the class TabPFNClassifier; what it would report about its use stays here."""
     os.environ.setdefault("TABPFN_DISABLE_TELEMETRY", "1")
@@ -107,7 +116,8 @@ def differentiable_head(checkpoint: Path, device: str = "cpu") -> Callable[[Tens
         device: where it runs.
 
     Returns:
-        From features [N, F] and success rates [N] of a context with both classes, and features [M, F], to log-odds [M].
+        From features [N, F] and success rates [N] of a context, and features [M, F], to log-odds [M]; where the context
+        has one class, to those of the share of successes, with a gradient of 0.
 
     Raises:
         InputError: the package or the file is missing.
@@ -115,6 +125,9 @@ def differentiable_head(checkpoint: Path, device: str = "cpu") -> Callable[[Tens
     TabPFNHead.check(checkpoint)
 
     def log_odds(context: Tensor, outcomes: Tensor, features: Tensor) -> Tensor:
+        solved = outcomes >= 0.5
+        if one_class(solved):
+            return torch.logit(share(solved)) + 0 * features.sum(1)
         model = classifier()(
             n_estimators=1,
             model_path=str(checkpoint),
@@ -124,7 +137,7 @@ def differentiable_head(checkpoint: Path, device: str = "cpu") -> Callable[[Tens
             differentiable_input=True,
             inference_precision=torch.float32,
         )
-        model.fit_with_differentiable_input(context.float(), (outcomes >= 0.5).long())
+        model.fit_with_differentiable_input(context.float(), solved.long())
         logits: Tensor = model.forward(features.float(), use_inference_mode=True, return_logits=True)
         return logits[:, 1] - logits[:, 0]
 

@@ -73,10 +73,10 @@ class V0Prior:
         prompts = unpack_text(state["used.text"], state["used.lengths"])
         self.used = Record(prompts, state["used.outcomes"].clone())
         self.since, self.parameters = int(state["since"]), state["parameters"].clone()
-        self.conditioned = None
         self._fit(0)
 
     def _fit(self, steps: int) -> None:
+        self.conditioned = None
         if len(self.used.prompts) < SMALLEST:
             return
         start = self.parameters if len(self.parameters) else None
