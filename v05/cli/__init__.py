@@ -101,10 +101,8 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"v05: {error}", err=True)
         sys.exit(2)
-    except OSError as error:
+    except OSError as error:  # a folder that cannot be written, and the like
         if error.filename is None:
             raise
-        typer.echo(
-            f"v05: {error.filename}: {error.strerror}", err=True
-        )  # a folder that cannot be written, and the like
+        typer.echo(f"v05: {error.filename}: {error.strerror}", err=True)
         sys.exit(2)
