@@ -239,18 +239,22 @@ def share(batch: PackedTokens, micro_batches: int, ranks: Ranks) -> list[tuple[s
 
 def check_linear(policy: Policy) -> None:
     """Raise InputError unless a policy's logits are its output layer's product with its last hidden states."""
-    prompt = [policy.end_ids[0]]
-    token, offsets = torch.tensor([policy.end_ids[0]]), torch.tensor([0, 1])
-    with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
-        exact = dataclasses.replace(policy, dtype=torch.float32)
-        logits = exact.response_logits([prompt], token, offsets)
-        product = torch.nn.functional.linear(exact.response_hidden([prompt], token, offsets), *exact.output_layer)
-    gap, size = float((logits - product).abs().max()), float(logits.abs().max())
-    if not gap <= 1e-3 * max(size, 1.0):
-        raise InputError(
-            f"the model does more to its logits than its output layer (they differ by {gap:.3g} of {size:.3g}); "
-            "allowed for it: loss = logits"
-        )
+    layer = policy.model.get_output_embeddings()
+    tokens = (torch.arange(8) + len(layer.weight) // 2) % len(layer.weight)
+    place = ([[policy.end_ids[0]]], tokens, torch.tensor([0, len(tokens)]))
+    exact = dataclasses.replace(policy, dtype=torch.float32)
+    for scale in (1.0, 1e3):  # the second shows a soft cap, which leaves small logits alone
+        hook = layer.register_forward_hook(lambda module, inputs, output, scale=scale: scale * output)
+        with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
+            logits = exact.response_logits(*place)
+            product = scale * torch.nn.functional.linear(exact.response_hidden(*place), *exact.output_layer)
+        hook.remove()
+        gap, size = float((logits - product).abs().max()), float(logits.abs().max())
+        if not gap <= 1e-3 * max(size, 1.0):
+            raise InputError(
+                f"the model does more to its logits than its output layer (they differ by {gap:.3g} of {size:.3g}); "
+                "allowed for it: loss = logits"
+            )
 
 
 def _add(totals: dict[str, float], name: str, value: float) -> None:

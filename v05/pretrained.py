@@ -89,9 +89,11 @@ def check_device(device: str) -> torch.device:
 
 
 def without_dropout(model: Any) -> None:
-    """Set every probability of dropout in a model to 0."""
+    """Set to 0 all that makes a forward pass in training random: dropout, dropped layers, a router's jitter."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for name, value in vars(owner).items() if owner is not None else ():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(owner, name, 0.0)
