@@ -14,6 +14,8 @@ from v05.learner import Learner, check_linear
 from v05.pretrained import load_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
+from v05.sharding import layers_of
+from v05.user_model import check_positions
 
 
 def gap(folder: Path, **options: Any) -> float:
@@ -54,3 +56,16 @@ def test_a_soft_cap_is_refused_while_logits_are_still_small(tmp_path: Path) -> N
         policy.model.model.norm.weight.fill_(1e-3 - 1)  # Gemma adds 1
     with pytest.raises(InputError, match="does more to its logits"):
         check_linear(policy)
+
+
+def test_a_model_for_images_too_has_the_layers_and_the_positions_of_its_text(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path, "Gemma3")), train=True)
+    assert [type(layer).__name__ for layer in layers_of(policy.model)] == ["Gemma3DecoderLayer"] * 2
+    check_positions(policy, 10, 54)
+    with pytest.raises(InputError, match="64 positions, of which the longest prompt takes 10"):
+        check_positions(policy, 10, 55)
+
+
+def test_layers_inside_a_decoder_are_found(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path, "OPT")))
+    assert layers_of(policy.model) == list(policy.model.model.decoder.layers)

@@ -49,6 +49,11 @@ def write_model(folder: Path, kind: str = "qwen3", *, chat: bool = True, tied: b
         "llama": lambda: LlamaConfig(**shared, **widths),
         "gpt2": lambda: GPT2Config(**shared, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2),
     }
+    if kind == "Gemma3":  # for images too: the settings of its text are nested
+        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        parts = {"text_config": {**shared, **widths, **OTHERS["Gemma2"], "final_logit_softcapping": None}}
+        parts |= {"vision_config": vision | {"image_size": 8, "patch_size": 4}}
+        config[kind] = lambda: transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
     make = config.get(kind) or (lambda: getattr(transformers, f"{kind}Config")(**shared, **widths, **OTHERS[kind]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -34,7 +34,7 @@ def shard(root: torch.nn.Module, policy: Policy, ranks: Ranks) -> None:
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
     """Return the layers of a language model of transformers, which it has in a list."""
-    lists = [list(child) for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList)]
+    lists = [list(child) for child in model.get_decoder().children() if isinstance(child, torch.nn.ModuleList)]
     return lists[0] if lists else []
 
 
