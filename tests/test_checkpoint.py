@@ -19,6 +19,7 @@ from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_check
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
+from v05.run_folder import remove_run
 
 TINY = TrainConfig(
     policy="tiny",
@@ -164,6 +165,32 @@ def test_another_run_is_neither_overwritten_nor_resumed(whole: Path) -> None:
         train_run(TINY, whole, whole, StopRequest(), silent)
     with pytest.raises(InputError, match=r"seed is 1; allowed when resuming .*: 0"):
         train_run(dataclasses.replace(TINY, seed=1), whole, whole, StopRequest(), silent, resume=True)
+
+
+def test_one_process_at_a_time_works_in_a_folder(whole: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, rollouts=1920, eval_every=640)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings.to_dict()))
+    run = tmp_path / "run"
+    start = [sys.executable, "-c", "from v05.cli import main; main()", "train", "--output", str(run)]
+    process = subprocess.Popen([*start, "--config", str(config)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (run / "checkpoints" / "000002").is_dir():
+        os.sched_yield()
+    process.send_signal(signal.SIGSTOP)
+    for work in (
+        lambda: train_run(settings, run, whole / "warm_start", StopRequest(), silent, resume=True),
+        lambda: remove_run(run),
+    ):
+        with pytest.raises(InputError, match="run is in use by another process; allowed: one at a time"):
+            work()
+    process.kill()
+    process.wait()
+    assert read_checkpoint(run / "checkpoints") is not None
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        train_run(settings, run, whole / "warm_start", stop, StopAfter(stop, 0), resume=True)
+    updates = [line["update"] for line in read_metrics(run)]
+    assert updates == list(range(len(updates)))
 
 
 def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:
