@@ -95,6 +95,11 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     newest = read_checkpoint(tmp_path)
     assert newest is not None
     assert newest.update == 1
+    write_checkpoint(tmp_path, Checkpoint(3, {"policy": {"w": torch.zeros(1)}}, {}))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "000001",
+        "000003",
+    ]  # it takes as much room as another
 
 
 @pytest.mark.parametrize("crash", range(8))

@@ -47,7 +47,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     target = folder / f"{checkpoint.update:06d}"
     partial, aside = target.with_suffix(".partial"), target.with_suffix(ASIDE)
-    for stale in (partial, *(each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())):
+    replaced = (each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())
+    for stale in (*folder.glob("*.partial"), *replaced):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
