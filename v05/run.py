@@ -91,8 +91,9 @@ def train_run(
     if ranks.leads:
         prepare_folder(config, folder, resume, model, stream)
     with alone_in(folder) if ranks.leads else contextlib.nullcontext():
-        if ranks.broadcast((folder / "summary.json").exists()):
-            return read_summary(folder)
+        finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
+        if finished is not None:
+            return finished
         if model is None:
             trainer = make_trainer(config, cache, stop, report, stream)
         else:
@@ -112,6 +113,11 @@ def train_run(
 def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
     """Go on from the newest checkpoint, or start, and return the summary."""
     checkpoint = read_checkpoint(folder / "checkpoints")
+    found = trainer.ranks.gather(None if checkpoint is None else checkpoint.update)
+    if len(set(found)) > 1:
+        raise InputError(
+            f"the processes find checkpoints {found} in {folder}; allowed: a folder that all of them share"
+        )
     clock = Clock()
     if checkpoint is None:
         if trainer.ranks.leads:
