@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint
+from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
@@ -136,6 +136,12 @@ def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
     assert found is not None
     assert found.state["seconds"] == 3.0
     assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_tensors(tmp_path / "missing" / "policy.safetensors", {"w": torch.zeros(1)})
+    assert caught.value.filename == str(tmp_path / "missing" / "policy.safetensors")
 
 
 def test_lines_after_a_checkpoint_are_removed(tmp_path: Path) -> None:

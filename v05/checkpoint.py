@@ -1,5 +1,6 @@
 """Checkpoints: tensors in safetensors, the rest in one small JSON file, written whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,9 +77,16 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors as safetensors: to a temporary file first, then renamed."""
+    """Write contiguous tensors as safetensors: to a temporary file first, then renamed.
+
+    Raises:
+        OSError: they cannot be written; the disk is full, for example.
+    """
     partial = file.with_name(file.name + ".partial")
-    save_file(dict(tensors), partial)
+    try:
+        save_file(dict(tensors), partial)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from error
     with partial.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, file)
