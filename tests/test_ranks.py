@@ -57,10 +57,12 @@ def learnt(folder: Path, ranks: Ranks, kind: str = "", tied: bool = False, **opt
     grads = {name: parameter.grad for name, parameter in first.policy.model.named_parameters()}
     gradient = {name: value.full_tensor() if ranks.count > 1 else value for name, value in grads.items()}
     second = make_learner(folder, ranks, **options)
-    second.load_state(copy.deepcopy(first.state()))
+    found = first.state()
+    assert ranks.leads or not any(found.values()), "eight copies on one machine need not fit"
+    second.load_state(copy.deepcopy(ranks.broadcast(found)))
     for learner in (first, second):
         learner.learn(batch, advantages, 21)
-    states = [learner.state() for learner in (first, second)]
+    states = [ranks.broadcast(learner.state()) for learner in (first, second)]
     for part in ("policy", "optimizer"):
         for name, value in states[0][part].items():
             assert torch.equal(value, states[1][part][name]), name

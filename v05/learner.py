@@ -177,16 +177,23 @@ class Learner:
         return {name: whole(value) for name, value in self.policy.model.state_dict().items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit."""
-        tied = self._tied()
-        return {
-            "policy": {name: value.contiguous() for name, value in self.weights().items() if name not in tied},
-            "optimizer": {
-                f"{index}.{name}": whole(value)
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            },
-        }
+        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit.
+
+        All ranks call this; the leader has the tensors, the others none, as theirs would fill the memory for nothing.
+        """
+        tied, entries = self._tied(), self.optimizer.state_dict()["state"]
+        policy = {name: value for name, value in self.policy.model.state_dict().items() if name not in tied}
+        optimizer = {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
+        return {"policy": self._gathered(policy), "optimizer": self._gathered(optimizer)}
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the whole tensors on the leader, one after the other, and none on the others."""
+        found: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            gathered = whole(value)
+            if self.ranks.leads:
+                found[name] = gathered.contiguous()
+        return found
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a state that `state` returned.

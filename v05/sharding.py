@@ -39,8 +39,11 @@ def layers_of(model: Any) -> list[torch.nn.Module]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a tensor with all its parts; all processes call this for one that is split."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    """Return a tensor with all its parts; all processes call this for one that is split.
+
+    It is then on the CPU: whole parameters and states of the optimiser, together, need not fit beside one's own part.
+    """
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:
