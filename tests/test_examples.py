@@ -111,3 +111,13 @@ def test_packed_batch_is_dapo_by_hand():
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
     ours, theirs = (torch.autograd.grad(value, (hidden, output)) for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_a_packed_row_without_answers_teaches_nothing():
+    hidden, output = torch.randn(6, 8).requires_grad_(), torch.randn(40, 8).requires_grad_()
+    row = (torch.randint(40, (6,)), torch.tensor([2, 4]), torch.zeros(6).bool(), torch.full((6,), -4.0))
+    loss, _ = load("packed_batch")["packed_loss"](hidden, output, *row, torch.tensor([1.0, -1.0]), 2)
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert not output.grad.any()
