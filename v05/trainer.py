@@ -225,9 +225,8 @@ class Trainer:
         if self.algorithm.k_max == self.algorithm.k_init or not sample.prompts:
             return [0] * len(sample.prompts)
         test = self._test(sample.groups, sample.prior)
-        return share_out(
-            torch.where(test.roll_out_more, test.planned - test.count, 0).tolist(), test.gain.tolist(), budget
-        )
+        wanted = torch.where(test.roll_out_more, test.planned - test.count, 0)
+        return share_out(wanted.tolist(), test.gain.tolist(), budget)
 
     def _conflicts(self, sample: Sample, started: int) -> int:
         """Return how many of the groups from `started` on reject their prior."""
@@ -296,7 +295,6 @@ class Trainer:
         self.mixture = tensors.get("mixture", {}).get("state")
         self.counters = Counters(**{name: value for name, value in counters.items() if name != "in_flight"})
         self.pushed = None
-        if self.streams:
-            self._push()
+        self._push()
         if self.sampler is not None:
             self.sampler.load_state(counters["in_flight"], self.mixture)
