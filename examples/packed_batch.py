@@ -34,7 +34,7 @@ def packed_loss(
         targets.masked_fill(~acts, -100),
         action_logprobs.roll(-1),
         advantages,
-        acts / acts.sum(),  # token-mean: over all ranks and micro-batches where there are several
+        acts / acts.sum().clamp(min=1),  # token-mean: over all ranks and micro-batches where there are several
         sequence_offsets=torch.nn.functional.pad(ends, (1, 0)),
         temperature=temperature,
         clip_low=0.2,

@@ -9,6 +9,7 @@ from v05.kernels import group_advantage, linear_logprob, linear_policy_loss, shr
 from v05.packing import Layout
 
 PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(4)]
+PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # what the loss computes
 
 
 def reward(answer: str) -> float:  # a verifier of your own
@@ -18,23 +19,22 @@ def reward(answer: str) -> float:  # a verifier of your own
 def roll_out(model, tokenizer, prompts: list[str], length: int) -> list[tuple]:  # sequences and where answers begin
     given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     ids, mask = given["input_ids"], given["attention_mask"].bool()
-    sequences = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length)
-    end = (sequences[:, ids.shape[1] :] == tokenizer.eos_token_id).long()
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id, **PLAIN)
+    end = (rows[:, ids.shape[1] :] == tokenizer.eos_token_id).long()
     keep = torch.cat([mask, end.cumsum(1) == end], dim=1)
-    return [(row[k], int(m.sum())) for row, k, m in zip(sequences, keep, mask, strict=True)]
+    return [(row[k], int(m.sum())) for row, k, m in zip(rows, keep, mask, strict=True)]
 
 
 def train(name: str, steps: int = 30, lr: float = 1e-6, length: int = 8) -> list[float]:
     """Train the model of this name and return the mean reward of every step."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    optimiser, prior, curve = torch.optim.AdamW(model.parameters(), lr=lr), torch.full((len(PROMPTS),), 0.5), []
-    for _ in range(steps):
+    model, prior = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), torch.full((len(PROMPTS),), 0.5)
+    tokenizer, optimiser, curve = AutoTokenizer.from_pretrained(name), torch.optim.AdamW(model.parameters(), lr=lr), []
+    for _ in range(steps):  # small ones, which bfloat16 weights would lose
         groups, wanted = [[] for _ in PROMPTS], torch.full((len(PROMPTS),), 4)
         while wanted.sum():  # the look-ahead: ask, test, ask again where prior and rewards conflict
             asked = torch.arange(len(PROMPTS)).repeat_interleave(wanted).tolist()
-            made = zip(asked, roll_out(model, tokenizer, [PROMPTS[g] for g in asked], length), strict=True)
-            for group, (ids, start) in made:
-                groups[group].append((ids, start, reward(tokenizer.decode(ids[start:], skip_special_tokens=True))))
+            for group, made in zip(asked, roll_out(model, tokenizer, [PROMPTS[g] for g in asked], length), strict=True):
+                groups[group].append((*made, reward(tokenizer.decode(made[0][made[1] :], skip_special_tokens=True))))
             offsets, rows = torch.tensor([0, *map(len, groups)]).cumsum(0), [row for group in groups for row in group]
             rewards = torch.tensor([row[2] for row in rows])
             fused = shrinkage(rewards, offsets, prior, reward_range=(0.0, 1.0))

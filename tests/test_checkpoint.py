@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint
+from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
 from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
+from v05.run_folder import remove_run
 
 TINY = TrainConfig(
     policy="tiny",
@@ -94,6 +95,11 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     newest = read_checkpoint(tmp_path)
     assert newest is not None
     assert newest.update == 1
+    write_checkpoint(tmp_path, Checkpoint(3, {"policy": {"w": torch.zeros(1)}}, {}))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "000001",
+        "000003",
+    ]  # it takes as much room as another
 
 
 @pytest.mark.parametrize("crash", range(8))
@@ -132,6 +138,12 @@ def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
     assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
 
 
+def test_tensors_that_cannot_be_written_are_an_error_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_tensors(tmp_path / "missing" / "policy.safetensors", {"w": torch.zeros(1)})
+    assert caught.value.filename == str(tmp_path / "missing" / "policy.safetensors")
+
+
 def test_lines_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"update": 0}\n{"update": 1}\n{"update": 2}\n{"upda')
@@ -164,6 +176,32 @@ def test_another_run_is_neither_overwritten_nor_resumed(whole: Path) -> None:
         train_run(TINY, whole, whole, StopRequest(), silent)
     with pytest.raises(InputError, match=r"seed is 1; allowed when resuming .*: 0"):
         train_run(dataclasses.replace(TINY, seed=1), whole, whole, StopRequest(), silent, resume=True)
+
+
+def test_one_process_at_a_time_works_in_a_folder(whole: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, rollouts=1920, eval_every=640)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings.to_dict()))
+    run = tmp_path / "run"
+    start = [sys.executable, "-c", "from v05.cli import main; main()", "train", "--output", str(run)]
+    process = subprocess.Popen([*start, "--config", str(config)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (run / "checkpoints" / "000002").is_dir():
+        os.sched_yield()
+    process.send_signal(signal.SIGSTOP)
+    for work in (
+        lambda: train_run(settings, run, whole / "warm_start", StopRequest(), silent, resume=True),
+        lambda: remove_run(run),
+    ):
+        with pytest.raises(InputError, match="run is in use by another process; allowed: one at a time"):
+            work()
+    process.kill()
+    process.wait()
+    assert read_checkpoint(run / "checkpoints") is not None
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        train_run(settings, run, whole / "warm_start", stop, StopAfter(stop, 0), resume=True)
+    updates = [line["update"] for line in read_metrics(run)]
+    assert updates == list(range(len(updates)))
 
 
 def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:

@@ -29,6 +29,33 @@ def test_the_plain_loop_earns_more_reward(tmp_path):
     assert last > first + 0.1, curve
 
 
+def test_the_plain_loop_takes_small_steps_of_a_bfloat16_model(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(write_qwen3(tmp_path), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    dtypes = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: dtypes.append(self.param_groups[0]["params"][0].dtype))
+    load("plain_loop")["train"](str(tmp_path), steps=1, length=2)
+    assert dtypes == [torch.float32]
+
+
+def test_the_plain_loop_samples_what_its_loss_computes_whatever_the_models_own_settings(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, length = write_qwen3(tmp_path), 40
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    own = model.generation_config
+    own.temperature, own.repetition_penalty, own.eos_token_id, own.pad_token_id = 1e-3, 1.5, [1, 7], 0
+    torch.manual_seed(0)
+    answers = [
+        ids[start:].tolist() for ids, start in load("plain_loop")["roll_out"](model, tokenizer, ["1+1="] * 8, length)
+    ]
+    assert len({tuple(answer[:4]) for answer in answers}) == 8, "temperature is 1"
+    assert all(len(answer) == length or answer[-1] == 1 for answer in answers)
+    after = [token for answer in answers if 7 in answer for token in answer[answer.index(7) + 1 :]]
+    assert any(after), "what fills up a batch is no answer"
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_is_gspo_by_hand(side):
     torch.manual_seed(1)
@@ -84,3 +111,13 @@ def test_packed_batch_is_dapo_by_hand():
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
     ours, theirs = (torch.autograd.grad(value, (hidden, output)) for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_a_packed_row_without_answers_teaches_nothing():
+    hidden, output = torch.randn(6, 8).requires_grad_(), torch.randn(40, 8).requires_grad_()
+    row = (torch.randint(40, (6,)), torch.tensor([2, 4]), torch.zeros(6).bool(), torch.full((6,), -4.0))
+    loss, _ = load("packed_batch")["packed_loss"](hidden, output, *row, torch.tensor([1.0, -1.0]), 2)
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert not output.grad.any()

@@ -17,6 +17,7 @@ from tiny_chat import write_model
 
 from v05.algorithms import parse_algorithm
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.errors import InputError
 from v05.learner import Learner, share
 from v05.pretrained import load_policy
 from v05.ranks import ALONE, Ranks, join_ranks, leave_ranks
@@ -56,10 +57,12 @@ def learnt(folder: Path, ranks: Ranks, kind: str = "", tied: bool = False, **opt
     grads = {name: parameter.grad for name, parameter in first.policy.model.named_parameters()}
     gradient = {name: value.full_tensor() if ranks.count > 1 else value for name, value in grads.items()}
     second = make_learner(folder, ranks, **options)
-    second.load_state(copy.deepcopy(first.state()))
+    found = first.state()
+    assert ranks.leads or not any(found.values()), "eight copies on one machine need not fit"
+    second.load_state(copy.deepcopy(ranks.broadcast(found)))
     for learner in (first, second):
         learner.learn(batch, advantages, 21)
-    states = [learner.state() for learner in (first, second)]
+    states = [ranks.broadcast(learner.state()) for learner in (first, second)]
     for part in ("policy", "optimizer"):
         for name, value in states[0][part].items():
             assert torch.equal(value, states[1][part][name]), name
@@ -171,9 +174,12 @@ def run_together(ranks: Ranks, folder: Path) -> None:
     report = StopAfter(stop, 160) if ranks.leads else silent
     with pytest.raises(Interrupted, match="after 160 of 384"):
         train_run(TINY, folder / "part", folder, stop, report, **options)
+    own = folder / ("part" if ranks.leads else "elsewhere")
+    with pytest.raises(InputError, match=r"checkpoints \[5, None\] in .*; allowed: a folder that all of them share"):
+        train_run(TINY, own, folder, StopRequest(), silent, resume=True, **options)
     again = train_run(TINY, folder / "part", folder, StopRequest(), silent, resume=True, **options)
     assert again["heldout_after"] == whole["heldout_after"]
-    finished = train_run(TINY, folder / "part", folder, StopRequest(), silent, resume=True, **options)
+    finished = train_run(TINY, own, folder, StopRequest(), silent, resume=True, **options)
     assert finished == again
     train_run(TINY, folder / "streamed", folder, StopRequest(), silent, stream=StreamConfig("stream"), **options)
 

@@ -86,7 +86,7 @@ class StopAfter(StopRequest):
         pass
 
 
-@pytest.mark.parametrize("algorithm", ["v05", "v05_calibrated_loo:2"])
+@pytest.mark.parametrize("algorithm", ["v05", "v05_calibrated_loo:2", "v05_from_one"])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, algorithm: str) -> None:
     stream, cache = StreamConfig("stream", window=3), tmp_path / "cache"
     train(tmp_path / "whole", cache, stream, algorithm=algorithm)

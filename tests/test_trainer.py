@@ -11,6 +11,7 @@ import torch
 from v05.algorithms import ALGORITHMS, equal_groups, parse_algorithm
 from v05.batch import Groups
 from v05.config import TrainConfig
+from v05.counters import Counters
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.engine import Unanswered
@@ -19,6 +20,7 @@ from v05.rollout.pack import AGGREGATIONS, pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
 from v05.run import make_prior
+from v05.sampling import Stopped
 from v05.seeds import seed_of
 from v05.tasks import Split
 from v05.trainer import Trainer
@@ -158,6 +160,24 @@ def test_state_goes_on_bit_for_bit(algorithm: str) -> None:
     assert [second.update(), second.update()] == lines[1:]
     for name, value in whole.policy.model.state_dict().items():
         assert torch.equal(value, second.policy.model.state_dict()[name])
+
+
+def test_dapo_stops_while_it_looks_for_groups_that_differ() -> None:
+    stopped, plain = (make_trainer(algorithm="dapo:4", rollouts=1000) for _ in range(2))
+    rounds = []
+
+    def generate(prompts, counts, **limits):  # type: ignore[no-untyped-def]
+        rounds.append(sum(counts))
+        return TransformersEngine.generate(stopped.engine, prompts, counts, **limits)  # type: ignore[arg-type]
+
+    stopped.engine.generate = generate  # type: ignore[method-assign]
+    stopped.stopped = lambda: len(rounds) == 2
+    with pytest.raises(Stopped):
+        stopped.update()
+    assert len(rounds) == 2
+    assert stopped.counters == Counters()
+    stopped.stopped = lambda: False
+    assert stopped.update() == plain.update()
 
 
 def test_evaluation_leaves_training_alone() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import write_model
+from tiny_chat import WORDS, write_model
+from tiny_models import make_tokenizer, write_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -145,6 +146,32 @@ def test_prompts_become_a_users_turn(tmp_path: Path) -> None:
         for bad in ("", "one or two"):
             with pytest.raises(ValueError, match="cannot encode"):
                 policy.encode([bad])
+
+
+def test_a_tokenizer_may_have_one_token_for_begin_end_and_unknown(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    special: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<end>")
+    tokenizer = make_tokenizer(WORDS, spaced=True, unknown="<end>", pad_token=None, **special)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    tokenizer.save_pretrained(write_model(tmp_path, "OPT", chat=False))
+    assert load_policy(str(tmp_path)).encode(["one plus two"]) == [[0, 2, 9, 3]]
+
+
+def test_a_pad_token_that_the_model_does_not_have_is_not_used(tmp_path: Path) -> None:
+    write_model(tmp_path, chat=False)
+    plain = gradient(load_policy(str(tmp_path), train=True))
+    tokenizer = make_tokenizer([*WORDS, "<pad>"], spaced=True, unknown="?", eos_token="<end>", unk_token="?")
+    assert tokenizer.pad_token_id == len(WORDS)
+    tokenizer.save_pretrained(tmp_path)
+    padded = gradient(load_policy(str(tmp_path), train=True))
+    assert padded[1] == plain[1]
+    assert all(torch.equal(value, padded[0][name]) for name, value in plain[0].items())
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lacks 1 weights, such as lm_head.weight; allowed: a whole model"):
+        load_policy(str(write_qwen3(tmp_path)))
 
 
 def test_every_end_token_of_the_generation_settings_ends_an_answer(tmp_path: Path) -> None:

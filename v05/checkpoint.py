@@ -1,5 +1,6 @@
 """Checkpoints: tensors in safetensors, the rest in one small JSON file, written whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     target = folder / f"{checkpoint.update:06d}"
     partial, aside = target.with_suffix(".partial"), target.with_suffix(ASIDE)
-    for stale in (partial, *(each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())):
+    replaced = (each for each in folder.glob(f"*{ASIDE}") if each.with_suffix("").exists())
+    for stale in (*folder.glob("*.partial"), *replaced):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
@@ -74,9 +77,16 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors as safetensors: to a temporary file first, then renamed."""
+    """Write contiguous tensors as safetensors: to a temporary file first, then renamed.
+
+    Raises:
+        OSError: they cannot be written; the disk is full, for example.
+    """
     partial = file.with_name(file.name + ".partial")
-    save_file(dict(tensors), partial)
+    try:
+        save_file(dict(tensors), partial)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from error
     with partial.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, file)

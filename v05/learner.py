@@ -177,16 +177,23 @@ class Learner:
         return {name: whole(value) for name, value in self.policy.model.state_dict().items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit."""
-        tied = self._tied()
-        return {
-            "policy": {name: value.contiguous() for name, value in self.weights().items() if name not in tied},
-            "optimizer": {
-                f"{index}.{name}": whole(value)
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            },
-        }
+        """Return policy and optimiser, whole tensors by name, from which `load_state` goes on bit for bit.
+
+        All ranks call this; the leader has the tensors, the others none, as theirs would fill the memory for nothing.
+        """
+        tied, entries = self._tied(), self.optimizer.state_dict()["state"]
+        policy = {name: value for name, value in self.policy.model.state_dict().items() if name not in tied}
+        optimizer = {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
+        return {"policy": self._gathered(policy), "optimizer": self._gathered(optimizer)}
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the whole tensors on the leader, one after the other, and none on the others."""
+        found: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            gathered = whole(value)
+            if self.ranks.leads:
+                found[name] = gathered.contiguous()
+        return found
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a state that `state` returned.
@@ -239,18 +246,22 @@ def share(batch: PackedTokens, micro_batches: int, ranks: Ranks) -> list[tuple[s
 
 def check_linear(policy: Policy) -> None:
     """Raise InputError unless a policy's logits are its output layer's product with its last hidden states."""
-    prompt = [policy.end_ids[0]]
-    token, offsets = torch.tensor([policy.end_ids[0]]), torch.tensor([0, 1])
-    with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
-        exact = dataclasses.replace(policy, dtype=torch.float32)
-        logits = exact.response_logits([prompt], token, offsets)
-        product = torch.nn.functional.linear(exact.response_hidden([prompt], token, offsets), *exact.output_layer)
-    gap, size = float((logits - product).abs().max()), float(logits.abs().max())
-    if not gap <= 1e-3 * max(size, 1.0):
-        raise InputError(
-            f"the model does more to its logits than its output layer (they differ by {gap:.3g} of {size:.3g}); "
-            "allowed for it: loss = logits"
-        )
+    layer = policy.model.get_output_embeddings()
+    tokens = (torch.arange(8) + len(layer.weight) // 2) % len(layer.weight)
+    place = ([[policy.end_ids[0]]], tokens, torch.tensor([0, len(tokens)]))
+    exact = dataclasses.replace(policy, dtype=torch.float32)
+    for scale in (1.0, 1e3):  # the second shows a soft cap, which leaves small logits alone
+        hook = layer.register_forward_hook(lambda module, inputs, output, scale=scale: scale * output)
+        with torch.no_grad(), torch.autocast(policy.device.type, enabled=False):
+            logits = exact.response_logits(*place)
+            product = scale * torch.nn.functional.linear(exact.response_hidden(*place), *exact.output_layer)
+        hook.remove()
+        gap, size = float((logits - product).abs().max()), float(logits.abs().max())
+        if not gap <= 1e-3 * max(size, 1.0):
+            raise InputError(
+                f"the model does more to its logits than its output layer (they differ by {gap:.3g} of {size:.3g}); "
+                "allowed for it: loss = logits"
+            )
 
 
 def _add(totals: dict[str, float], name: str, value: float) -> None:

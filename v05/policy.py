@@ -67,9 +67,8 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """Return the token that fills up a batch; nothing attends to it."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.end_ids[0] if pad is None else pad)
+        """Return the token that fills up a batch, one that the model surely has; nothing attends to it."""
+        return self.end_ids[0]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -94,12 +93,14 @@ class Policy:
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         prompts = [self._conversation(text) for text in texts] if chat else list(texts)
         ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=not chat)["input_ids"] if texts else []
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # which some have for unknown text as well
+        unknown = set() if self.tokenizer.unk_token_id in known else {self.tokenizer.unk_token_id}
         for text, row in zip(texts, ids, strict=True):
             if not chat and row and row[-1] == self.tokenizer.eos_token_id:
                 row.pop()
-            if not text or not row or self.tokenizer.unk_token_id in row:
-                known = f" one or more of {alphabet!r}" if (alphabet := self.alphabet) else " text that it knows"
-                raise ValueError(f"the tokenizer cannot encode {text!r}; allowed:{known}")
+            if not text or not row or unknown & set(row):
+                allowed = f"one or more of {alphabet!r}" if (alphabet := self.alphabet) else "text that it knows"
+                raise ValueError(f"the tokenizer cannot encode {text!r}; allowed: {allowed}")
         return ids
 
     def _conversation(self, text: str) -> str:

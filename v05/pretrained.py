@@ -46,10 +46,14 @@ def load_policy(
         raise InputError(f"model is {name!r}, no folder; allowed: a folder, or a name on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if train else DTYPES[dtype])
+        parameters = torch.float32 if train else DTYPES[dtype]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=parameters, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise InputError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}; allowed: a whole model")
     if model.get_output_embeddings() is None:
         raise InputError(f"model {name!r} has no output layer; allowed: a causal language model")
     without_dropout(model)
@@ -89,9 +93,11 @@ def check_device(device: str) -> torch.device:
 
 
 def without_dropout(model: Any) -> None:
-    """Set every probability of dropout in a model to 0."""
+    """Set to 0 all that makes a forward pass in training random: dropout, dropped layers, a router's jitter."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for name, value in vars(owner).items() if owner is not None else ():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(owner, name, 0.0)

@@ -1,5 +1,6 @@
 """One training run in its folder: warm start, updates, evaluations, checkpoints, summary."""
 
+import contextlib
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from v05.plots.training import plot_run
 from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine
-from v05.run_folder import prepare_folder, read_summary, remove_run
+from v05.run_folder import alone_in, prepare_folder, read_summary, remove_run
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
 from v05.stream_config import BATCHES, StreamConfig
@@ -82,34 +83,41 @@ def train_run(
 
     Raises:
         Interrupted: a stop was asked for; everything is saved.
-        InputError: an unknown name; the folder has a run and `resume` is false; or `config` differs from the settings
-            of the run to resume.
+        InputError: an unknown name; the folder has a run and `resume` is false; `config` differs from the settings of
+            the run to resume; or another process is at work in the folder.
     """
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
     if ranks.leads:
         prepare_folder(config, folder, resume, model, stream)
-    if ranks.broadcast((folder / "summary.json").exists()):
-        return read_summary(folder)
-    if model is None:
-        trainer = make_trainer(config, cache, stop, report, stream)
-    else:
+    with alone_in(folder) if ranks.leads else contextlib.nullcontext():
+        finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
+        if finished is not None:
+            return finished
+        if model is None:
+            trainer = make_trainer(config, cache, stop, report, stream)
+        else:
+            try:
+                trainer = make_user_trainer(config, model, folder, stream, ranks)
+            except InputError:
+                if ranks.leads and not (folder / "checkpoints").exists():
+                    remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+                raise
         try:
-            trainer = make_user_trainer(config, model, folder, stream, ranks)
-        except InputError:
-            if ranks.leads and not (folder / "checkpoints").exists():
-                remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
-            raise
-    try:
-        return _train(trainer, folder, stop, report)
-    finally:
-        trainer.grader.close()
-        close_engine(trainer.team.engine)
+            return _train(trainer, folder, stop, report)
+        finally:
+            trainer.grader.close()
+            close_engine(trainer.team.engine)
 
 
 def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
     """Go on from the newest checkpoint, or start, and return the summary."""
     checkpoint = read_checkpoint(folder / "checkpoints")
+    found = trainer.ranks.gather(None if checkpoint is None else checkpoint.update)
+    if len(set(found)) > 1:
+        raise InputError(
+            f"the processes find checkpoints {found} in {folder}; allowed: a folder that all of them share"
+        )
     clock = Clock()
     if checkpoint is None:
         if trainer.ranks.leads:

@@ -1,7 +1,10 @@
 """The folder of a run: its settings, that a run is resumed with, and its files."""
 
+import contextlib
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +30,7 @@ FILES: Final = (  # of a run, beside its folders
     "curves.png",
 )
 FOLDERS: Final = ("checkpoints", "policy")
+LOCK: Final = ".lock"  # stays, as a file that is removed while it is held would be no lock
 
 
 def prepare_folder(
@@ -61,13 +65,35 @@ def prepare_folder(
                 raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes inside the `with` block; a process that dies holds nothing.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to, a file system without locks
+            file = opened.enter_context((folder / LOCK).open("a"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(f"{folder} is in use by another process; allowed: one at a time") from None
+        yield
+
+
 def remove_run(folder: Path) -> None:
-    """Remove the files of a run from `folder`, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
+    """Remove the files of a run from `folder`, and nothing else.
+
+    Raises:
+        InputError: another process is at work in it.
+    """
+    with alone_in(folder):
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

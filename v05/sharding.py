@@ -33,14 +33,17 @@ def shard(root: torch.nn.Module, policy: Policy, ranks: Ranks) -> None:
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    """Return the layers of a language model of transformers, which it has in a list."""
-    lists = [list(child) for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList)]
-    return lists[0] if lists else []
+    """Return the layers of a language model of transformers: of its lists of modules, the one that holds most."""
+    lists = [part for part in model.base_model.modules() if isinstance(part, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda each: sum(value.numel() for value in each.parameters()), default=()))
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return a tensor with all its parts; all processes call this for one that is split."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    """Return a tensor with all its parts; all processes call this for one that is split.
+
+    It is then on the CPU: whole parameters and states of the optimiser, together, need not fit beside one's own part.
+    """
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
 from v05.rollout.streaming import StreamingEngine
-from v05.sampling import StreamSampler
+from v05.sampling import Stopped, StreamSampler
 from v05.seeds import seed_of
 from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import Task
@@ -121,9 +121,7 @@ class Trainer:
         weights, self.pushed = self.learner.weights(), self.counters.update
         if self.sampler is not None:
             self.sampler.push(weights, self.counters.update)
-        elif self.streams:
-            return
-        else:
+        elif not self.streams:
             self.engine.update_weights(weights)
 
     def evaluate(self) -> tuple[int, int]:
@@ -158,9 +156,12 @@ class Trainer:
         left_in_run = self.config.rollouts - self.counters.rollouts
         if self.sampler is not None:
             return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
-        sample, first_conflicts, round_number = Sample(), 0, 0
+        sample, first_conflicts, round_number, position = Sample(), 0, 0, self.counters.position
         target = min(self.config.rollouts_per_update, left_in_run)
         while sample.kept < target and sample.spent < left_in_run:
+            if round_number and self.stopped():
+                self.counters.position = position
+                raise Stopped
             budget = min(target - sample.kept, left_in_run - sample.spent)
             more = self._planned_more(sample, budget)
             first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
@@ -294,7 +295,6 @@ class Trainer:
         self.mixture = tensors.get("mixture", {}).get("state")
         self.counters = Counters(**{name: value for name, value in counters.items() if name != "in_flight"})
         self.pushed = None
-        if self.streams:
-            self._push()
+        self._push()
         if self.sampler is not None:
             self.sampler.load_state(counters["in_flight"], self.mixture)

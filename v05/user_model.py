@@ -59,7 +59,7 @@ def load_user_model(settings: ModelConfig) -> tuple[Policy, Problems, PoolGrader
 
 def check_positions(policy: Policy, longest: int, max_new_tokens: int) -> None:
     """Raise InputError where the longest prompt and the longest answer need more positions than there are."""
-    positions = getattr(policy.model.config, "max_position_embeddings", None)
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + max_new_tokens > positions:
         left = f"{positions:,} positions, of which the longest prompt takes {longest:,}"
         raise InputError(f"max_new_tokens is {max_new_tokens:,}; allowed by the model: {left}")

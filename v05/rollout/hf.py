@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -104,11 +105,13 @@ class TransformersEngine:
         mask = torch.arange(width, device=device) >= width - lengths[:, None]
         positions = (torch.arange(width, device=device) - (width - lengths[:, None])).clamp(min=0)
         cache = DynamicCache(config=model.config)
+        layers = getattr(cache, "layers", [])
+        recurrent = bool(layers) and not any(hasattr(each, "batch_select_indices") for each in layers)  # no attention
         newer = "cache" in inspect.signature(model.forward).parameters  # transformers 5 renames the argument
         name = "cache" if newer else "past_key_values"
         output = model(input_ids=inputs, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{name: cache})
         chosen = torch.repeat_interleave(torch.arange(len(prompt_ids)), torch.tensor(counts)).to(device)
-        cache.batch_select_indices(chosen)
+        cache.reorder_cache(cast(Any, chosen))  # unlike batch_select_indices it knows states of linear attention
         logits, mask, position = output.logits[chosen, -1], mask[chosen], lengths[chosen, None]
         tokens, logprobs = [], []
         done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
@@ -121,7 +124,8 @@ class TransformersEngine:
             if bool(done.all()) or len(tokens) == max_new_tokens:
                 break
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            output = model(input_ids=token, attention_mask=mask, position_ids=position, **{name: cache})
+            seen = None if recurrent else mask
+            output = model(input_ids=token, attention_mask=seen, position_ids=position, **{name: cache})
             logits, position = output.logits[:, -1], position + 1
         return torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)
 

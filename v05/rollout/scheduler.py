@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from v05.rollout.requests import Asked, Requests
 from v05.rollout.revived import RevivedEngine
 from v05.rollout.rules import Rules
 from v05.rollout.share import share_out
-from v05.rollout.step import Group, Step, Trouble
+from v05.rollout.step import Group, Step, Trouble, Wish
 from v05.rollout.streaming import Outcome, StreamingEngine
 
 logger = logging.getLogger(__name__)
@@ -28,14 +28,6 @@ GLANCE: Final = 0.05  # seconds between looks at rewards that are being judged
 
 class NoRollouts(RuntimeError):
     """Not one rollout of a step could be had."""
-
-
-class Wish(NamedTuple):
-    """What a group wants: `more` rollouts, 0 to stop, the next of which is worth `gain`."""
-
-    group: Group
-    more: int
-    gain: float
 
 
 @dataclass
@@ -278,7 +270,10 @@ class Scheduler:
         """Return everything that has finished and is not learnt from yet, as JSON can hold it."""
         steps = [step.state() for step in self.steps]
         counts = {"position": self.position, "next_number": self.next_number, "version": self.version}
-        return {**counts, "expected": self.expected, "trouble": self.trouble.counts(), "steps": steps}
+        wishes = [[step, wish.group.position, *wish[1:]] for step, rows in self.wishes.items() for wish in rows]
+        changed = [[step, group.position] for step, groups in self.changed.items() for group in groups]
+        open_ends = {"expected": self.expected, "wishes": wishes, "changed": changed}
+        return {**counts, **open_ends, "trouble": self.trouble.counts(), "steps": steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; rollouts that had not finished are asked for again, with the same seeds."""
@@ -287,9 +282,12 @@ class Scheduler:
         for name, count in state["trouble"].items():
             setattr(self.trouble, name, count)
         self.steps = [Step.from_state(entry) for entry in state["steps"]]
-        requests = []
+        requests, groups = [], {(step.number, group.position): group for step in self.steps for group in step.groups}
+        for number, position, more, gain in state["wishes"]:
+            self.wishes.setdefault(number, []).append(Wish(groups[number, position], more, gain))
+        for number, position in state["changed"]:
+            self.changed.setdefault(number, []).append(groups[number, position])
         for step in self.steps:
-            self.changed[step.number] = list(step.groups)
             for group in step.groups:
                 for place in group.missing:
                     requests.append(self.requests.new(step, group, place, urgent=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ class Group:
     def in_order(self) -> list[int]:
         """Return the places of finished rollouts, in the order of asking, whatever order they finished in."""
         return sorted(self.rewards)
+
+
+class Wish(NamedTuple):
+    """What a group wants: `more` rollouts, 0 to stop, the next of which is worth `gain`."""
+
+    group: Group
+    more: int
+    gain: float
 
 
 @dataclass

@@ -1,0 +1,71 @@
+"""Architectures with habits of their own: what is learnt from is what was sampled, or the model is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_user_model import SUMS
+from tiny_chat import write_model
+
+from v05.algorithms import parse_algorithm
+from v05.errors import InputError
+from v05.learner import Learner, check_linear
+from v05.pretrained import load_policy
+from v05.rollout.hf import TransformersEngine
+from v05.rollout.pack import pack
+from v05.sharding import layers_of
+from v05.user_model import check_positions
+
+
+def gap(folder: Path, **options: Any) -> float:
+    """How far the trainer is from the sampler in one batch, in nats."""
+    policy = load_policy(str(folder), train=True, gradient_checkpointing=options.pop("checkpointing", False))
+    settings: dict[str, Any] = dict(learning_rate=0.0, temperature=0.7, epochs=1, micro_batches=2) | options
+    learner = Learner(policy, parse_algorithm("dapo"), **settings)
+    sampled = TransformersEngine(policy).generate(SUMS[-5:], [3, 2, 0, 4, 3], seed=0, temperature=0.7, max_new_tokens=9)
+    rollouts = [rollout for row in sampled for rollout in row]
+    assert len({len(rollout.prompt_ids) for rollout in rollouts}) > 1
+    batch = pack(rollouts, "token-mean", max_length=9)
+    return learner.learn(batch, torch.linspace(-1, 1, len(rollouts)), 0)["sampler_gap"]
+
+
+@pytest.mark.parametrize("kind", ["Falcon", "Mixtral", "OPT", "Starcoder2"])
+def test_nothing_in_training_is_random(kind: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, kind)
+    for checkpointing in (False, True):
+        assert gap(folder, linear=True, checkpointing=checkpointing) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Lfm2", "Mamba"])
+def test_states_without_attention_are_sampled_from(kind: str, tmp_path: Path) -> None:
+    assert gap(write_model(tmp_path, kind)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Cohere", "Gemma2", "Granite"])
+def test_what_is_done_to_logits_is_learnt_from_or_refused(kind: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, kind)
+    assert gap(folder) < 1e-5
+    with pytest.raises(InputError, match="allowed for it: loss = logits"):
+        gap(folder, linear=True)
+
+
+def test_a_soft_cap_is_refused_while_logits_are_still_small(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path, "Gemma2")), train=True)
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(1e-3 - 1)  # Gemma adds 1
+    with pytest.raises(InputError, match="does more to its logits"):
+        check_linear(policy)
+
+
+def test_a_model_for_images_too_has_the_layers_and_the_positions_of_its_text(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path, "Gemma3")), train=True)
+    assert [type(layer).__name__ for layer in layers_of(policy.model)] == ["Gemma3DecoderLayer"] * 2
+    check_positions(policy, 10, 54)
+    with pytest.raises(InputError, match="64 positions, of which the longest prompt takes 10"):
+        check_positions(policy, 10, 55)
+
+
+def test_layers_inside_a_decoder_are_found(tmp_path: Path) -> None:
+    policy = load_policy(str(write_model(tmp_path, "OPT")))
+    assert layers_of(policy.model) == list(policy.model.model.decoder.layers)
