@@ -8,7 +8,14 @@ from tiny_models import tiny_embedder
 
 from v05.errors import InputError
 from v05.value.cache import EmbeddingCache
-from v05.value.embedder import CachedEmbedder, MeanEmbedder, TransformersEmbedder, fingerprint, sentence_embedder
+from v05.value.embedder import (
+    CachedEmbedder,
+    MeanEmbedder,
+    TransformersEmbedder,
+    fingerprint,
+    sentence_embedder,
+    sentence_folder,
+)
 
 PROMPTS = ["47+8=", "1", "", "what is 2+3?", "9=" * 30, "1"]
 
@@ -115,6 +122,11 @@ def test_another_tokenizer_has_another_name(tmp_path: Path) -> None:
     second = TransformersEmbedder.from_pretrained(tmp_path)
     assert len(second.embed(["1+2="]).states) == 1 + len(tiny_embedder(tmp_path / "plain").embed(["1+2="]).states)
     assert first.name != second.name
+
+
+def test_loading_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    TransformersEmbedder.from_pretrained(sentence_folder())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_packaged_sentence_model_knows_what_is_alike() -> None:

@@ -1,8 +1,7 @@
 """A small policy of the Qwen3 architecture, with a tokenizer of single characters."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from v05.errors import InputError
+from v05.quiet import without_bars
 
 
 @dataclass(frozen=True)
@@ -181,23 +181,9 @@ class Policy:
             weights: by parameter name, whole; None for the model's own.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with _without_bars():
+        with without_bars():
             self.model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the progress bars of transformers, which would run through those of a command."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_size(size: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from v05.errors import InputError
 from v05.policy import Policy
+from v05.quiet import without_bars
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 
@@ -47,7 +48,8 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         parameters = torch.float32 if train else DTYPES[dtype]
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=parameters, output_loading_info=True)
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=parameters, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {name!r} cannot be loaded: {reason}") from error

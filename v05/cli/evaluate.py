@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from v05.cli.quiet import quiet_transformers
 from v05.config import check
 from v05.errors import InputError
 from v05.estimates import Estimate
@@ -77,7 +76,6 @@ def run(
     from v05.user_model import check_positions, prompt_lengths
 
     check_engine(engine)
-    quiet_transformers()
     verifier = make_verifier(judging["verifier"], judging["reward_range"])
     records = read_data(source, needs_answer(verifier))
     # Other engines load the model themselves, and want the device's memory.

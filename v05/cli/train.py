@@ -13,7 +13,6 @@ from rich.table import Table
 
 from v05.checkpoint import Interrupted, StopRequest
 from v05.cli.progress import ProgressReporter, reporting
-from v05.cli.quiet import quiet_transformers
 from v05.compare import compare as compare_algorithms
 from v05.compare import reference_of
 from v05.config import PRIORS, TrainConfig, make_config, read_settings
@@ -76,8 +75,6 @@ def train(
     elif seeds is not None:
         raise InputError("--seeds is given without --compare; allowed: both, or --seed")
     _set_threads(threads)
-    if user is not None:
-        quiet_transformers()
 
     def work(stop: StopRequest, reporter: ProgressReporter, ranks: Ranks) -> Table:
         if compare is None:

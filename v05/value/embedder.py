@@ -14,6 +14,7 @@ from torch import Tensor
 from v05.batch import offsets_from_lengths
 from v05.errors import InputError
 from v05.kernels import segments
+from v05.quiet import without_bars
 from v05.value.cache import EmbeddingCache, content_key
 
 QWEN: Final = "Qwen/Qwen3-Embedding-0.6B"
@@ -122,9 +123,9 @@ class TransformersEmbedder:
         attention = "flash_attention_2" if half and find_spec("flash_attn") else "sdpa"
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModel.from_pretrained(
-                source, dtype=dtype or (torch.bfloat16 if half else torch.float32), attn_implementation=attention
-            )
+            precision = dtype or (torch.bfloat16 if half else torch.float32)
+            with without_bars():
+                model = AutoModel.from_pretrained(source, dtype=precision, attn_implementation=attention)
         except (OSError, ValueError) as error:
             raise InputError(f"backbone {source}: {str(error).splitlines()[0]}; allowed: a folder or a name") from None
         positions = int(getattr(model.config, "max_position_embeddings", max_tokens))
