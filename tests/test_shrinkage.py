@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import check_plans, check_the_largest_k_max
 
 from v05.kernels import group_advantage, shrinkage
+from v05.kernels.shrinkage.op import FUSIONS
 from v05.kernels.shrinkage.rules import make_budget
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
@@ -72,11 +74,15 @@ def test_a_hopeless_prior_stops_exactly_at_sixteen(backend):
     assert float(far.gain) > 1 / 256
 
 
-@pytest.mark.parametrize("fusion", ["v05", "calibrated"])
-def test_the_largest_k_max_there_is(fusion):
-    most = 2**63 - 1  # which as a float is 2^63, and that is no int64
-    data = (*group(-1, -1, -1, -1), torch.tensor([1.0], dtype=torch.float64))
-    assert shrinkage(*data, k_max=most, cost=0.0, fusion=fusion, backend="cpu").planned.item() == most
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_k_max_there_is(backend, fusion, dtype):
+    check_the_largest_k_max(backend, fusion, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_plan_is_made_as_if_step_by_step(backend, dtype):
+    check_plans(backend, dtype)
 
 
 def test_plan_is_the_first_count_whose_gain_is_below_the_cost(backend):

@@ -16,9 +16,10 @@ def unit_reward(reward, low, high, two):
 
 
 @triton.jit
-def between_ends(reward, low, high, near):
-    """Whether a reward is neither the smallest nor the largest possible. NaN is not."""
-    return (tl.abs(reward - low) > near) & (tl.abs(high - reward) > near)
+def kind_of(reward, low, high, near):
+    """1 for a reward that is neither the smallest nor the largest possible, 2 for one that is not finite, else 0."""
+    between = (tl.abs(reward - low) > near) & (tl.abs(high - reward) > near)
+    return tl.where(tl.abs(reward) < float("inf"), between.to(tl.int32), 2)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 from v05.kernels import segments
 
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
+PLAN_SLACK = 2  # rollouts: how far rounding may push a plan
 
 
 # floats [6, G], integers [2, G], roll_out_more [G], rollout_baseline [N or 0], advantages [N or 0]
