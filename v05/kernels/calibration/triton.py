@@ -14,12 +14,13 @@ from v05.kernels.calibration.triton_terms import (
     kind_of,
     look_ahead,
     mean_without,
+    planned_rollouts,
     relative_likelihood,
     unit_reward,
 )
 from v05.kernels.device import on_device_of
 from v05.kernels.shrinkage.rules import Budget
-from v05.kernels.shrinkage.triton import PLAN_SLACK, first_guess, load_groups, load_tile, root, scalar, shifted_sum
+from v05.kernels.shrinkage.triton import load_groups, load_tile, scalar, shifted_sum
 
 BLOCK_GROUPS = 4
 BLOCK_ROLLOUTS = 8
@@ -171,15 +172,7 @@ def calibrated_kernel(
     b_share = tl.where((count[:, None] > 0) | ~finite[:, None], b_share, 1)  # of 0 alone, all that follows is NaN
     p, variance, trust = belief_of(b_share, b_weight, total, k, centre, two)
     strength, scale = look_ahead(p, variance, two)
-    limit = scalar(cost, acc)
-    about = root(4 * scale / limit) - strength + k
-    worth = 4 * scale > limit * strength * (strength + 1)
-    planned = tl.where(worth, first_guess(about, count, k_max), count)
-    for _step in range(0, 2 * PLAN_SLACK):
-        u = strength + (planned - count).to(acc)
-        worth = 4 * scale > limit * u * (u + 1)
-        planned += ((planned < k_max) & worth).to(tl.int64)
-    planned = tl.where(count < k_init, k_init, planned)
+    planned = planned_rollouts(strength, scale, count, scalar(cost, acc), k_init, k_max)
     mean = shifted_sum(rewards, begin, end, first, acc, BLOCK_G, BLOCK_K)
     mean = tl.where(finite, tl.where(count > 0, first + mean / tl.maximum(k, 1), value), p)
     gap = mean - value
