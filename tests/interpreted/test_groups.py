@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plans import check_plans, check_the_largest_k_max
+from rounded_ends import check_rounded_ends
 from spoilt_groups import check_spoilt_groups
 
 from v05.kernels import group_advantage, shrinkage
@@ -75,6 +76,11 @@ def test_the_largest_k_max_there_is(fusion, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_plan_is_made_as_if_step_by_step(dtype):
     check_plans("triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_ends_of_a_range_as_half_rewards_hold_them(dtype):
+    check_rounded_ends("triton", dtype)
 
 
 def test_calibrated_fusion_of_nothing():
