@@ -125,7 +125,9 @@ def shrinkage(
         state: of calibrated fusion, what the call on the last batch returned as `state`: small batches then lean on
             earlier ones. None starts anew, with half a group for each strength.
         state_decay: how much a group of the last batch counts for in this one.
-        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked. Where they
+            are not, calibrated fusion leaves a group with a prior or a reward that is not finite out of the fit, and
+            returns NaN for it alone.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
     Returns:
