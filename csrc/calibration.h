@@ -138,8 +138,9 @@ V05_FN bool calibrated_worth(T strength, T scale, T cost) {
   return T(4) * scale > cost * strength * (strength + T(1));
 }
 
-// Everything that calibrated fusion says about a group. With u the strength of the belief, j more rollouts bring the
-// gain of one more to e / ((u + j) (u + j + 1)); the rule decides, from a first guess, a step up or down.
+// Everything that calibrated fusion says about a group, NaN where its mean and its belief are. With u the strength of
+// the belief, j more rollouts bring the gain of one more to e / ((u + j) (u + j + 1)); the rule decides, from a first
+// guess, a step up or down.
 template <class T>
 V05_FN Fusion<T> calibrated_fusion(T mean, int64_t count, T prior, const Belief<T>& belief, bool graded,
                                    const Budget<T>& budget) {
@@ -149,13 +150,13 @@ V05_FN Fusion<T> calibrated_fusion(T mean, int64_t count, T prior, const Belief<
   int64_t planned = count;
   if (count < budget.k_init) {
     planned = budget.k_init;
-  } else if (count < budget.k_max) {
+  } else if (count < budget.k_max && calibrated_worth(strength, scale, budget.cost)) {
     T about = (std::sqrt(T(1) + T(16) * scale / budget.cost) - T(1)) * T(0.5) - strength + T(count);
     planned = first_guess(about, count, budget.k_max);
     while (planned < budget.k_max && calibrated_worth(strength + T(planned - count), scale, budget.cost)) ++planned;
     while (planned > count && !calibrated_worth(strength + T(planned - 1 - count), scale, budget.cost)) --planned;
   }
-  const T deviation = count ? squared_deviation(mean, T(count), prior, budget.variance()) : T(0);
+  const T deviation = count ? squared_deviation(mean, T(count), prior, budget.variance()) : mean - mean;
   return {deviation,
           belief.weight,
           budget.low + width * belief.mean,
@@ -187,7 +188,7 @@ struct Calibration {
   V05_FN T near() const { return T(kNear * (budget.high - budget.low)); }
   // [kComponents, groups], the likelihoods of two-valued or of graded rewards.
   V05_FN T* table_of(bool graded) const { return table + (graded ? kComponents * groups : 0); }
-  // [groups], 1 where a group has a reward between the ends.
+  // [groups], 1 where a group has a reward between the ends, and finite values alone.
   V05_FN T* between() const { return table + 2 * kComponents * groups; }
 };
 

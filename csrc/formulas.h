@@ -27,6 +27,12 @@ V05_FN T smaller(T x, T y) {
   return x < y ? x : y;
 }
 
+// Whether x is neither NaN nor infinite.
+template <class T>
+V05_FN bool finite(T x) {
+  return x - x == T(0);
+}
+
 // ---- fusion and look-ahead (V0.5, sections 3 and 4) --------------------------------------------------------------
 
 // The range of a reward and the rule that gives out rollouts.
@@ -69,7 +75,7 @@ V05_FN bool worth_one_more(T deviation, T k, T s, T cost) {
 // s / (u (u + 1)), so that u (u + 1) = 1 / cost says about where; the rule itself decides, a step up or down.
 template <class T>
 V05_FN int64_t first_not_worth(T deviation, int64_t count, T s, const Budget<T>& budget) {
-  if (!(deviation > T(0)) || count >= budget.k_max) return count;
+  if (!worth_one_more(deviation, T(count), s, budget.cost) || count >= budget.k_max) return count;
   T about = (std::sqrt(T(1) + T(4) / budget.cost) - T(1)) * T(0.5) - s / deviation;
   int64_t k = first_guess(about, count, budget.k_max);
   while (k < budget.k_max && worth_one_more(deviation, T(k), s, budget.cost)) ++k;

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import recorded_scores
 from scipy.stats import betabinom, norm
+from spoilt_groups import check_spoilt_groups
 
 from v05.kernels import shrinkage
 from v05.kernels.calibration.components import COMPONENTS, PRIOR_COUNT, STEPS, STRENGTHS
@@ -178,6 +179,14 @@ def test_a_state_of_any_floating_dtype(backend):
         assert torch.equal(result.state, given[0].state)
         assert torch.equal(result.baseline, given[0].baseline)
     assert not given[0].state.requires_grad
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_with_a_value_that_is_not_finite_are_left_out(monkeypatch, dtype, graded):
+    """On the CPU, where values are always checked, they are refused."""
+    monkeypatch.setattr("v05.kernels.calibration.op.check_group_values", lambda *_: None)
+    check_spoilt_groups("reference", "cpu", graded, dtype)
 
 
 def test_few_rollouts_plan_the_first_ones(backend):

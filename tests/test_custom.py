@@ -8,8 +8,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from v05.kernels.custom import custom_op
 from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
+from v05.testing import ragged_tokens
 
 calls: list[str] = []
 
@@ -119,6 +121,64 @@ def test_gradients_are_those_of_the_op(wanted):
     for ours, theirs in zip(run(scaled), run(torch.ops.v05_test.scaled.default), strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
+
+
+def _losses():
+    """A scalar of every op that derives, by what it is a function of."""
+    rng = torch.Generator().manual_seed(0)
+    data = ragged_tokens(4, 1, 4, seed=1)
+    tokens, offsets = len(data.weights), data.sequence_offsets
+    targets = torch.randint(10, (tokens,), generator=rng)
+    weight = torch.randn(10, 5, generator=rng)
+    rest = (data.old_logprobs, data.advantages, data.weights)
+
+    def by_policy(logprobs, **options):
+        return policy_loss(logprobs, *rest, sequence_offsets=offsets, level="sequence", **options).loss
+
+    def by_logits(logits, **options):
+        logprob, entropy = token_logprob(logits, targets, **options)
+        return (logprob * data.weights).sum() + entropy.square().sum()
+
+    def by_hidden(hidden, **options):
+        logprob, entropy = linear_logprob(hidden, weight, targets, **options)
+        return (logprob * data.weights).sum() + entropy.square().sum()
+
+    def by_layer(hidden, **options):
+        return linear_policy_loss(hidden, weight, targets, *rest, sequence_offsets=offsets, **options).loss
+
+    sizes = {by_policy: (), by_logits: (10,), by_hidden: (5,), by_layer: (5,)}
+    return [(loss, torch.randn(3, tokens, *size, generator=rng)) for loss, size in sizes.items()]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("loss", "samples"), _losses(), ids=lambda given: getattr(given, "__name__", ""))
+def test_what_torch_func_derives(loss, samples):
+    expected = []
+    for sample in samples:
+        leaf = sample.clone().requires_grad_()
+        expected.append(torch.autograd.grad(loss(leaf), leaf)[0])
+    value, pull = torch.func.vjp(loss, samples[1])
+    assert torch.equal(pull(torch.ones(()))[0], expected[1])
+    assert torch.equal(torch.func.grad(loss)(samples[0]), expected[0])
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(samples), torch.stack(expected))
+    assert torch.equal(torch.func.vmap(loss)(samples)[1], value)
+
+
+@pytest.mark.parametrize(("loss", "samples"), _losses(), ids=lambda given: getattr(given, "__name__", ""))
+def test_what_torch_func_does_not_derive_is_refused(loss, samples):
+    """Second derivatives and those in forward mode, which the reference has."""
+
+    def slope(x, **options):
+        return torch.func.grad(lambda y: loss(y, **options))(x).square().sum()
+
+    message = r"loss|logprob has a first derivative in reverse mode alone; backend='reference' has more"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.grad(slope)(samples[0])
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(loss, (samples[0],), (samples[1],))
+    assert torch.func.grad(lambda x: slope(x, backend="reference"))(samples[0]).any()
+    along = torch.func.jvp(lambda x: loss(x, backend="reference"), (samples[0],), (samples[1],))[1]
+    torch.testing.assert_close(along, (torch.func.grad(loss)(samples[0]) * samples[1]).sum(), check_dtype=False)
 
 
 def test_no_gradient_where_autograd_is_off():

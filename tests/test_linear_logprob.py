@@ -272,6 +272,39 @@ def test_products(dtype, shape):
                 assert ((out - times * exact).abs() < (1e-11 if wide == torch.float64 else 3e-6) * (9 + k)).all()
 
 
+def test_memory_that_runs_out_in_a_thread_is_a_memory_error():
+    """In a process of its own, whose threads are there before it may take no more memory."""
+    pytest.importorskip("resource")
+    script = """
+import resource, torch
+from v05.kernels import _cpu, token_logprob
+torch.set_num_threads(2)
+token_logprob(torch.zeros(64, 20_000), torch.zeros(64, dtype=torch.int64))
+left, right, out = torch.ones(64, 512), torch.ones(4096, 512), torch.empty(64, 4096)
+
+def multiply():
+    operands = [(x.data_ptr(), *x.stride()) for x in (left, right)]
+    _cpu.matrix_product(0, True, *operands, 64, 4096, 512, out.data_ptr(), 4096, False)
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+kept = []
+try:
+    while True:
+        kept.append(bytearray(2**18))
+except MemoryError:
+    pass
+try:
+    multiply()
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    multiply()
+    print(out.unique().tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[512.0]\n"
+
+
 def test_a_vocabulary_of_262144_and_its_memory():
     """Forward and backward in a process of its own: its largest resident size grows by far less than the logits."""
     script = """

@@ -1,5 +1,7 @@
 """linear_logprob and linear_policy_loss with the vocabulary split among 2 and 4 processes, against one process."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,16 +76,58 @@ def refused(given, targets, **options):
     return messages
 
 
+def filled(values, place, value):
+    values = values.clone()
+    values[place] = value
+    return values
+
+
+# Bad input of one rank alone, made of its hidden, weight, bias and targets; and what all of them then raise.
+SPOILT = {
+    "shape": (lambda h, w, b, t: (h, w[:, 1:], b, t), "ValueError rank 1: weight has shape ["),
+    "dtype": (lambda h, w, b, t: (h, w.double(), b, t), "TypeError rank 1: weight is torch.float64; allowed: torch"),
+    "weight": (lambda h, w, b, t: (h, filled(w, 2, float("nan")), b, t), "ValueError rank 1: hidden[0] has the logit"),
+    "bias": (
+        lambda h, w, b, t: (h, w, filled(b, 3, float("inf")), t),
+        "ValueError rank 1: hidden[0] has the logit inf",
+    ),
+    "target": (lambda h, w, b, t: (h, w, b, filled(t, 7, 10**6)), "ValueError rank 1: targets[7] is 1000000; allowed"),
+    "count": (lambda h, w, b, t: (h, w, b, filled(t, 7, -100)), "ValueError rows that count of hidden and targets are"),
+}
+
+
+def refused_alike(rank, given, targets, **options):
+    """What every rank says where one of them alone is given bad input, by what it is and the op that was asked."""
+    messages = {}
+    for what, (spoil, _) in SPOILT.items():
+        *spoilt, wrong = spoil(*given, targets) if rank == 1 else (*given, targets)
+        for check_values in (False, True):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                linear_logprob(*spoilt[:2], wrong, bias=spoilt[2], check_values=check_values, chunk=9000, **options)
+            messages[what, check_values] = f"{caught.type.__name__} {caught.value}"
+        for level in ("token", "sequence"):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                loss(spoilt, wrong, level, **options)
+            messages[what, level] = f"{caught.type.__name__} {caught.value}"
+    for name, value in (("level", "none"), ("clip_low", float("nan")), ("dual_clip", 0.5)):
+        with pytest.raises(ValueError, match="rank 1: ") as caught:
+            loss(given, targets, **({name: value} if rank == 1 else {}) | options)
+        messages[name, ""] = f"ValueError {caught.value}"
+    return messages
+
+
 def work(rank, world, store, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    start = dict(init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", **start)
     given, targets = layer()
     first, last = CUTS[world][rank : rank + 2]
     own = [given[0], given[1][first:last], given[2][first:last]]
     results = everything(own, targets, group=dist.group.WORLD), refused(own, targets, group=dist.group.WORLD)
+    alike = refused_alike(rank, own, targets, group=dist.group.WORLD)
     again = everything(own, targets, group=dist.group.WORLD)
     assert all(torch.equal(*pair) for name in again for pair in zip(results[0][name], again[name], strict=True))
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save((*results, alike), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -92,7 +136,7 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     multiprocessing.spawn(work, (world, tmp_path / "store", tmp_path), nprocs=world)
     given, targets = layer()
     alone = everything(given, targets)
-    results, messages = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True)
+    results, messages, alike = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True)
     for name, expected in alone.items():
         for index, value in enumerate(expected):
             parts = [result[name][index] for result in results]
@@ -107,3 +151,6 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     assert second.startswith("targets[7] is -1")
     assert third.startswith("group is given and backend is 'reference'")
     assert all(given == messages[0] for given in messages)
+    assert all(given == alike[0] for given in alike)
+    for (what, how), text in alike[0].items():
+        assert what not in SPOILT or text.startswith(SPOILT[what][1]), (what, how, text)

@@ -7,12 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import check_plans, check_the_largest_k_max
+from rounded_ends import check_rounded_ends
 
 from v05.kernels import group_advantage, shrinkage
-from v05.kernels.shrinkage.rules import make_budget
+from v05.kernels.shrinkage.op import FUSIONS
+from v05.kernels.shrinkage.rules import Budget, in_dtype, make_budget
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
 BACKENDS = ["reference", "cpu"]
+HALF = [torch.bfloat16, torch.float16]
 FIELDS = ["mean", "deviation", "weight", "baseline", "mse", "gain"]
 
 
@@ -72,11 +76,46 @@ def test_a_hopeless_prior_stops_exactly_at_sixteen(backend):
     assert float(far.gain) > 1 / 256
 
 
-@pytest.mark.parametrize("fusion", ["v05", "calibrated"])
-def test_the_largest_k_max_there_is(fusion):
-    most = 2**63 - 1  # which as a float is 2^63, and that is no int64
-    data = (*group(-1, -1, -1, -1), torch.tensor([1.0], dtype=torch.float64))
-    assert shrinkage(*data, k_max=most, cost=0.0, fusion=fusion, backend="cpu").planned.item() == most
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_ends_of_a_range_as_half_rewards_hold_them(backend, dtype):
+    check_rounded_ends(backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_beyond_a_rounded_end_values_are_refused(backend, dtype, fusion):
+    ends = torch.tensor([0.1, 1.1], dtype=dtype)
+    offsets, options = torch.tensor([0, 2]), dict(reward_range=(0.1, 1.1), fusion=fusion, backend=backend)
+    for place, step in ((0, -1), (1, 1)):
+        rewards = ends.clone()
+        rewards[place] = torch.nextafter(ends[place], torch.tensor(2.0 * step, dtype=dtype))
+        with pytest.raises(ValueError, match=rf"rewards\[{place}\] is "):
+            shrinkage(rewards, offsets, torch.tensor([0.5]), **options)
+        with pytest.raises(ValueError, match=r"prior\[0\] is "):
+            shrinkage(ends, offsets, torch.tensor([0.6 + 0.52 * step]), **options)
+    message = r"reward_range is \(1000.0, 1000.1\), in torch.\w+ \(1000.0, 1000.0\); allowed: ends that differ"
+    with pytest.raises(ValueError, match=message):
+        shrinkage(1000 * ends[:0], offsets[:1], torch.empty(0), **options | dict(reward_range=(1000.0, 1000.1)))
+
+
+def test_ends_are_rounded_as_torch_rounds():
+    values = [0.1, 1.1, -0.3, 1.0, 0.0, 1e-7, 65519.0, 3e-8, -1e5, 1 + 2**-8, 1 + 3 * 2**-8, 1e30, 2.0**-140]
+    for dtype in HALF:
+        for value in values:
+            held = torch.tensor(value, dtype=torch.float64).to(dtype).item()
+            expected = held if math.isfinite(held) else value
+            assert in_dtype(Budget(value, 3e38, 0.0, 1, 1), dtype).low == expected
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_k_max_there_is(backend, fusion, dtype):
+    check_the_largest_k_max(backend, fusion, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_plan_is_made_as_if_step_by_step(backend, dtype):
+    check_plans(backend, dtype)
 
 
 def test_plan_is_the_first_count_whose_gain_is_below_the_cost(backend):

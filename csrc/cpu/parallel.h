@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 namespace v05::cpu {
 
 // Calls body(begin, end) over [0, items), cut into one contiguous piece per thread where `work` elements pay for
-// threads.
+// threads. What a body throws, such as std::bad_alloc, is thrown here again: leaving a region, it would end the
+// process.
 template <class Body>
 void parallel_for(int64_t items, int64_t work, int64_t work_per_thread, const Body& body) {
   int64_t wanted = std::min<int64_t>({items, work / work_per_thread, omp_get_max_threads()});
@@ -18,12 +20,19 @@ void parallel_for(int64_t items, int64_t work, int64_t work_per_thread, const Bo
     if (items > 0) body(int64_t(0), items);
     return;
   }
+  std::exception_ptr thrown;
 #pragma omp parallel num_threads(static_cast<int>(wanted))
   {
     int64_t threads = omp_get_num_threads(), i = omp_get_thread_num();
     int64_t begin = items * i / threads, end = items * (i + 1) / threads;
-    if (begin < end) body(begin, end);
+    try {
+      if (begin < end) body(begin, end);
+    } catch (...) {
+#pragma omp critical
+      thrown = std::current_exception();
+    }
   }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace v05::cpu

@@ -44,16 +44,16 @@ template <class T, class Reward>
 __global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Reward> in) {
   Team<kLanes, T> team(in.offsets, in.groups);
   const T low = T(in.budget.low), high = T(in.budget.high), near = in.near();
-  T sums[2] = {};  // of the rewards in [0, 1] as two-valued, and as graded
-  bool between = false;
+  T sums[2] = {};                                                  // of the rewards in [0, 1], two-valued and graded
+  T kind = team.present && !finite(in.prior[team.group]) ? 2 : 0;  // 1: graded; 2: not finite, which takes no part
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
     const T reward = widen(in.rewards[i]);
 #pragma unroll
     for (int graded = 0; graded < 2; ++graded) sums[graded] += unit_reward(reward, low, high, graded);
-    between |= between_ends(reward, low, high, near);
+    kind = larger(kind, finite(reward) ? one_if<T>(between_ends(reward, low, high, near)) : T(2));
   }
-  const T some = team_max(between ? T(1) : T(0));
-  if (team.present && team.lane == 0) in.between()[team.group] = some;
+  kind = team_max(kind);
+  if (team.present && team.lane == 0) in.between()[team.group] = one_if<T>(kind == T(1));
   const int component = team.lane < kComponents ? team.lane : kComponents - 1;
   const T centre = component_centre(component, centre_of(in, team)), strength = component_strength<T>(component);
 #pragma unroll
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Rew
     const T log_l = log_likelihood(team_sum<kLanes>(sums[graded]), team.count(), centre, strength, graded);
     const T relative = exp(log_l - team_max(log_l));
     if (team.present && team.lane < kComponents)
-      in.table_of(graded)[team.lane * in.groups + team.group] = team.count() ? relative : T(0);
+      in.table_of(graded)[team.lane * in.groups + team.group] = team.count() && kind < T(2) ? relative : T(0);
   }
 }
 
@@ -127,12 +127,14 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
   if (!team.present) return;
   const Budget<T> budget{T(in.budget.low), T(in.budget.high), T(in.budget.cost), in.budget.k_init, in.budget.k_max};
   const int64_t count = team.count(), g = team.group;
-  const T value = in.prior[g], mean = team.mean(value), width = budget.high - budget.low;
+  const T value = in.prior[g], width = budget.high - budget.low;
   const T* table = in.table_of(graded);
   T row[kComponents];
 #pragma unroll
-  for (int c = 0; c < kComponents; ++c) row[c] = count ? table[c * in.groups + g] : T(1);
-  const Belief<T> belief = posterior_of(row, sum, count, centre, graded, in.weights);
+  for (int c = 0; c < kComponents; ++c) row[c] = count || !finite(value) ? table[c * in.groups + g] : T(1);
+  const Belief<T> belief = posterior_of(row, sum, count, centre, graded, in.weights);  // NaN from a row of 0
+  const bool counted = finite(belief.mean);
+  const T mean = counted ? team.mean(value) : belief.mean;
   const Fusion<T> fusion = calibrated_fusion(mean, count, value, belief, graded, budget);
   if (team.lane == 0) {
     in.floats[g] = mean;
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
     T mu = fusion.baseline;
     if (in.rollout_baseline) {
       const T z = unit_reward(reward, budget.low, budget.high, graded);
-      mu = budget.low + width * posterior_mean(sum - z, count - 1, centre, graded, in.weights);
+      if (counted) mu = budget.low + width * posterior_mean(sum - z, count - 1, centre, graded, in.weights);
       in.rollout_baseline[i] = mu;
     }
     if (in.advantages) in.advantages[i] = reward - mu;

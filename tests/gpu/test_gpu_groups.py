@@ -6,6 +6,7 @@ from common import (
     BACKENDS,
     COMBINATIONS,
     DEVICE,
+    DRY_RUN,
     DTYPES,
     KERNELS,
     assert_same_bits,
@@ -17,6 +18,7 @@ from common import (
     scaled,
     widened,
 )
+from spoilt_groups import check_spoilt_groups
 
 from v05.kernels import group_advantage, shrinkage
 from v05.testing import RaggedGroups, offsets_of, ragged_groups
@@ -77,6 +79,14 @@ def test_one_graded_reward_among_all_makes_the_batch_graded(backend):
         rewards[place] = value
         result = compare_calibrated(backend, data._replace(rewards=rewards))
         assert result["graded"].item() is (value < 1 - 2e-6)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_with_a_value_that_is_not_finite_are_left_out(backend, dtype, graded):
+    if DRY_RUN and backend != "triton":
+        pytest.skip("values are always checked on the CPU")
+    check_spoilt_groups(backend, DEVICE, graded, dtype)
 
 
 def test_calibrated_fusion_of_nothing(backend):

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from plans import check_plans, check_the_largest_k_max
+from rounded_ends import check_rounded_ends
+from spoilt_groups import check_spoilt_groups
 
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.advantage import triton_moments
 from v05.kernels.advantage.estimators import ESTIMATORS, SCALES
 from v05.kernels.advantage.reference import batch_moments
+from v05.kernels.shrinkage.op import FUSIONS
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
 
 HALF = [torch.bfloat16, torch.float16]
@@ -55,6 +59,28 @@ def test_one_graded_reward_among_all(dtype):
         rewards = data.rewards.clone()
         rewards[-1] = value
         assert shrinkage(rewards, *data[1:], fusion="calibrated", backend="triton").graded.item() is graded
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_groups_with_a_value_that_is_not_finite_are_left_out(dtype, graded):
+    check_spoilt_groups("triton", "cpu", graded, dtype)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_k_max_there_is(fusion, dtype):
+    check_the_largest_k_max("triton", fusion, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_plan_is_made_as_if_step_by_step(dtype):
+    check_plans("triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_ends_of_a_range_as_half_rewards_hold_them(dtype):
+    check_rounded_ends("triton", dtype)
 
 
 def test_calibrated_fusion_of_nothing():

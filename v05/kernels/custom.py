@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ def _unknown() -> bool:
 # What listens to calls beside autograd, as torch tells it in no public way; where it does not, the dispatcher is asked.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", _unknown)
-_transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
+transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
 _tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _unknown)
 
 
 def _unheard(arguments: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd listens to a call with these arguments."""
-    if _dispatch_modes() or _function_modes() or _transforms() or _tracing():
+    if _dispatch_modes() or _function_modes() or transforms() or _tracing():
         return False
     kinds = set(map(type, arguments))
     if list in kinds:
@@ -35,10 +36,54 @@ def _unheard(arguments: tuple[Any, ...]) -> bool:
     return kinds <= _PLAIN
 
 
+def _no_more(name: str, *_: Any) -> NoReturn:
+    raise RuntimeError(f"{name} has a first derivative in reverse mode alone; backend='reference' has more")
+
+
+def _alive(values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors without the wrapping of a transform that is over, as that of `vjp` is once its function is called."""
+    return tuple(None if value is None else torch._C._functorch.unwrap_if_dead(value) for value in values)
+
+
+class _WithInputs:
+    """The context of a derivative that saves inputs too, before what it saves itself."""
+
+    def __init__(self, ctx: Any, inputs: Sequence[Tensor], saved_tensors: Sequence[Tensor | None] = ()) -> None:
+        self.__dict__.update(_ctx=ctx, _inputs=inputs, saved_tensors=saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+    def save_for_backward(self, *saved: Tensor | None) -> None:
+        self._ctx.save_for_backward(*self._inputs, *saved)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient within torch.func, of which there is no derivative by what it was made of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, gradient: Tensor, *given: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        _no_more(ctx.name)
+
+
 class CustomOp:
     """A function as a torch custom op, which an eager call on plain tensors runs directly, or as an autograd.Function.
 
-    The custom op serves torch.compile, fake tensors, subclasses, modes and transforms. A list of tensors must be the
+    The custom op serves torch.compile, fake tensors, subclasses and modes; in torch.func (grad, vjp and vmap) it runs
+    within an autograd.Function that transforms, one sample after the other under vmap. A list of tensors must be the
     last argument, so that those before it keep their places in `ctx.needs_input_grad`.
     """
 
@@ -51,14 +96,18 @@ class CustomOp:
         self._alone = len(arguments) - (str(arguments[-1].type) == "List[Tensor]")  # arguments before such a list
         self._listed = self._alone < len(arguments)
         self._apply: Callable[..., Any] | None = None
+        self._transformed: Callable[..., Any] | None = None  # within torch.func
         self.register_fake = self._definition.register_fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """Registers the derivative, as `register_autograd` of a torch custom op does."""
         self._definition.register_autograd(backward, setup_context=setup_context)
 
+        def inputs_of(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*flat[: self._alone], list(flat[self._alone :])) if self._listed else flat
+
         def forward(ctx: Any, *flat: Any) -> Any:
-            inputs = (*flat[: self._alone], list(flat[self._alone :])) if self._listed else flat
+            inputs = inputs_of(flat)
             output = self._run(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -67,20 +116,48 @@ class CustomOp:
             made = backward(ctx, *gradients)
             return (*made[:-1], *made[-1]) if self._listed else made
 
+        name = self._overload._opname
         methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
-        function = type(self._overload._opname, (torch.autograd.Function,), methods)
+        function = type(name, (torch.autograd.Function,), methods)
         # Function.apply itself prepares for functorch, which is not at work in an eager call.
         self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
+        def save(ctx: Any, flat: tuple[Any, ...], output: Any) -> None:
+            tensors = [value for value in flat if isinstance(value, Tensor)]
+            ctx.tensors = len(tensors)
+            setup_context(_WithInputs(ctx, tensors), inputs_of(flat), output)
+
+        def backward_once(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            saved, gradients = _alive(ctx.saved_tensors), _alive(gradients)
+            with torch.no_grad():
+                made = flat_backward(_WithInputs(ctx, (), saved[ctx.tensors :]), *gradients)
+            given = [value for value in (*saved, *gradients) if value is not None]
+            return tuple(None if gradient is None else _Once.apply(name, gradient, *given) for gradient in made)
+
+        methods = {
+            "forward": staticmethod(lambda *flat: self._overload(*inputs_of(flat))),
+            "setup_context": staticmethod(save),
+            "backward": staticmethod(backward_once),
+            "jvp": staticmethod(partial(_no_more, name)),
+        }
+        transformed: Any = type(name, (torch.autograd.Function,), methods | {"generate_vmap_rule": True})
+        self._transformed = transformed.apply
+
+    def _flat(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*arguments[:-1], *arguments[-1]) if self._listed else arguments
+
     def __call__(self, *arguments: Any) -> Any:
         """Runs the function on positional arguments."""
-        if torch.compiler.is_compiling() or not _unheard(arguments):
+        if torch.compiler.is_compiling():
+            return self._overload(*arguments)
+        if self._transformed is not None and transforms():
+            return self._transformed(*self._flat(arguments))
+        if not _unheard(arguments):
             return self._overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             if self._apply is None:
                 return self._overload(*arguments)
-            flat = (*arguments[:-1], *arguments[-1]) if self._listed else arguments
-            return self._apply(*flat)
+            return self._apply(*self._flat(arguments))
         result = self._run(*arguments)
         for place in self._mutated:
             torch.autograd.graph.increment_version(arguments[place])

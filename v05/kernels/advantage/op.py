@@ -10,7 +10,14 @@ from v05.kernels.advantage import reference
 from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
 from v05.kernels.custom import custom_op
-from v05.kernels.shrinkage.rules import check_group_shapes, check_group_values, make_budget, readable
+from v05.kernels.shrinkage.rules import (
+    check_group_shapes,
+    check_group_values,
+    in_dtype,
+    make_budget,
+    readable,
+    within,
+)
 
 
 @custom_op("v05::group_advantage")
@@ -76,7 +83,7 @@ def group_advantage(
         eps: added to a std, and the floor of the implied variance.
         lengths: `[N]` tokens of each rollout, finite and 0 or above; where given, the statistics of the batch are taken
             over tokens.
-        reward_range: the smallest and the largest reward possible.
+        reward_range: the smallest and the largest reward possible; for half rewards, both as their dtype rounds them.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -93,16 +100,17 @@ def group_advantage(
     forms of V0.5 are ours.
     """
     resolved = resolve(estimator, scale)
-    low, high = make_budget(reward_range, 0.0, 1, 1)[:2]
+    given = make_budget(reward_range, 0.0, 1, 1)
     if resolved.needs_prior != (prior is not None):
-        given = "given" if prior is not None else "missing"
-        raise ValueError(f"prior is {given}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
+        state = "given" if prior is not None else "missing"
+        raise ValueError(f"prior is {state}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     check_group_shapes(rewards, offsets, prior)
-    dtype = segments.working_dtype(rewards)
+    budget, dtype = in_dtype(given, rewards.dtype), segments.working_dtype(rewards)
+    low, high = budget[:2]
     rewards = segments.constant(rewards, rewards.dtype)
-    prior = None if prior is None else segments.constant(prior, dtype)
+    prior = None if prior is None else within(segments.constant(prior, dtype), given, budget)
     if lengths is not None:
         segments.check_tensor("lengths", lengths)
         if lengths.shape != rewards.shape:

@@ -16,7 +16,7 @@ from torch import Tensor
 from v05.kernels import segments
 from v05.kernels.calibration.components import COMPONENTS, EDGE, IGNORING, NEAR, PRIOR_COUNT, STEPS, STRENGTHS
 from v05.kernels.calibration.rules import Outputs
-from v05.kernels.shrinkage.reference import squared_deviation
+from v05.kernels.shrinkage.reference import planned_rollouts, root, squared_deviation
 from v05.kernels.shrinkage.rules import Budget, group_sums
 
 
@@ -29,9 +29,9 @@ class Posterior(NamedTuple):
 
 
 def is_graded(rewards: Tensor, budget: Budget) -> Tensor:
-    """Whether a reward is neither the smallest nor the largest possible, a scalar bool; NaN is not."""
+    """Whether each reward is neither the smallest nor the largest possible; NaN is not."""
     near = NEAR * (budget.high - budget.low)
-    return (((rewards - budget.low).abs() > near) & ((budget.high - rewards).abs() > near)).any()
+    return ((rewards - budget.low).abs() > near) & ((budget.high - rewards).abs() > near)
 
 
 def components(centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def fit(likelihood: Tensor, counted: Tensor, state: Tensor) -> tuple[Tensor, Ten
 
     Args:
         likelihood: log L `[G, C]`.
-        counted: `[G]` bool, groups that have a reward.
+        counted: `[G]` bool, groups that have a reward, and finite values alone.
         state: `[C]`, groups of earlier batches, already decayed.
     """
     start = state + PRIOR_COUNT
@@ -95,16 +95,6 @@ def look_ahead(belief: Posterior, graded: Tensor) -> tuple[Tensor, Tensor]:
     return strength, torch.where(graded, 0.25, belief.variance * strength)
 
 
-def planned_rollouts(strength: Tensor, scale: Tensor, count: Tensor, budget: Budget) -> Tensor:
-    """k*: the fewest rollouts, from k up, at which one more gains no more than it costs; below k_init, k_init."""
-    planned = count.clone()
-    for _ in range(budget.k_max):
-        u = strength + (planned - count)
-        worth = 4 * scale > budget.cost * u * (u + 1)
-        planned += ((planned < budget.k_max) & worth).long()
-    return torch.where(count < budget.k_init, budget.k_init, planned)
-
-
 def calibrated(
     rewards: Tensor,
     offsets: Tensor,
@@ -117,21 +107,28 @@ def calibrated(
 ) -> Outputs:
     """The statistics of every group as those of `shrinkage.reference`, the groups `[C]` of each component, and graded.
 
-    Rewards, prior and state are in the working dtype; a state `[C]` of earlier batches counts `state_decay` times.
+    Rewards, prior and state are in the working dtype; a state `[C]` of earlier batches counts `state_decay` times. A
+    group whose prior or one of whose rewards is not finite counts for nothing in the fit, and its statistics are NaN.
     """
     low, width = budget.low, budget.high - budget.low
     first, shifted, ids, count = group_sums(rewards, offsets)
     k = count.to(rewards.dtype)
     mean = torch.where(count > 0, first + shifted / k.clamp(min=1), prior)
-    z, centre = (rewards - low) / width, (prior - low) / width
-    graded = is_graded(rewards, budget)
+    finite = prior.isfinite() & (segments.segment_sum((~rewards.isfinite()).to(k.dtype), ids, count.numel()) == 0)
+    z, centre = (rewards - low) / width, torch.where(finite, (prior - low) / width, torch.nan)
+    graded = (is_graded(rewards, budget) & finite[ids]).any()
     old = rewards.new_zeros(COMPONENTS) if state is None else state * state_decay
     z = torch.where(graded, z, z.round())
     x = segments.segment_sum(z, ids, count.numel())
-    weights, soft = fit(log_likelihood(x, k, centre, graded), count > 0, old)
+    weights, soft = fit(log_likelihood(x, k, centre, graded), finite & (count > 0), old)
     belief = posterior(x, k, centre, graded, weights)
     strength, scale = look_ahead(belief, graded)
-    planned = planned_rollouts(strength, scale, count, budget)
+
+    def worth(planned: Tensor) -> Tensor:
+        u = strength + (planned - count)
+        return 4 * scale > budget.cost * u * (u + 1)
+
+    planned = planned_rollouts(root(4 * scale / budget.cost) - strength + k, worth, count, budget)
     rollout_baseline = rewards.new_empty(0)
     if leave_one_out:
         rest = posterior(x[ids] - z, k[ids] - 1, centre[ids], graded, weights)
@@ -141,4 +138,5 @@ def calibrated(
     gain = width**2 * scale / (strength * (strength + 1))
     advantage = rewards - (rollout_baseline if leave_one_out else baseline[ids]) if advantages else rewards.new_empty(0)
     floats = torch.stack([mean, deviation, belief.weight, baseline, width**2 * belief.variance, gain])
+    floats = torch.where(finite, floats, torch.nan)
     return floats, torch.stack([count, planned]), planned > count, rollout_baseline, advantage, soft + old, graded

@@ -11,9 +11,10 @@ from v05.kernels.calibration.components import NEAR, PRIOR_COUNT, STEPS
 from v05.kernels.calibration.rules import Outputs
 from v05.kernels.calibration.triton_terms import (
     belief_of,
-    between_ends,
+    kind_of,
     look_ahead,
     mean_without,
+    planned_rollouts,
     relative_likelihood,
     unit_reward,
 )
@@ -31,16 +32,16 @@ COUNTS = ["groups", "k_init", "k_max"]
 
 @triton.jit
 def unit_sums(rewards, begin, end, low, high, near, acc: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sums of each group's rewards in [0, 1] as two-valued and as graded, and whether one is between the ends."""
+    """Sums of each group's rewards in [0, 1] as two-valued and as graded, and the largest of what `kind_of` says."""
     solved = tl.zeros([BLOCK_G], acc)
     total = tl.zeros([BLOCK_G], acc)
-    between = tl.zeros([BLOCK_G], tl.int32)
+    kind = tl.zeros([BLOCK_G], tl.int32)
     for start in range(0, tl.max(end - begin), BLOCK_K):
         _o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
         solved += tl.sum(tl.where(m_rollout, unit_reward(b_reward, low, high, True), 0).to(acc), axis=1)
         total += tl.sum(tl.where(m_rollout, unit_reward(b_reward, low, high, False), 0), axis=1)
-        between |= tl.max((m_rollout & between_ends(b_reward, low, high, near)).to(tl.int32), axis=1)
-    return solved, total, between
+        kind = tl.maximum(kind, tl.max(tl.where(m_rollout, kind_of(b_reward, low, high, near), 0), axis=1))
+    return solved, total, kind
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -58,23 +59,27 @@ def likelihood_kernel(
 ):
     """Likelihoods of BLOCK_G groups under each component, as two-valued and as graded, and whether they are graded.
 
-    The largest of a group is 1; all are 0 for a group without rewards. They lie in scratch as buffers.py says.
+    The largest of a group is 1; all are 0 for a group without rewards, and for one with a reward or a prior that is not
+    finite, which so counts for nothing. They lie in scratch as buffers.py says.
     """
     acc: tl.constexpr = scratch.dtype.element_ty
     o_group, m_group, begin, end, _first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
     a, b, near = scalar(low, acc), scalar(high, acc), scalar((high - low) * NEAR, acc)
-    solved, total, between = unit_sums(rewards, begin, end, a, b, near, acc, BLOCK_G, BLOCK_K)
-    centre = (tl.load(prior + o_group, mask=m_group, other=0).to(acc) - a) / (b - a)
+    solved, total, kind = unit_sums(rewards, begin, end, a, b, near, acc, BLOCK_G, BLOCK_K)
+    value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
+    kind = tl.where(tl.abs(value) < float("inf"), kind, 2)
+    centre = (value - a) / (b - a)
     count = end - begin
+    m_counted = ((count > 0) & (kind < 2))[:, None]
     most = tl.max(count)
     o_component = tl.arange(0, 8)
     m_table = m_group[:, None] & (o_component < 7)[None, :]
     o_table = o_component[None, :] * groups + o_group[:, None]
     b_likelihood = relative_likelihood(solved, count, centre, True, most, acc)
-    tl.store(scratch + o_table, tl.where(count[:, None] > 0, b_likelihood, 0), mask=m_table)
+    tl.store(scratch + o_table, tl.where(m_counted, b_likelihood, 0), mask=m_table)
     b_likelihood = relative_likelihood(total, count, centre, False, most, acc)
-    tl.store(scratch + 7 * groups + o_table, tl.where(count[:, None] > 0, b_likelihood, 0), mask=m_table)
-    tl.store(scratch + 14 * groups + o_group, between.to(acc), mask=m_group)
+    tl.store(scratch + 7 * groups + o_table, tl.where(m_counted, b_likelihood, 0), mask=m_table)
+    tl.store(scratch + 14 * groups + o_group, (kind == 1).to(acc), mask=m_group)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -151,7 +156,8 @@ def calibrated_kernel(
     a, b = scalar(low, acc), scalar(high, acc)
     value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
     centre = (value - a) / (b - a)
-    solved, total, _between = unit_sums(rewards, begin, end, a, b, 0, acc, BLOCK_G, BLOCK_K)
+    solved, total, kind = unit_sums(rewards, begin, end, a, b, 0, acc, BLOCK_G, BLOCK_K)
+    finite = (kind < 2) & (tl.abs(value) < float("inf"))
     total = tl.where(two, solved, total)
     count = end - begin
     k = count.to(acc)
@@ -163,21 +169,18 @@ def calibrated_kernel(
     o_weight = 15 * groups + o_component[None, :] + 0 * o_group[:, None]
     b_weight = tl.load(scratch + o_weight, mask=m_component[None, :], other=0)
     b_share = tl.load(scratch + tl.where(two, 0, 7) * groups + o_table, mask=m_table, other=1)
-    b_share = tl.where(count[:, None] > 0, b_share, 1)
+    b_share = tl.where((count[:, None] > 0) | ~finite[:, None], b_share, 1)  # of 0 alone, all that follows is NaN
     p, variance, trust = belief_of(b_share, b_weight, total, k, centre, two)
     strength, scale = look_ahead(p, variance, two)
-    planned = tl.maximum(count, k_init)
-    for _step in range(0, k_max - k_init):
-        u = strength + (planned - count).to(acc)
-        worth = 4 * scale > scalar(cost, acc) * u * (u + 1)
-        planned += ((count >= k_init) & (planned < k_max) & worth).to(tl.int64)
+    planned = planned_rollouts(strength, scale, count, scalar(cost, acc), k_init, k_max)
     mean = shifted_sum(rewards, begin, end, first, acc, BLOCK_G, BLOCK_K)
-    mean = tl.where(count > 0, first + mean / tl.maximum(k, 1), value)
+    mean = tl.where(finite, tl.where(count > 0, first + mean / tl.maximum(k, 1), value), p)
     gap = mean - value
     deviation = tl.maximum(gap * gap - width * width * 0.25 / tl.maximum(k, 1), 0)
+    deviation = tl.where(finite, tl.where(count > 0, deviation, 0), p)
     baseline = a + width * p
     tl.store(floats + o_group, mean, mask=m_group)
-    tl.store(floats + groups + o_group, tl.where(count > 0, deviation, 0), mask=m_group)
+    tl.store(floats + groups + o_group, deviation, mask=m_group)
     tl.store(floats + 2 * groups + o_group, trust, mask=m_group)
     tl.store(floats + 3 * groups + o_group, baseline, mask=m_group)
     tl.store(floats + 4 * groups + o_group, width * width * variance, mask=m_group)
@@ -202,6 +205,7 @@ def calibrated_kernel(
                 mu = tl.where(z > 0.5, mu_solved, mu_failed)
                 if two == 0:
                     mu = a + width * mean_without(total - z, others, centre, b_weight, two, most, acc)
+                mu = tl.where(finite, mu, baseline)
                 tl.store(rollout_baseline + begin + i, mu, mask=m_rollout)
             if ADVANTAGES:
                 tl.store(advantages + begin + i, reward - mu, mask=m_rollout)

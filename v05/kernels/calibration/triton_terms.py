@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from v05.kernels.shrinkage.triton import scalar
+from v05.kernels.shrinkage.triton import PLAN_SLACK, first_guess, root, scalar
 
 
 @triton.jit
@@ -16,9 +16,10 @@ def unit_reward(reward, low, high, two):
 
 
 @triton.jit
-def between_ends(reward, low, high, near):
-    """Whether a reward is neither the smallest nor the largest possible. NaN is not."""
-    return (tl.abs(reward - low) > near) & (tl.abs(high - reward) > near)
+def kind_of(reward, low, high, near):
+    """1 for a reward that is neither the smallest nor the largest possible, 2 for one that is not finite, else 0."""
+    between = (tl.abs(reward - low) > near) & (tl.abs(high - reward) > near)
+    return tl.where(tl.abs(reward) < float("inf"), between.to(tl.int32), 2)
 
 
 @triton.jit
@@ -78,6 +79,23 @@ def look_ahead(mean, variance, two):
     """Strength u of a belief and e: j more rollouts bring the gain of one more to e / ((u + j) (u + j + 1))."""
     strength = tl.where(two, mean * (1 - mean) / variance - 1, 0.25 / variance)
     return strength, tl.where(two, variance * strength, 0.25)
+
+
+@triton.jit
+def worth_one_more(strength, scale, cost):
+    """4 e / (u (u + 1)) > cost: what one more rollout takes off the variance, in units of the largest there is."""
+    return 4 * scale > cost * strength * (strength + 1)
+
+
+@triton.jit
+def planned_rollouts(strength, scale, count, cost, k_init, k_max):
+    """The fewest rollouts, from count up, at which one more gains no more than it costs; below k_init, k_init."""
+    about = root(4 * scale / cost) - strength + count.to(strength.dtype)
+    planned = tl.where(worth_one_more(strength, scale, cost), first_guess(about, count, k_max), count)
+    for _step in range(0, 2 * PLAN_SLACK):
+        worth = worth_one_more(strength + (planned - count).to(strength.dtype), scale, cost)
+        planned += ((planned < k_max) & worth).to(tl.int64)
+    return tl.where(count < k_init, k_init, planned)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
+from v05.kernels.linear_logprob.ranks import Ranks
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
 from v05.kernels.linear_logprob.softmax import Softmax
 from v05.kernels.token_logprob.op import TokenLogprob
@@ -175,7 +176,9 @@ def linear_logprob(
             elsewhere. The numbers do not depend on it, but for the order in which gradients are summed up.
         group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is
             the sum over ranks, and hidden and targets are the same on all. Two small all-reduces forward, one of
-            hidden's gradient backward. Not within torch.compile.
+            hidden's gradient backward. Not within torch.compile. What one rank refuses all of them raise, naming the
+            rank; but on a device without `check_values`, which is not waited for, and where memory runs out, the others
+            wait until the group's timeout.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
 
@@ -190,14 +193,22 @@ def linear_logprob(
     Source: the slices of a row are put together as Milakov and Gimelshein do (arXiv 1805.02867); making slices again in
     the backward pass is due to Wijmans et al. (arXiv 2411.09009).
     """
-    check_shapes(hidden, weight, targets, bias, temperature)
-    chunk = chunk_of(chunk, hidden.device.type)
-    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    chosen = dispatch.backend_for("linear_logprob", hidden, backend)
-    given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+
+    def described() -> tuple[Inputs, int, str]:
+        check_shapes(hidden, weight, targets, bias, temperature)
+        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        chosen = dispatch.backend_for("linear_logprob", hidden, backend)
+        if group is not None:
+            parallel.check_backend(chosen)
+        given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+        return given, chunk_of(chunk, hidden.device.type), chosen
+
     if group is not None:
-        return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, group, check_values, chosen))
+        ranks = Ranks(group, check_values, hidden)
+        given, chunk, chosen = ranks.alike(described)
+        return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, ranks, check_values, chosen))
+    given, chunk, chosen = described()
     if check_values or (chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_given(given, ignore_index)
         check_logits(given.detached(), targets != ignore_index)

@@ -6,13 +6,14 @@ An engine is a module that multiplies matrices and turns logits into statistics 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.ranks import Ranks
 from v05.kernels.linear_logprob.rules import check_logits
 from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, finish
 
@@ -95,12 +96,14 @@ def make_logits(engine: Engine, given: Inputs, out: Tensor) -> None:
     engine.multiply(given.hidden, given.weight, out, given.bias is not None)
 
 
-def _statistics(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs) -> Partial:
+def _statistics(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs, ranks: Ranks | None) -> Partial:
     partial = engine.statistics(logits, given)
-    if partial is None:
+    if partial is not None:
+        return partial
+    with nullcontext() if ranks is None else ranks.holding():
         check_logits(whole, whole.targets != SKIPPED)
         raise ValueError("a logit of hidden and weight is NaN or inf; allowed: finite or -inf")
-    return partial
+    return Partial(*logits.new_zeros(4, len(logits)))  # which nobody gets to see
 
 
 def spread(softmax: Softmax, rows: Tensor | None, total: int) -> Softmax:
@@ -113,7 +116,7 @@ def spread(softmax: Softmax, rows: Tensor | None, total: int) -> Softmax:
     )
 
 
-def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup | None = None) -> Softmax:
+def forward(engine: Engine, given: Inputs, chunk: int, ranks: Ranks | None = None) -> Softmax:
     """Log-prob, entropy and statistics `[T]`; one slice of logits exists at a time."""
     some, rows = given.without_skipped()
     width = engine.slice_width(given.columns)
@@ -126,11 +129,11 @@ def forward(engine: Engine, given: Inputs, chunk: int, group: dist.ProcessGroup 
             piece = part.slice_of(left, right)
             logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
             make_logits(engine, piece, logits)
-            partials.append(_statistics(engine, logits, piece, given))
+            partials.append(_statistics(engine, logits, piece, given, ranks))
         parts.append(engine.join(partials, part))
     empty = some.hidden.new_empty(0, dtype=some.wide)
     whole = Partial(*(torch.cat(field) for field in zip(Partial(*[empty] * 4), *parts, strict=True)))
-    return spread(finish(some, whole, group), rows, len(given.targets))
+    return spread(finish(some, whole, ranks), rows, len(given.targets))
 
 
 def _at(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -222,7 +225,7 @@ def forward_backward(
     derivative: Derivative,
     needs: Needs,
     chunk: int,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Softmax, Gradients]:
     """Log-probs, and gradients from `derivative` of them, rows by rows: each logit is made once.
 
@@ -235,7 +238,7 @@ def forward_backward(
         derivative: of a loss by log-prob and entropy, from the softmax of rows first to last.
         needs: which gradients are wanted.
         chunk: wide logits that may exist at a time; at least one row's do.
-        group: ranks with the other slices of the vocabulary, and as many rows at a time.
+        ranks: those with the other slices of the vocabulary, and as many rows at a time.
     """
     total, (columns, features) = len(some.targets), some.weight.shape
     height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
@@ -256,8 +259,8 @@ def forward_backward(
         for left, right in steps(columns, width):
             piece = part.slice_of(left, right)
             make_logits(engine, piece, logits[:, left:right])
-            partials.append(_statistics(engine, logits[:, left:right], piece, some))
-        parts.append(finish(part, engine.join(partials, part), group))
+            partials.append(_statistics(engine, logits[:, left:right], piece, some, ranks))
+        parts.append(finish(part, engine.join(partials, part), ranks))
         if any(needs):
             out = None if kept is None else kept[rows]
             gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last), out)

@@ -16,6 +16,7 @@ from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
+from v05.kernels.linear_logprob.ranks import Ranks
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
@@ -126,10 +127,10 @@ class _Parallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup, *_: Tensor | None
+        ctx: Any, given: Inputs, tokens: options.Inputs, work: Work, ranks: Ranks, *_: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        result: Result = policy_pass.compute(given, tokens, work, group)
-        gradients = parallel.reduced(result.gradients, given, group)
+        result: Result = policy_pass.compute(given, tokens, work, ranks)
+        gradients = parallel.reduced(result.gradients, given, ranks)
         ctx.save_for_backward(*gradients)
         ctx.backend = work.backend
         ctx.mark_non_differentiable(result.metrics)
@@ -159,18 +160,12 @@ def _selected(
 
 
 def _run(
-    given: Inputs,
-    tokens: options.Inputs,
-    work: Work,
-    group: dist.ProcessGroup | None,
-    check_values: bool,
+    given: Inputs, tokens: options.Inputs, work: Work, ranks: Ranks | None, check_values: bool
 ) -> tuple[Tensor, Tensor]:
     """Checks what waits for nothing, and more where asked for; then loss and metrics by the backend."""
     apart = given.hidden.dtype == torch.float16 and any(work.needs)
     kept, on_cpu = tokens.weights != 0, given.hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     if work.backend == "reference":
-        if group is not None:
-            raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
         if check_values or on_cpu:
             _check(given, tokens, work.kinds, given.columns)
             check_logits(given.detached(), kept)
@@ -179,17 +174,15 @@ def _run(
         if check_values or on_cpu:
             options.check_token_values(tokens._replace(logprobs=logprob.detach()), work.kinds)
         return loss, metrics
-    if group is not None and (check_values or on_cpu):
-        check_tokens(tokens, work.kinds)
-    if group is None and (check_values or (apart and on_cpu)):
+    if ranks is None and (check_values or (apart and on_cpu)):
         _check(given, tokens, work.kinds, given.columns)
     if apart:
-        return policy_pass.apart(given, tokens, work, group, check_values)
-    if group is not None:
+        return policy_pass.apart(given, tokens, work, None if ranks is None else ranks.group, check_values)
+    if ranks is not None:
         masked = policy_pass.masked(given, tokens.weights).detached()
-        local = parallel.localised(masked, kept, policy_pass.MASKED, "", group, check_values)
-        work = work._replace(chunk=parallel.agreed_chunk(given.columns, work.chunk, given.hidden, group))
-        return _Parallel.apply(local, tokens, work, group, *given[:3])
+        local, widest = parallel.localised(masked, kept, policy_pass.MASKED, "", ranks, check_values)
+        rows = max(1, work.chunk // int(widest))  # at a time, the same on all
+        return _Parallel.apply(local, tokens, work._replace(chunk=rows * given.columns), ranks, *given[:3])
     if check_values:
         check_logits(given.detached(), kept)
     companions = (*tokens[1:], list(work.kinds), list(work.numbers), work.entropy_coef)
@@ -262,29 +255,39 @@ def linear_policy_loss(
 
     Source: gradients before the upstream gradient is known, as in Liger's fused losses (arXiv 2410.10989).
     """
-    check_shapes(hidden, weight, targets, bias, temperature)
-    kinds = options.make_kinds(surrogate, level, kl, sampler_correction)
-    taus = (sapo_tau_pos, sapo_tau_neg)
-    by = options.make_numbers(
-        kinds, clip_low, clip_high, dual_clip, taus, covariance_coef, kl_coef, sampler_floor, sampler_cap
-    )
-    chosen = covariance_selected is not None
-    options.check_companions(kinds, kl, sampler_correction, surrogate, ref_logprobs, sampler_logprobs, chosen)
-    companions = dict(old_logprobs=old_logprobs, weights=weights, ref_logprobs=ref_logprobs)
-    like = hidden.new_empty(len(targets), dtype=segments.working_dtype(hidden))
-    options.check_token_shapes(like, advantages, sequence_offsets, sampler_logprobs=sampler_logprobs, **companions)
-    options.check_selected(covariance_selected, like)
-    if not -float("inf") < entropy_coef < float("inf"):
-        raise ValueError(f"entropy_coef is {entropy_coef}; allowed: a finite number")
-    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
-    rest = (sequence_offsets, ref_logprobs, sampler_logprobs, covariance_selected)
-    tokens = options.Inputs(like, old_logprobs, advantages, weights, *rest).cast(like.dtype)
-    needs = Needs(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in given[:3]))
-    backend = dispatch.backend_for("linear_logprob", hidden, backend)
-    work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), backend)
-    if kinds.surrogate in options.BY_COVARIANCE and not chosen:
+
+    def described() -> tuple[Inputs, options.Inputs, Work]:
+        check_shapes(hidden, weight, targets, bias, temperature)
+        kinds = options.make_kinds(surrogate, level, kl, sampler_correction)
+        taus = (sapo_tau_pos, sapo_tau_neg)
+        by = options.make_numbers(
+            kinds, clip_low, clip_high, dual_clip, taus, covariance_coef, kl_coef, sampler_floor, sampler_cap
+        )
+        chosen = covariance_selected is not None
+        options.check_companions(kinds, kl, sampler_correction, surrogate, ref_logprobs, sampler_logprobs, chosen)
+        companions = dict(old_logprobs=old_logprobs, weights=weights, ref_logprobs=ref_logprobs)
+        like = hidden.new_empty(len(targets), dtype=segments.working_dtype(hidden))
+        options.check_token_shapes(like, advantages, sequence_offsets, sampler_logprobs=sampler_logprobs, **companions)
+        options.check_selected(covariance_selected, like)
+        if not -float("inf") < entropy_coef < float("inf"):
+            raise ValueError(f"entropy_coef is {entropy_coef}; allowed: a finite number")
+        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+        rest = (sequence_offsets, ref_logprobs, sampler_logprobs, covariance_selected)
+        tokens = options.Inputs(like, old_logprobs, advantages, weights, *rest).cast(like.dtype)
+        needs = Needs(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in given[:3]))
+        by_backend = dispatch.backend_for("linear_logprob", hidden, backend)
+        work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), by_backend)
+        if ranks is not None:
+            parallel.check_backend(work.backend)
+            if ranks.heeds:
+                check_tokens(tokens, kinds)
+        return given, tokens, work
+
+    ranks = None if group is None else Ranks(group, check_values, hidden)
+    given, tokens, work = described() if ranks is None else ranks.alike(described)
+    if work.kinds.surrogate in options.BY_COVARIANCE and covariance_selected is None:
         tokens = tokens._replace(selected=_selected(given, tokens, surrogate, work, group))
-    loss, metrics = _run(given, tokens, work, group, check_values)
+    loss, metrics = _run(given, tokens, work, ranks, check_values)
     return PolicyLoss(loss, dict(zip(NAMES, metrics.unbind(0), strict=True)))

@@ -12,6 +12,7 @@ from v05.kernels import dispatch, segments
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import linear_logprob
 from v05.kernels.linear_logprob.passes import Gradients, Needs, returned, spread
+from v05.kernels.linear_logprob.ranks import Ranks
 from v05.kernels.linear_logprob.softmax import Softmax
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.op import loss_of
@@ -102,18 +103,18 @@ def _by_entropy(weights: Tensor, work: Work) -> Tensor | None:
     return -work.entropy_coef * weights if work.entropy_coef else None
 
 
-def compute(given: Inputs, tokens: options.Inputs, work: Work, group: dist.ProcessGroup | None = None) -> Result:
+def compute(given: Inputs, tokens: options.Inputs, work: Work, ranks: Ranks | None = None) -> Result:
     """Loss, metrics and the wanted gradients.
 
     Args:
         given: the layer's inputs; targets of masked tokens are `SKIPPED`.
         tokens: the loss's inputs in the wide dtype; their logprobs are not read.
         work: what is asked for.
-        group: ranks with the other slices of the vocabulary.
+        ranks: those with the other slices of the vocabulary.
     """
     run = dispatch.implementation("linear_logprob", work.backend)
     if not any(work.needs) or whole_sequences(work.kinds) or run.two_passes(given, work.needs):
-        softmax = run.forward(given, work.chunk, group)
+        softmax = run.forward(given, work.chunk, ranks)
         loss, gradient, metrics = _finish(tokens, softmax, work)
         if not any(work.needs):
             return Result(loss, metrics, Gradients(None, None, None))
@@ -121,16 +122,16 @@ def compute(given: Inputs, tokens: options.Inputs, work: Work, group: dist.Proce
         return Result(loss, metrics, run.backward(given, softmax, gradient, by_entropy, work.needs, work.chunk))
     some, rows = given.without_skipped()
     try:
-        softmax, made = _rows_by_rows(some, tokens, rows, work, group)
+        softmax, made = _rows_by_rows(some, tokens, rows, work, ranks)
     except ValueError:
-        _finish(tokens, run.forward(given, work.chunk, group), work)  # names the value by its place among all tokens
+        _finish(tokens, run.forward(given, work.chunk, ranks), work)  # names the value by its place among all tokens
         raise
     loss, _, metrics = _finish(tokens, spread(softmax, rows, len(given.targets)), work)
     return Result(loss, metrics, made._replace(hidden=returned(made.hidden, rows, len(given.targets))))
 
 
 def _rows_by_rows(
-    some: Inputs, tokens: options.Inputs, rows: Tensor | None, work: Work, group: dist.ProcessGroup | None
+    some: Inputs, tokens: options.Inputs, rows: Tensor | None, work: Work, ranks: Ranks | None
 ) -> tuple[Softmax, Gradients]:
     """The pass in which the loss is differentiated as soon as a few rows have their log-probs."""
     each = _each(tokens)
@@ -142,4 +143,4 @@ def _rows_by_rows(
         return policy(part, work.kinds, work.numbers)[1], _by_entropy(part.weights, work)
 
     run = dispatch.implementation("linear_logprob", work.backend)
-    return run.forward_backward(some, derivative, work.needs, work.chunk, group)
+    return run.forward_backward(some, derivative, work.needs, work.chunk, ranks)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.ranks import Ranks
 
 INFINITY = float("inf")
 SKIPPED_ROW = {"logprob": 0.0, "entropy": 0.0, "largest": -INFINITY, "log_sum": 0.0}
@@ -46,7 +46,7 @@ def _finish(given: Inputs, gap: Tensor, entropy: Tensor, largest: Tensor, log_su
     return Softmax(**{name: field.to(given.wide) for name, field in filled.items()})
 
 
-def finish(given: Inputs, part: Partial, group: dist.ProcessGroup | None = None) -> Softmax:
+def finish(given: Inputs, part: Partial, ranks: Ranks | None = None) -> Softmax:
     """The softmax of the whole vocabulary from what this process, or each rank of a group, knows of its slice.
 
     A group takes one all-reduce of maxima and one of sums: of shares, of entropies, of the target's gap, and of how
@@ -54,19 +54,17 @@ def finish(given: Inputs, part: Partial, group: dist.ProcessGroup | None = None)
     """
     inverse, found = given.inverse_temperature(), given.targets >= 0
     own = part.largest.double()
-    largest = own.clone()
-    if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    largest = own if ranks is None else ranks.largest(own)
     base = torch.where(largest > -INFINITY, largest, 0)
     gap = (part.target.double() - base) * inverse
-    if group is None:
+    if ranks is None:
         gap = torch.where(found, gap, float("nan"))
         return _finish(given, gap, part.entropy, largest, part.log_sum)
     share = (own - base) * inverse + part.log_sum.double()
     size = share.exp()
     weighted = torch.where(size > 0, size * (part.entropy.double() - torch.where(size > 0, share, 0)), 0)
     sums = torch.stack([size, weighted, torch.where(found, gap, 0), found.to(gap.dtype)])
-    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    ranks.add(sums)
     empty = largest == -INFINITY  # every logit is -inf
     log_sum = torch.where(empty, 0, sums[0].log())
     entropy = torch.where(empty, 0, (sums[1] / sums[0] + log_sum).clamp(min=0))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-import torch.distributed as dist
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -21,6 +20,7 @@ from v05.kernels.device import interpreting, on_device_of
 from v05.kernels.linear_logprob import passes
 from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
 from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
+from v05.kernels.linear_logprob.ranks import Ranks
 from v05.kernels.linear_logprob.softmax import Partial, Softmax, finish
 from v05.kernels.linear_logprob.tiles import HOPPER, SPLIT, Tile, architecture_of, hopper_tile_of, tile_for
 from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
@@ -236,15 +236,15 @@ def _partial(given: Inputs) -> Partial:
     return Partial(joined[0], joined[1], joined[2], chosen)
 
 
-def forward(given: Inputs, chunk: int, group: dist.ProcessGroup | None = None) -> Softmax:
+def forward(given: Inputs, chunk: int, ranks: Ranks | None = None) -> Softmax:
     """Log-prob, entropy and statistics `[T]`; float64, which tensor cores do not take here, by slices of logits."""
     rows = len(given.targets)
     if given.wide == torch.float64 or rows == 0:
-        return passes.forward(Gpu(), given, chunk, group)
+        return passes.forward(Gpu(), given, chunk, ranks)
     if rows <= ROWS_SUMMED:
-        return finish(given, _partial(given), group)
+        return finish(given, _partial(given), ranks)
     parts = [_partial(given.at(slice(*ends))) for ends in passes.steps(rows, ROWS_SUMMED)]
-    return finish(given, Partial(*(torch.cat(field) for field in zip(*parts, strict=True))), group)
+    return finish(given, Partial(*(torch.cat(field) for field in zip(*parts, strict=True))), ranks)
 
 
 def backward(
@@ -266,7 +266,7 @@ def backward(
 
 
 def forward_backward(
-    some: Inputs, derivative: Derivative, needs: Needs, chunk: int, group: dist.ProcessGroup | None = None
+    some: Inputs, derivative: Derivative, needs: Needs, chunk: int, ranks: Ranks | None = None
 ) -> tuple[Softmax, Gradients]:
     """Log-probs and gradients of a loss of them, rows by rows."""
-    return passes.forward_backward(Gpu(), some, derivative, needs, chunk, group)
+    return passes.forward_backward(Gpu(), some, derivative, needs, chunk, ranks)

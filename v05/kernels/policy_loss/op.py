@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
-from v05.kernels.custom import custom_op
+from v05.kernels.custom import custom_op, transforms
 from v05.kernels.policy_loss import reference
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.options import (
@@ -104,7 +104,7 @@ def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor 
     Returns:
         None where neither is possible.
     """
-    if type(grad_loss) is not Tensor or torch.compiler.is_compiling() or _kept():
+    if type(grad_loss) is not Tensor or torch.compiler.is_compiling() or transforms() or _kept():
         return None
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
         return gradient

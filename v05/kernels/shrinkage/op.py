@@ -12,7 +12,15 @@ from v05.kernels import dispatch, segments
 from v05.kernels.calibration.op import calibrated
 from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage import reference
-from v05.kernels.shrinkage.rules import Budget, check_group_shapes, check_group_values, make_budget, readable
+from v05.kernels.shrinkage.rules import (
+    Budget,
+    check_group_shapes,
+    check_group_values,
+    in_dtype,
+    make_budget,
+    readable,
+    within,
+)
 
 FUSIONS = ("v05", "calibrated")
 
@@ -106,7 +114,7 @@ def shrinkage(
         rewards: `[N]` floating, in `reward_range`; statistics come back in float32, or float64 for float64.
         offsets: `[G+1]` int64, ascending from 0 to N; group g is `rewards[offsets[g]:offsets[g+1]]`, may be empty.
         prior: `[G]` floating, the expected reward of each prompt, in `reward_range`.
-        reward_range: the smallest and the largest reward possible.
+        reward_range: the smallest and the largest reward possible; for half rewards, both as their dtype rounds them.
         cost: of one rollout, in units of the largest variance a reward in that range can have.
         k_init: rollouts a group needs before its first test; a smaller group plans exactly these.
         k_max: rollouts a group gets at most.
@@ -117,7 +125,9 @@ def shrinkage(
         state: of calibrated fusion, what the call on the last batch returned as `state`: small batches then lean on
             earlier ones. None starts anew, with half a group for each strength.
         state_decay: how much a group of the last batch counts for in this one.
-        check_values: check values on a device too, which waits for it; on the CPU they are always checked.
+        check_values: check values on a device too, which waits for it; on the CPU they are always checked. Where they
+            are not, calibrated fusion leaves a group with a prior or a reward that is not finite out of the fit, and
+            returns NaN for it alone.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
     Returns:
@@ -133,10 +143,11 @@ def shrinkage(
     reward of the batch, the left-out one included.
     """
     segments.choice("fusion", fusion, FUSIONS)
-    budget = make_budget(reward_range, cost, k_init, k_max)
+    given = make_budget(reward_range, cost, k_init, k_max)
     check_group_shapes(rewards, offsets, prior)
-    dtype = segments.working_dtype(rewards)
+    budget, dtype = in_dtype(given, rewards.dtype), segments.working_dtype(rewards)
     rewards, prior = segments.constant(rewards, rewards.dtype), segments.constant(prior, dtype)
+    prior = within(prior, given, budget)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
         *fused, soft, graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)

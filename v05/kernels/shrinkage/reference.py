@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from v05.kernels.shrinkage.rules import Budget, Outputs, group_sums
+from v05.kernels.shrinkage.rules import PLAN_SLACK, Budget, Outputs, group_sums
 
 
 def squared_deviation(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> Tensor:
@@ -27,13 +29,21 @@ def fuse(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> tuple[Tensor, Tens
     return d, w, torch.where(some, prior + w * (mean - prior), prior)
 
 
-def planned_rollouts(d: Tensor, count: Tensor, budget: Budget) -> Tensor:
-    """k*: the fewest rollouts, from k up, at which one more gains no more than it costs; below k_init, k_init."""
-    planned = count.clone()
-    s = budget.variance
-    for _ in range(budget.k_max):
-        gain = lookahead_gain(d, planned.to(d.dtype), s)
-        planned += ((planned < budget.k_max) & (gain > budget.cost * s)).long()
+def root(product: Tensor) -> Tensor:
+    """The u above 0 of which u (u + 1) is this."""
+    return ((1 + 4 * product).sqrt() - 1) / 2
+
+
+def planned_rollouts(about: Tensor, worth: Callable[[Tensor], Tensor], count: Tensor, budget: Budget) -> Tensor:
+    """k*: the fewest rollouts, from k up, at which one more gains no more than it costs; below k_init, k_init.
+
+    Up to rounding that is `about`, from where `worth` decides, which says whether one more than so many pays.
+    """
+    inside = torch.where((about > 0) & (about < budget.k_max), about, 0).long()  # k_max may fit into no floating dtype
+    guess = torch.where(about < budget.k_max, inside, budget.k_max) - PLAN_SLACK
+    planned = torch.where(worth(count), torch.maximum(count, guess), count)
+    for _ in range(2 * PLAN_SLACK):
+        planned += ((planned < budget.k_max) & worth(planned)).long()
     return torch.where(count < budget.k_init, budget.k_init, planned)
 
 
@@ -53,7 +63,8 @@ def shrinkage(
     d, w, baseline = fuse(mean, k, prior, s)
     mse = d * s / (k * d + s)
     gain = lookahead_gain(d, k, s)
-    planned = planned_rollouts(d, count, budget)
+    about = root(torch.ones_like(d) / budget.cost) - s / d
+    planned = planned_rollouts(about, lambda k: lookahead_gain(d, k, s) > budget.cost * s, count, budget)
     rollout_baseline = rewards.new_empty(0)
     if leave_one_out:
         others = (k - 1)[ids]

@@ -11,6 +11,7 @@ from torch import Tensor
 from v05.kernels import segments
 
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
+PLAN_SLACK = 2  # rollouts: how far rounding may push a plan
 
 
 # floats [6, G], integers [2, G], roll_out_more [G], rollout_baseline [N or 0], advantages [N or 0]
@@ -46,6 +47,38 @@ def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_m
     if not 1 <= k_init <= k_max:
         raise ValueError(f"k_init is {k_init} and k_max {k_max}; allowed: 1 <= k_init <= k_max")
     return Budget(low, high, float(cost), int(k_init), int(k_max))
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The value as a dtype holds it; itself where that would be infinite."""
+    info = torch.finfo(dtype)
+    spacing = info.eps * max(math.ldexp(1.0, math.frexp(value)[1] - 1), info.smallest_normal)
+    nearest = round(value / spacing) * spacing
+    return nearest if abs(nearest) <= info.max else value
+
+
+def in_dtype(budget: Budget, dtype: torch.dtype) -> Budget:
+    """The budget with the ends of its range as rewards of a half dtype hold them, so that one at an end is there.
+
+    Raises:
+        ValueError: in that dtype both ends are the same.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return budget
+    low, high = _rounded(budget.low, dtype), _rounded(budget.high, dtype)
+    if low == high:
+        given = f"({budget.low}, {budget.high})"
+        raise ValueError(f"reward_range is {given}, in {dtype} ({low}, {high}); allowed: ends that differ there too")
+    return budget._replace(low=low, high=high)
+
+
+def within(prior: Tensor, given: Budget, budget: Budget) -> Tensor:
+    """The prior moved to an end of the budget's range where that was rounded across it; others stay as they are."""
+    if budget == given:
+        return prior
+    slack = SLACK * (given.high - given.low)
+    allowed = (prior >= given.low - slack) & (prior <= given.high + slack)
+    return torch.where(allowed, prior.clamp(budget.low, budget.high), prior)
 
 
 def check_group_shapes(rewards: Tensor, offsets: Tensor, prior: Tensor | None) -> None:

@@ -8,10 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from v05.kernels.device import on_device_of
+from v05.kernels.shrinkage import rules
 from v05.kernels.shrinkage.rules import Budget, Outputs
 
 BLOCK_GROUPS = 32
 BLOCK_ROLLOUTS = 16
+PLAN_SLACK = tl.constexpr(rules.PLAN_SLACK)
 
 
 @triton.jit
@@ -64,6 +66,20 @@ def shifted_sum(rewards, begin, end, first, acc: tl.constexpr, BLOCK_G: tl.const
     return total
 
 
+@triton.jit
+def root(product):
+    """The u above 0 of which u (u + 1) is this."""
+    return (tl.sqrt(1 + 4 * product) - 1) * 0.5
+
+
+@triton.jit
+def first_guess(about, count, k_max):
+    """Where a plan may begin to grow, from count to k_max, which may fit into no floating dtype."""
+    below = about < k_max.to(about.dtype)
+    inside = tl.where(below & (about > 0), about, 0).to(tl.int64)
+    return tl.maximum(count, tl.where(below, inside, k_max) - PLAN_SLACK)
+
+
 @triton.jit(do_not_specialize=["groups", "k_init", "k_max"])
 def shrinkage_kernel(
     rewards,
@@ -96,10 +112,12 @@ def shrinkage_kernel(
     total = shifted_sum(rewards, begin, end, first, acc, BLOCK_G, BLOCK_K)
     mean = tl.where(count > 0, first + total / tl.maximum(k, 1), value)
     d, baseline = fused_baseline(mean, k, value, s)
-    planned = tl.maximum(count, k_init)
-    for _step in range(0, k_max - k_init):
+    about = root(1 / scalar(cost, acc)) - s / d
+    planned = tl.where(lookahead_gain(d, k, s) > limit, first_guess(about, count, k_max), count)
+    for _step in range(0, 2 * PLAN_SLACK):
         gain = lookahead_gain(d, planned.to(acc), s)
-        planned += ((count >= k_init) & (planned < k_max) & (gain > limit)).to(tl.int64)
+        planned += ((planned < k_max) & (gain > limit)).to(tl.int64)
+    planned = tl.where(count < k_init, k_init, planned)
     tl.store(floats + o_group, mean, mask=m_group)
     tl.store(floats + groups + o_group, d, mask=m_group)
     tl.store(floats + 2 * groups + o_group, d / (d + s / tl.maximum(k, 1)), mask=m_group)

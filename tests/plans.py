@@ -1,0 +1,38 @@
+"""What every backend plans: the first number of rollouts at which one more does not pay, however many are allowed."""
+
+import torch
+
+from v05.kernels import shrinkage
+from v05.kernels.shrinkage.reference import lookahead_gain
+from v05.testing import RaggedGroups, ragged_groups
+
+
+def check_plans(backend, dtype):
+    """Against the rule, asked one rollout after the other; the CPU asks it in float64, so there a tie may tip."""
+    data = ragged_groups(300, 0, 12, seed=13, dtype=dtype)
+    for cost in (0.0, 1e-12, 1e-5, 1 / 1024, 1 / 256, 1 / 90, 0.3, 1e6):
+        for k_init, k_max in ((1, 1), (4, 4), (4, 5), (3, 16), (4, 90), (2, 700)):
+            result = shrinkage(*data, cost=cost, k_init=k_init, k_max=k_max, backend=backend)
+            planned = result.count.clone()
+            for _ in range(k_max):
+                gain = lookahead_gain(result.deviation, planned.to(dtype), 1.0)
+                planned += ((planned < k_max) & (gain > cost)).long()
+            planned = torch.where(result.count < k_init, k_init, planned)
+            if backend == "cpu" and dtype == torch.float32:
+                assert ((result.planned - planned).abs() <= 1).all(), (cost, k_max)
+            else:
+                assert torch.equal(result.planned, planned), (cost, k_max)
+
+
+def check_the_largest_k_max(backend, fusion, dtype):
+    """The same plans as with a k_max that is just out of reach, at once; without a cost, all of it."""
+    most = 2**63 - 1  # which as a float is 2^63, and that is no int64
+    data = ragged_groups(100, 0, 9, seed=3, dtype=dtype)
+    options = dict(fusion=fusion, cost=1 / 256, backend=backend)
+    plans = [shrinkage(*data, k_max=k_max, **options).planned for k_max in (64, 10**9, most)]
+    assert torch.equal(plans[0], plans[1])
+    assert torch.equal(plans[0], plans[2])
+    assert plans[0].max() < 64
+    most = most if dtype == torch.float64 else 2**50  # whose square is a float32
+    surprise = RaggedGroups(torch.full((4,), -1, dtype=dtype), torch.tensor([0, 4]), torch.tensor([1], dtype=dtype))
+    assert shrinkage(*surprise, k_max=most, fusion=fusion, cost=0.0, backend=backend).planned.item() == most
