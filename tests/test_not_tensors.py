@@ -52,3 +52,9 @@ CALLS = [
 def test_the_argument_is_named(op, tensors, others, name, make):
     with pytest.raises(TypeError, match=rf"^{name} is a (list|ndarray); allowed: a tensor$"):
         op(**{**tensors, **others, name: make(tensors[name])})
+
+
+@pytest.mark.parametrize("fusion", ["v05", "calibrated"])
+def test_shrinkage_needs_a_prior(fusion):
+    with pytest.raises(TypeError, match="prior is a NoneType"):
+        shrinkage(torch.ones(2), torch.tensor([0, 2]), None, fusion=fusion)

@@ -10,14 +10,7 @@ from v05.kernels.advantage import reference
 from v05.kernels.advantage.baselines import MAKERS, Given
 from v05.kernels.advantage.estimators import Baseline, Scale, resolve
 from v05.kernels.custom import custom_op
-from v05.kernels.shrinkage.rules import (
-    check_group_shapes,
-    check_group_values,
-    in_dtype,
-    make_budget,
-    readable,
-    within,
-)
+from v05.kernels.shrinkage.rules import check_group_values, make_budget, prepared, readable
 
 
 @custom_op("v05::group_advantage")
@@ -106,11 +99,8 @@ def group_advantage(
         raise ValueError(f"prior is {state}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
-    check_group_shapes(rewards, offsets, prior)
-    budget, dtype = in_dtype(given, rewards.dtype), segments.working_dtype(rewards)
-    low, high = budget[:2]
-    rewards = segments.constant(rewards, rewards.dtype)
-    prior = None if prior is None else within(segments.constant(prior, dtype), given, budget)
+    rewards, prior, (low, high, *_) = prepared(rewards, offsets, prior, given)
+    dtype = segments.working_dtype(rewards)
     if lengths is not None:
         segments.check_tensor("lengths", lengths)
         if lengths.shape != rewards.shape:

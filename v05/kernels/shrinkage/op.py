@@ -12,15 +12,7 @@ from v05.kernels import dispatch, segments
 from v05.kernels.calibration.op import calibrated
 from v05.kernels.custom import custom_op
 from v05.kernels.shrinkage import reference
-from v05.kernels.shrinkage.rules import (
-    Budget,
-    check_group_shapes,
-    check_group_values,
-    in_dtype,
-    make_budget,
-    readable,
-    within,
-)
+from v05.kernels.shrinkage.rules import Budget, check_group_values, make_budget, prepared, readable
 
 FUSIONS = ("v05", "calibrated")
 
@@ -144,10 +136,8 @@ def shrinkage(
     """
     segments.choice("fusion", fusion, FUSIONS)
     given = make_budget(reward_range, cost, k_init, k_max)
-    check_group_shapes(rewards, offsets, prior)
-    budget, dtype = in_dtype(given, rewards.dtype), segments.working_dtype(rewards)
-    rewards, prior = segments.constant(rewards, rewards.dtype), segments.constant(prior, dtype)
-    prior = within(prior, given, budget)
+    segments.check_tensor("prior", prior)
+    rewards, prior, budget = prepared(rewards, offsets, prior, given)
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
         *fused, soft, graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
@@ -156,7 +146,7 @@ def shrinkage(
         raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
     chosen = dispatch.backend_for("shrinkage", rewards, backend)
     if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_group_values(rewards.to(dtype), offsets, prior, budget.low, budget.high)
+        check_group_values(rewards.to(prior.dtype), offsets, prior, budget.low, budget.high)
     rewards = readable(rewards, chosen)
     if chosen == "reference":
         outputs = reference.shrinkage(rewards, offsets, prior, budget, leave_one_out, advantages)

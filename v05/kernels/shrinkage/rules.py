@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from v05.kernels import segments
 
+Some = TypeVar("Some", Tensor, Tensor | None)
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
 PLAN_SLACK = 2  # rollouts: how far rounding may push a plan
 
@@ -72,7 +73,15 @@ def in_dtype(budget: Budget, dtype: torch.dtype) -> Budget:
     return budget._replace(low=low, high=high)
 
 
-def within(prior: Tensor, given: Budget, budget: Budget) -> Tensor:
+def check_group_shapes(rewards: Tensor, offsets: Tensor, prior: Tensor | None) -> None:
+    """Raises where rewards `[N]`, offsets `[G+1]` and prior `[G]` do not fit together; values are not read."""
+    segments.check_vector("rewards", rewards)
+    segments.check_offsets("offsets", offsets, rewards)
+    if prior is not None:
+        segments.check_vector("prior", prior, rewards, offsets.numel() - 1)
+
+
+def _within(prior: Tensor, given: Budget, budget: Budget) -> Tensor:
     """The prior moved to an end of the budget's range where that was rounded across it; others stay as they are."""
     if budget == given:
         return prior
@@ -81,12 +90,18 @@ def within(prior: Tensor, given: Budget, budget: Budget) -> Tensor:
     return torch.where(allowed, prior.clamp(budget.low, budget.high), prior)
 
 
-def check_group_shapes(rewards: Tensor, offsets: Tensor, prior: Tensor | None) -> None:
-    """Raises where rewards `[N]`, offsets `[G+1]` and prior `[G]` do not fit together; values are not read."""
-    segments.check_vector("rewards", rewards)
-    segments.check_offsets("offsets", offsets, rewards)
+def prepared(rewards: Tensor, offsets: Tensor, prior: Some, given: Budget) -> tuple[Tensor, Some, Budget]:
+    """The rewards in their own dtype, the prior in the working dtype, both without gradient, and the budget by which
+    they count: a half dtype rounds the ends of the range.
+
+    Raises:
+        ValueError, TypeError: they do not fit together, or the range has one end in that dtype. Values are not read.
+    """
+    check_group_shapes(rewards, offsets, prior)
+    budget = in_dtype(given, rewards.dtype)
     if prior is not None:
-        segments.check_vector("prior", prior, rewards, offsets.numel() - 1)
+        prior = _within(segments.constant(prior, segments.working_dtype(rewards)), given, budget)
+    return segments.constant(rewards, rewards.dtype), prior, budget
 
 
 def check_group_values(rewards: Tensor, offsets: Tensor, prior: Tensor | None, low: float, high: float) -> None:
