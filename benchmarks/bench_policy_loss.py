@@ -1,4 +1,4 @@
-"""policy_loss (PPO with dual clip) beside torch, eager and compiled, and verl's function; from logits, beside Liger's.
+"""policy_loss (PPO with dual clip, GSPO) beside torch, eager and compiled, and verl's; from logits, beside Liger's.
 
 The torch rivals compute the loss alone, ours the loss and eleven metrics, verl's the loss and three. Sequences have
 equal lengths, so verl's padded layout has no padding: the input that favours it most.
@@ -38,14 +38,20 @@ class VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-def case(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
+def packed(sequences: int, length: int, device: torch.device, seed: int) -> list[Tensor]:
+    """logprobs, old_logprobs, advantages, weights and sequence_offsets, the mean over tokens as the weights."""
     rng = torch.Generator().manual_seed(seed)
     tokens = sequences * length
-    logprobs = -torch.randn(tokens, generator=rng).abs().to(device)
-    old = (logprobs.cpu() + 0.2 * torch.randn(tokens, generator=rng)).to(device)
-    advantages = torch.randn(sequences, generator=rng).to(device)
-    weights = torch.full((tokens,), 1 / tokens, device=device)
-    offsets = torch.arange(0, tokens + 1, length, device=device)
+    logprobs = -torch.randn(tokens, generator=rng).abs()
+    old = logprobs + 0.2 * torch.randn(tokens, generator=rng)
+    advantages, weights = torch.randn(sequences, generator=rng), torch.full((tokens,), 1 / tokens)
+    offsets = torch.arange(0, tokens + 1, length)
+    return [values.to(device) for values in (logprobs, old, advantages, weights, offsets)]
+
+
+def case(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
+    tokens = sequences * length
+    logprobs, old, advantages, weights, offsets = packed(sequences, length, device, seed)
     per_token = advantages.repeat_interleave(length)
     upstream = [torch.ones((), device=device)]
     options = dict(clip_low=LOW, clip_high=HIGH, dual_clip=DUAL)
@@ -97,6 +103,62 @@ def eager_from_logits(logits: Tensor, chosen: Tensor, old: Tensor, gains: Tensor
     """The loss of the chosen tokens' log-probs; logits `[B, L, V]`, the others `[B, L - 1]`."""
     log_p = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, chosen[..., None]).squeeze(2)
     return eager(log_p, old, gains, weights)
+
+
+def eager_by_sequence(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """GSPO's clipped loss (arXiv 2507.18071): a ratio per sequence; all `[B, L]` but advantages `[B, 1]`."""
+    mean = (logprobs - old).mean(1, keepdim=True)
+    ratio = torch.exp((logprobs - logprobs.detach() + mean.detach()).clamp(-20, 20))
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - LOW, 1 + HIGH))
+    return ((loss * weights).sum(),)
+
+
+def case_by_sequence(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
+    """GSPO: every token waits for its whole sequence."""
+    tokens, shape = sequences * length, (sequences, length)
+    logprobs, old, advantages, weights, offsets = packed(sequences, length, device, seed)
+    upstream = [torch.ones((), device=device)]
+
+    def ours(backend: str | None = None) -> Run:
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            named = dict(sequence_offsets=offsets, level="sequence", backend=backend)
+            return (policy_loss(x, old, advantages, weights, clip_low=LOW, clip_high=HIGH, **named).loss,)
+
+        return forward_backward(loss, logprobs, upstream)
+
+    def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
+        given = (old.view(shape), advantages[:, None], weights.view(shape))
+        return forward_backward(lambda x: function(x.view(shape), *given), logprobs, upstream)
+
+    def verl(algos: ModuleType, configs: ModuleType) -> Run:
+        sizes = dict(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
+        config = configs.ActorConfig(clip_ratio=LOW, clip_ratio_low=LOW, clip_ratio_high=HIGH, **sizes)
+        mask, gains = torch.ones(shape, device=device), advantages[:, None].expand(shape)
+
+        def loss(x: Tensor) -> Sequence[Tensor]:
+            given = (old.view(shape), x.view(shape), gains, mask)
+            return (algos.compute_policy_loss_gspo(*given, "seq-mean-token-mean", config)[0],)
+
+        return forward_backward(loss, logprobs, upstream)
+
+    return Case(
+        op="policy_loss",
+        shape=f"GSPO, {tokens} tokens, {sequences} sequences",
+        dtype="float32",
+        direction="forward + backward",
+        bytes=tokens * 4 * (3 + 1) + sequences * 12,
+        flops=tokens * 12,
+        contenders=[
+            Contender(OURS, ours()),
+            Contender("torch eager", plain(eager_by_sequence)),
+            Contender("torch.compile", plain(compiled(eager_by_sequence))),
+            *of_backends(ours, device),
+            rival("verl", "verl.trainer.ppo.core_algos verl.workers.config", verl),
+            Contender("TRL", None, "computed inside its trainer, no function to call"),
+        ],
+        device=device,
+        another=lambda other: case_by_sequence(sequences, length, device, other),
+    )
 
 
 def case_from_logits(
@@ -164,4 +226,6 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     full = FULL + (LARGE if device.type == "cuda" else [])
     yield from (case(sequences, length, device) for sequences, length in (QUICK if quick else full))
     if not quick:
+        for sequences, length in (FULL[1:] + LARGE) if device.type == "cuda" else FULL[2:]:
+            yield case_by_sequence(sequences, length, device)
         yield case_from_logits(*(LOGITS_LARGE if device.type == "cuda" else LOGITS), device)

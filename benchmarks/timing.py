@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Sequence[Tensor]]
-REPLAYED = 16  # calls in a graph at least, so that one replay is long beside the resolution of an event
+REPLAYED = 16  # calls in a graph, so that one replay is long beside the resolution of an event
+REPLAY_MS = 4.0  # or fewer, where they take this long
 MOST_INPUTS = 64  # sets of inputs that a GPU goes through in turn
 HOST_CALLS = 20
+HOST_MS = 50.0  # that these may take; one call always does
 
 
 @dataclass(frozen=True)
@@ -77,27 +79,32 @@ def clock_of(runs: Sequence[Run], device: torch.device, graph: bool = False) -> 
     """The clock of a contender that does the same work on each of several inputs, which it goes through in turn."""
     if device.type != "cuda":
         return Clock(runs[0], 1, "wall clock")
-    repeated = list(runs) * -(-REPLAYED // len(runs))
-    replayed = captured(repeated) if graph else None
-    if replayed is not None:
-        return Clock(replayed.replay, len(repeated), "graph")
     turn = itertools.cycle(runs)
-    return Clock(lambda: next(turn)(), 1, "events")
+    by_events = Clock(lambda: next(turn)(), 1, "events")
+    if not graph:
+        return by_events
+    by_events.milliseconds()
+    wanted = min(REPLAYED, int(REPLAY_MS / by_events.milliseconds()) + 1)
+    repeated = list(runs) * -(-wanted // len(runs))
+    replayed = captured(repeated)
+    return by_events if replayed is None else Clock(replayed.replay, len(repeated), "graph")
 
 
 def host_microseconds(run: Run, device: torch.device) -> float | None:
     """Microseconds that the host is busy with one call on a GPU, while the device still works; None on a CPU."""
     if device.type != "cuda":
         return None
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    calls = 1
+    for _ in range(4):
         synchronise(device)
         begin = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(calls):
             run()
-        times.append((time.perf_counter() - begin) * 1e6 / HOST_CALLS)
+        times.append((time.perf_counter() - begin) * 1e6 / calls)
+        calls = max(1, min(HOST_CALLS, int(HOST_MS * 1e3 / times[-1])))
     synchronise(device)
-    return min(times)
+    return min(times[1:])
 
 
 def _resident(key: str) -> int:

@@ -23,16 +23,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 BUDGET = 530  # seconds for everything
 TAIL = 12  # lines of a failed step's log in the summary
-OPS = (
-    "linear_logprob",
-    "token_logprob",
+OPS = (  # the long ones last
     "policy_loss",
     "shrinkage",
-    "calibration",
     "advantage",
+    "calibration",
     "query_attention",
+    "token_logprob",
+    "linear_logprob",
 )
 PROBE = """
 import sys, torch
@@ -101,7 +102,7 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     large = pytest_step("large", "large", out, 90, parallel=False)
     bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
     timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--rows-only", "--op"]
-    benches = [[Step(f"bench-{op}", [*timing, op], 120)] for op in OPS]
+    benches = [[Step(f"bench-{op}", [*timing, op], 150)] for op in OPS]
     compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 120) for op in OPS]  # rivals, side by side
     report = Step("bench-report", [*bench, "--report-only"], 30)
     return [[build], [imports], [tests], [large, *sanitizers], compiling, *benches, [report]]
@@ -132,7 +133,7 @@ def run(step: Step, out: Path, deadline: float) -> Result:
             process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | step.environment,
+                env=os.environ | {"PYTHONPATH": PATH} | step.environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

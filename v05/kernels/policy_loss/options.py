@@ -255,7 +255,7 @@ def _check_kept(name: str, values: Tensor, bad: Tensor, offsets: Tensor, allowed
     if where.numel():
         i = int(where[0])
         sequence = int(torch.searchsorted(offsets, i, right=True)) - 1
-        raise ValueError(f"{name}[{i}] is {float(values[i]):g} (sequence {sequence}); allowed: {allowed}")
+        raise ValueError(f"{name}[{i}] is {float(values[i].detach()):g} (sequence {sequence}); allowed: {allowed}")
 
 
 def check_token_values(given: Inputs, kinds: Kinds) -> None:
