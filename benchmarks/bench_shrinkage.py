@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Contender, compiled, of_backends
+from benchmarks.rivals import groups_of
 from benchmarks.timing import Run
 from v05.kernels import shrinkage
 from v05.kernels.calibration.components import COMPONENTS, STEPS
-from v05.testing import ragged_groups
 
 FULL, QUICK = [512, 4096, 65536], [512]
 
@@ -27,8 +27,8 @@ def statistics(
 
 
 def case(groups: int, device: torch.device, fusion: str = "v05", seed: int = 0) -> Case:
-    data = [tensor.to(device) for tensor in ragged_groups(groups, 4, 16, seed=seed)]
-    rewards = data[0]
+    data = groups_of(groups, device, seed)
+    rewards = data.rewards
 
     def run(backend: str | None) -> Run:
         return lambda: statistics(*data, fusion, backend)

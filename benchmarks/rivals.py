@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Run
+from v05.testing import RaggedGroups, ragged_groups
 
 
 def forward_backward(function: Callable[[Tensor], Sequence[Tensor]], leaf: Tensor, upstream: Sequence[Tensor]) -> Run:
@@ -30,3 +31,11 @@ def without_gradient(function: Callable[[], Sequence[Tensor]]) -> Run:
             return function()
 
     return run
+
+
+def groups_of(groups: int, device: torch.device, seed: int) -> RaggedGroups:
+    """Groups of 4 to 16 rollouts. Every seed has the same lengths, so that torch.compile need not allow for others."""
+    rewards, offsets, prior = ragged_groups(groups, 4, 16)
+    rng = torch.Generator().manual_seed(seed)
+    shuffled = (values[torch.randperm(len(values), generator=rng)] for values in (rewards, prior))
+    return RaggedGroups(next(shuffled).to(device), offsets.to(device), next(shuffled).to(device))

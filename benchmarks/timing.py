@@ -16,6 +16,7 @@ from torch import Tensor
 Run = Callable[[], Sequence[Tensor]]
 REPLAYED = 16  # calls in a graph, so that one replay is long beside the resolution of an event
 REPLAY_MS = 4.0  # or fewer, where they take this long
+LONG_MS = 20.0  # a call from which on no graph is made
 MOST_INPUTS = 64  # sets of inputs that a GPU goes through in turn
 HOST_CALLS = 20
 HOST_MS = 50.0  # that these may take; one call always does
@@ -23,11 +24,15 @@ HOST_MS = 50.0  # that these may take; one call always does
 
 @dataclass(frozen=True)
 class Clock:
-    """Times a contender: `tick` does `calls` calls; `how` is "graph", "events" or "wall clock"."""
+    """Times a contender: `tick` does `calls` calls; `how` is "graph", "events" or "wall clock".
+
+    `runs` are held because a graph reads their inputs where they lay when it was captured.
+    """
 
     tick: Callable[[], object]
     calls: int
     how: str
+    runs: Sequence[Run]
 
     def milliseconds(self) -> float:
         """Milliseconds a call, from one tick."""
@@ -78,16 +83,19 @@ def captured(runs: Sequence[Run]) -> torch.cuda.CUDAGraph | None:
 def clock_of(runs: Sequence[Run], device: torch.device, graph: bool = False) -> Clock:
     """The clock of a contender that does the same work on each of several inputs, which it goes through in turn."""
     if device.type != "cuda":
-        return Clock(runs[0], 1, "wall clock")
+        return Clock(runs[0], 1, "wall clock", runs)
     turn = itertools.cycle(runs)
-    by_events = Clock(lambda: next(turn)(), 1, "events")
+    by_events = Clock(lambda: next(turn)(), 1, "events", runs)
     if not graph:
         return by_events
     by_events.milliseconds()
-    wanted = min(REPLAYED, int(REPLAY_MS / by_events.milliseconds()) + 1)
+    took = by_events.milliseconds()
+    if took > LONG_MS:
+        return by_events
+    wanted = min(REPLAYED, int(REPLAY_MS / took) + 1)
     repeated = list(runs) * -(-wanted // len(runs))
     replayed = captured(repeated)
-    return by_events if replayed is None else Clock(replayed.replay, len(repeated), "graph")
+    return by_events if replayed is None else Clock(replayed.replay, len(repeated), "graph", runs)
 
 
 def host_microseconds(run: Run, device: torch.device) -> float | None:
