@@ -2,6 +2,7 @@
 // a fixed order; what one block goes through needs no such launch. Options on whole sequences have a pass of their own.
 #include <type_traits>
 
+#include "cuda/async.cuh"
 #include "cuda/policy_sequences.cuh"
 #include "cuda/policy_sums.cuh"
 #include "cuda/policy_token.cuh"
@@ -11,91 +12,111 @@ namespace v05::cuda {
 
 namespace {
 
-constexpr int kEach = 4;  // neighbouring tokens of a thread, read together
-constexpr int64_t kWarpTokens = kWarp * kEach, kTile = kThreads * kEach;
+constexpr int kTile = 1024;  // tokens that blocks are dealt
+constexpr int kAlone = 4;    // tiles up to which one block takes all
 
+enum Array { kWeight, kLogprob, kOldLogprob, kAdvantage, kArrays };
+
+// What the threads of a block read of as many vectors of neighbouring tokens, each its own.
 template <class T>
-struct alignas(16) Four {
-  T at[kEach];
+struct Fetched {
+  Vector<T> of[kArrays][kThreads];
+
+  // Begins with the elements from i on, up to `end`.
+  __device__ __forceinline__ void begin(const PolicyInputs<T>& in, int64_t i, int64_t end, bool aligned) {
+    const T* from[kArrays] = {in.weights + i, in.logprobs + i, in.old_logprobs + i, in.advantages + i};
+    if (aligned && end - i >= Vector<T>::kSize) {
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a)
+        if (a < kAdvantage || in.advantage_per_token) copy_async<16>(of[a][threadIdx.x].at, from[a]);
+    } else {
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a)
+        if (a < kAdvantage || in.advantage_per_token) copy_part(of[a][threadIdx.x], from[a], end - i);
+    }
+    commit_copies();
+  }
 };
 
-// Tokens i to i + kEach of n, or 0 past the end; `whole` where they are all there and begin at a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ Four<T> load_four(const T* __restrict__ values, int64_t i, int64_t n, bool whole) {
-  if (whole) return *reinterpret_cast<const Four<T>*>(values + i);
-  Four<T> four;
-#pragma unroll
-  for (int k = 0; k < kEach; ++k) four.at[k] = i + k < n ? values[i + k] : T(0);
-  return four;
-}
-
-template <class T>
-__device__ __forceinline__ void store_four(T* __restrict__ values, int64_t i, int64_t n, bool whole,
-                                           const Four<T>& four) {
-  if (whole) {
-    *reinterpret_cast<Four<T>*>(values + i) = four;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kEach; ++k)
-    if (i + k < n) values[i + k] = four.at[k];
-}
-
-// How many of every `stride`-th sequences from `first` on have an unmasked token, in a warp's first lane.
+// How many of every `stride`-th sequences from `first` on have an unmasked token, for a warp, in its lanes' sum.
 template <class T>
 __device__ __forceinline__ T sequences_kept(const PolicyInputs<T>& in, int64_t first, int64_t stride) {
   const int lane = threadIdx.x % kWarp;
   T kept = 0;
-  for (int64_t s = first; s < in.sequences; s += stride) {
-    const int64_t end = in.offsets[s + 1];
-    for (int64_t start = in.offsets[s]; start < end; start += kWarp)
-      if (__any_sync(kEveryLane, start + lane < end && in.weights[start + lane] != T(0))) {
-        kept += lane == 0 ? 1 : 0;
-        break;
-      }
+  for (int64_t base = first; base < in.sequences; base += stride * kWarp) {
+    const int64_t s = base + lane * stride;
+    int64_t start = s < in.sequences ? in.offsets[s] : 0;
+    const int64_t end = s < in.sequences ? in.offsets[s + 1] : 0;
+    const bool at_once = start < end && in.weights[start] != T(0);  // as nearly always
+    kept += at_once ? 1 : 0;
+    for (unsigned open = __ballot_sync(kEveryLane, start + 1 < end && !at_once); open; open &= open - 1) {
+      const int whose = __ffs(open) - 1;
+      const int64_t from = __shfl_sync(kEveryLane, start, whose), to = __shfl_sync(kEveryLane, end, whose);
+      bool found = false;
+      for (int64_t i = from + lane; !found && i - lane < to; i += kWarp)
+        found = __any_sync(kEveryLane, i < to && in.weights[i] != T(0));
+      kept += found && lane == whose ? 1 : 0;
+    }
   }
   return kept;
 }
 
-// The advantages of neighbouring tokens of a thread, each the token's own or its sequence's.
+// The advantages of neighbouring tokens of several sequences.
 template <class T>
-__device__ __forceinline__ Four<T> advantages_of(const PolicyInputs<T>& in, const Span& span, int64_t i, bool full) {
-  if (in.advantage_per_token) return load_four(in.advantages, i, in.n, full);
-  Four<T> advantage;
-  int64_t s = span.one() ? span.first : span.of(in.offsets, i);
+__device__ __forceinline__ Vector<T> advantages_of(const PolicyInputs<T>& in, const Span& span, int64_t i) {
+  Vector<T> advantage;
+  int64_t s = span.of(in.offsets, i);
   int64_t next = s < span.last ? in.offsets[s + 1] : in.n;
 #pragma unroll
-  for (int k = 0; k < kEach; ++k) {
-    if (!span.one())
-      while (s < span.last && i + k >= next) next = in.offsets[++s + 1];
-    advantage.at[k] = span.one() && k ? advantage.at[0] : in.advantages[s];
+  for (int k = 0; k < Vector<T>::kSize; ++k) {
+    while (s < span.last && i + k >= next) next = in.offsets[++s + 1];
+    advantage.at[k] = in.advantages[s];
   }
   return advantage;
 }
 
+// The next tokens of a block, and where they are, are read while it works on those before.
 template <Surrogate kSurrogate, Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kLeast<T>)
     token_kernel(PolicyInputs<T> in, bool aligned, T* __restrict__ gradient, PolicyOutputs<T> out) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  constexpr int kEach = Vector<T>::kSize, kStep = kThreads * kEach, kOfWarp = kWarp * kEach;
+  __shared__ Fetched<T> fetched[2];
+  allow_next_launch();
+  const int warp = threadIdx.x / kWarp;
   // Every block takes tiles that follow each other, the first ones one more where they do not come out even.
   const int64_t tiles = (in.n + kTile - 1) / kTile, each = tiles / gridDim.x, more = tiles % gridDim.x;
-  const int64_t begin = blockIdx.x * each + smaller<int64_t>(blockIdx.x, more);
-  const int64_t end = begin + each + (blockIdx.x < more ? 1 : 0);
+  const int64_t begin = (blockIdx.x * each + smaller<int64_t>(blockIdx.x, more)) * kTile;
+  const int64_t end = smaller(in.n, begin + (each + (blockIdx.x < more ? 1 : 0)) * kTile);
+  fetched[0].begin(in, begin + threadIdx.x * kEach, end, aligned);
   T sums[kPolicySums] = {};
-  int64_t low = -1;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * kTile + warp * kWarpTokens, i = first + lane * kEach;
-    if (first >= in.n) break;
-    // Together, before the mask is known: what a masked token holds is read but never used.
-    const bool full = aligned && i + kEach <= in.n;
-    const Four<T> weight = load_four(in.weights, i, in.n, full);
-    const Four<T> logprob = load_four(in.logprobs, i, in.n, full);
-    const Four<T> old = load_four(in.old_logprobs, i, in.n, full);
-    if (low < 0) low = sequence_of(in.offsets, first, 0, in.sequences - 1);
-    const Span span(in.offsets, in.sequences, first, smaller(first + kWarpTokens, in.n) - 1, low);
-    low = span.first;
-    const Four<T> advantage = advantages_of(in, span, i, full);
-    Four<T> slope;
+  sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
+  int64_t first = begin + warp * kOfWarp;  // of the warp's tokens
+  const auto span_from = [&](int64_t low, int64_t nearby) {
+    return Span(in.offsets, in.sequences, first, smaller(first + kOfWarp, end) - 1, low, nearby);
+  };
+  const bool of_sequence = !in.advantage_per_token;
+  int64_t low = of_sequence && first < end ? sequence_of(in.offsets, first, 0, in.sequences - 1) : 0;
+  Span span = span_from(low, of_sequence && first < end ? nearby_begin(in.offsets, in.sequences, low) : INT64_MAX);
+  T of_span = of_sequence && first < end ? in.advantages[span.first] : T(0);
+  for (int now = 0; first < end; now ^= 1) {
+    const int64_t i = first + threadIdx.x % kWarp * kEach;
+    fetched[now ^ 1].begin(in, i + kStep, end, aligned);
+    const bool goes_on = of_sequence && first + kStep < end;
+    const int64_t nearby = goes_on ? nearby_begin(in.offsets, in.sequences, span.first) : INT64_MAX;
+    wait_for_copies<1>();
+    const Fetched<T>& mine = fetched[now];
+    const Vector<T> weight = mine.of[kWeight][threadIdx.x], logprob = mine.of[kLogprob][threadIdx.x];
+    const Vector<T> old = mine.of[kOldLogprob][threadIdx.x];
+    Vector<T> advantage;
+    if (in.advantage_per_token) {
+      advantage = mine.of[kAdvantage][threadIdx.x];
+    } else if (span.one()) {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) advantage.at[k] = of_span;
+    } else {
+      advantage = advantages_of(in, span, i);
+    }
+    Vector<T> slope;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       slope.at[k] = T(0);
@@ -104,9 +125,17 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
                                                    Whole<T>{}, sums)
                           .direct;
     }
-    store_four(gradient, i, in.n, full, slope);
+    first += kStep;
+    if (goes_on) {
+      span = span_from(span.first, nearby);
+      of_span = in.advantages[span.first];
+    }
+    if (aligned && i + kEach <= end)
+      store_vector<true>(gradient, i, end, slope);
+    else
+      store_vector<false>(gradient, i, end, slope);
   }
-  sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
+  wait_for_copies<0>();
   if (kForm == Form::plain) sums[kSamplerWeight] = sums[kTokens];
   out.leave(sums);
 }
@@ -115,14 +144,20 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(T* __restrict__ values, int64_t n, const T* __restrict__ factor, bool aligned) {
+  wait_for_last_launch();
   const T by = *factor;
   if (by == T(1)) return;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEach; i < n; i += gridDim.x * kTile) {
-    const bool full = aligned && i + kEach <= n;
-    Four<T> four = load_four(values, i, n, full);
+  constexpr int kEach = Vector<T>::kSize;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kEach; i < n;
+       i += int64_t(gridDim.x) * kThreads * kEach) {
+    const bool whole = aligned && i + kEach <= n;
+    Vector<T> each = load_vector(values, i, n, whole, T(0));
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) four.at[k] *= by;
-    store_four(values, i, n, full, four);
+    for (int k = 0; k < kEach; ++k) each.at[k] *= by;
+    if (whole)
+      store_vector<true>(values, i, n, each);
+    else
+      store_vector<false>(values, i, n, each);
   }
 }
 
@@ -161,7 +196,7 @@ bool all_aligned(Pointers... pointers) {
 
 int64_t policy_blocks(int64_t n, int64_t sequences, bool whole) {
   const int64_t tiles = (n + kTile - 1) / kTile, crews = long_sequences(n, sequences) ? 1 : kWarps;
-  const int64_t blocks = whole ? (sequences + crews - 1) / crews : tiles;
+  const int64_t blocks = whole ? (sequences + crews - 1) / crews : tiles > kAlone ? tiles : 1;
   return blocks <= 1 ? 1 : smaller(blocks, blocks_at_a_time());
 }
 
@@ -184,7 +219,7 @@ void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* los
     const auto kernel = plain ? token_kernel<kSurrogate, Form::plain, T> : token_kernel<kSurrogate, Form::token, T>;
     kernel<<<blocks, kThreads, 0, stream>>>(in, aligned, gradient, out);
   });
-  if (blocks > 1) finish_kernel<<<1, kPolicySums * kWarp, 0, stream>>>(out, int64_t(blocks));
+  if (blocks > 1) launch_next(finish_kernel<T>, 1, kPolicySums * kWarp, stream, out, int64_t(blocks));
   check_launch("policy_loss");
 }
 
@@ -192,7 +227,8 @@ template <class T>
 void scale_unless_one(T* values, int64_t n, const T* factor, cudaStream_t stream) {
   const int64_t tiles = smaller((n + kTile - 1) / kTile, 2 * blocks_at_a_time());
   if (tiles)
-    scale_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(values, n, factor, all_aligned(values));
+    launch_next(scale_kernel<T>, static_cast<unsigned>(tiles), kThreads, stream, values, n, factor,
+                all_aligned(values));
   check_launch("scale_unless_one");
 }
 

@@ -1,5 +1,5 @@
 // Policy losses with an option on whole sequences: a crew of threads goes through a sequence two or three times, from
-// memory once and then from the cache.
+// memory once and then from the cache, or from registers where the sequence is short.
 #pragma once
 
 #include "cuda/policy_sums.cuh"
@@ -29,8 +29,24 @@ struct Crew {
     return __shfl_sync(kEveryLane, warp_sum(value), 0);
   }
 
-  // Calls body with every token of a sequence that is the calling thread's, masked ones included: place, weight,
-  // log-prob and old one. What a masked token holds is read, together with the rest, but must not be used.
+  // Whether a thread has no more tokens of a sequence than it reads together.
+  template <class T>
+  __device__ __forceinline__ static bool at_once(const PolicyInputs<T>& in, int64_t s) {
+    return in.offsets[s + 1] - in.offsets[s] <= kAhead * kSize;
+  }
+
+  // Calls body with which it is and its place for every token of such a sequence that is the calling thread's.
+  template <class T, class Body>
+  __device__ __forceinline__ void each_place(const PolicyInputs<T>& in, int64_t s, const Body& body) const {
+    const int64_t begin = in.offsets[s] + place, end = in.offsets[s + 1];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (begin + u * kSize < end) body(u, begin + u * kSize);
+  }
+
+  // Calls body with every token of a sequence that is the calling thread's, masked ones included: which of kTogether it
+  // is, its place, weight, log-prob and old one. What a masked token holds is read, together with the rest, but must
+  // not be used.
   template <int kTogether, class T, class Body>
   __device__ __forceinline__ void each_token(const PolicyInputs<T>& in, int64_t s, const Body& body) const {
     constexpr int kStep = kTogether * kSize;
@@ -48,7 +64,7 @@ struct Crew {
       }
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
-        if (u * kSize < left) body(i + u * kSize, weight[u], logprob[u], old[u]);
+        if (u * kSize < left) body(u, i + u * kSize, weight[u], logprob[u], old[u]);
     }
   }
 };
@@ -76,6 +92,7 @@ __device__ __forceinline__ T add_alike(const PolicyInputs<T>& in, int64_t s, T c
 template <Surrogate kSurrogate, int kSize, class T>
 __global__ void __launch_bounds__(kThreads, kLeast<T>)
     sequence_kernel(PolicyInputs<T> in, T* gradient, PolicyOutputs<T> out) {
+  allow_next_launch();
   const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
   // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
@@ -83,10 +100,15 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
   T sums[kPolicySums] = {};
   for (int64_t s = crew.first; s < in.sequences; s += crew.step) {
     double count = 0, weight_sum = 0, x_sum = 0, sampler_sum = 0;
-    crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
-      if (weight == T(0)) return;
+    T slope[kAhead];      // of the log-ratio, by the log-prob
+    bool kept[kAhead]{};  // of these the unmasked ones
+    crew.template each_token<kAhead>(in, s, [&](int u, int64_t i, T weight, T logprob, T old) {
+      kept[u] = weight != T(0);
+      if (!kept[u]) return;
       count += 1, weight_sum += weight;
-      if (in.sequence_level) x_sum += log_ratio(logprob, old).value;
+      const Slope<T> x = log_ratio(logprob, old);
+      slope[u] = x.slope;
+      if (in.sequence_level) x_sum += x.value;
       if (corrects) sampler_sum += log_ratio(old, in.sampler_logprobs[i]).value;
     });
     Whole<T> whole{T(1), T(1)};
@@ -104,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
       if (crew.place == 0 && count > 0)
         by_ratio = add_alike<kSurrogate>(in, s, T(count), T(weight_sum), mean, whole, sums);
     } else {
-      crew.template each_token<1>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+      crew.template each_token<1>(in, s, [&](int, int64_t i, T weight, T logprob, T old) {
         TokenGradient<T> token{T(0), T(0)};
         if (weight != T(0)) {
           const T advantage = in.advantages[in.advantage_per_token ? i : s];
@@ -116,10 +138,16 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
     }
     if (!in.sequence_level) continue;
     const T part = T(crew.sum(by_ratio) / larger(count, 1.0));
-    crew.template each_token<kAhead>(in, s, [&](int64_t i, T weight, T logprob, T old) {
+    const auto leave = [&](int64_t i, bool unmasked, T by_logprob) {
       const T direct = waits ? gradient[i] : T(0);
-      gradient[i] = weight == T(0) ? T(0) : direct + log_ratio(logprob, old).slope * part;
-    });
+      gradient[i] = unmasked ? direct + by_logprob * part : T(0);
+    };
+    if (crew.at_once(in, s))
+      crew.each_place(in, s, [&](int u, int64_t i) { leave(i, kept[u], slope[u]); });
+    else
+      crew.template each_token<kAhead>(in, s, [&](int, int64_t i, T weight, T logprob, T old) {
+        leave(i, weight != T(0), log_ratio(logprob, old).slope);
+      });
   }
   out.leave(sums);
 }

@@ -1,6 +1,7 @@
 // The sums of a policy loss: what a block leaves behind, and the launch that adds up what the blocks left.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/reduce.cuh"
 
@@ -44,6 +45,9 @@ template <class T>
 __global__ void __launch_bounds__(kPolicySums* kWarp) finish_kernel(PolicyOutputs<T> out, int64_t blocks) {
   const int field = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   double total = 0;
+  allow_next_launch();
+  wait_for_last_launch();
+#pragma unroll 8
   for (int64_t i = lane; i < blocks; i += kWarp) total += out.partial[field * blocks + i];
   total = warp_sum(total);
   if (lane == 0) out.store(field, total);

@@ -23,15 +23,19 @@ __device__ __forceinline__ int64_t sequence_of(const int64_t* __restrict__ offse
   return low;
 }
 
-// The sequences of the first and the last of some neighbouring tokens, looked for from `low` on: nearby, a step finds
-// both.
+// Where the calling lane's sequence of 32 begins, from `low` on; far beyond any token past the last one.
+__device__ __forceinline__ int64_t nearby_begin(const int64_t* __restrict__ offsets, int64_t sequences, int64_t low) {
+  const int64_t probe = low + threadIdx.x % kWarp;
+  return probe < sequences ? offsets[probe] : INT64_MAX;
+}
+
+// The sequences of the first and the last of some neighbouring tokens, looked for from `low` on, where the lanes'
+// sequences begin at `begin`: nearby, a step finds both.
 struct Span {
   int64_t first, last;
 
   __device__ __forceinline__ Span(const int64_t* __restrict__ offsets, int64_t sequences, int64_t from, int64_t to,
-                                  int64_t low) {
-    const int64_t probe = low + threadIdx.x % kWarp;
-    const int64_t begin = probe < sequences ? offsets[probe] : to + 1;
+                                  int64_t low, int64_t begin) {
     first = low + __popc(__ballot_sync(kEveryLane, begin <= from)) - 1;
     last = low + __popc(__ballot_sync(kEveryLane, begin <= to)) - 1;
     if (last < low + kWarp - 1) return;

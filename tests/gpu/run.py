@@ -72,9 +72,9 @@ def probe() -> list[str] | None:
 
 
 def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bool) -> Step:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-rfEs"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-v", "-rfEs"]
     if parallel and importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(2, min(12, (os.cpu_count() or 4) - 4))), "--dist", "worksteal"]
+        command += ["-n", str(max(2, min(16, os.cpu_count() or 4))), "--dist", "worksteal"]
     return Step(name, [*command, f"--junitxml={out / name}.xml"], limit, out / f"{name}.xml")
 
 
@@ -97,21 +97,22 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     build = Step("build", [*install, "--no-deps", "-v", "-e", "."], 150, environment=target)
     imports = Step("import", [python, "-c", "import v05.kernels._cpu, v05.kernels._cuda, triton"], 60)
     watched = itertools.product(("memcheck", "racecheck"), ("cuda", "triton"), ("groups", "rows"))
-    sanitizers = [sanitizer_step(*what, 150) for what in watched]
+    sanitizers = [sanitizer_step(*what, 200) for what in watched]
     tests = pytest_step("tests", "not large", out, 180, parallel=True)  # leaves Triton's kernels compiled behind
     large = pytest_step("large", "large", out, 90, parallel=False)
     bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
     timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--rows-only", "--op"]
     benches = [[Step(f"bench-{op}", [*timing, op], 150)] for op in OPS]
-    compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 120) for op in OPS]  # rivals, side by side
+    compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 150) for op in OPS]  # rivals, side by side
     report = Step("bench-report", [*bench, "--report-only"], 30)
-    return [[build], [imports], [tests], [large, *sanitizers], compiling, *benches, [report]]
+    return [[build], [imports], [tests], [*sanitizers, *compiling], [large], *benches, [report]]
 
 
-def failures_of(junit: Path) -> list[str]:
-    """A line for each test that failed, and one that counts the tests."""
+def failures_of(junit: Path, log: Path) -> list[str]:
+    """A line for each test that failed, and one that counts the tests; of a run that was ended, from its log."""
     if not junit.exists():
-        return []
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line[:240] for line in lines if " FAILED " in line or " ERROR " in line]
     cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
     lines = []
     for case in cases:
@@ -147,10 +148,10 @@ def run(step: Step, out: Path, deadline: float) -> Result:
             process.wait()
             print(f"\nended after {limit:.0f} s", file=file)
             status = "timed out"
-    details = failures_of(step.junit) if step.junit else []
+    details = failures_of(step.junit, log) if step.junit else []
     if status != "passed":
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        details += [] if step.junit and len(details) > 1 else lines[-TAIL:]
+        details += [] if step.junit and step.junit.exists() else lines[-TAIL:]
     result = Result(step.name, status, round(time.monotonic() - begin, 1), log.name, details)
     print(f"{result.status:10} {result.name:20} {result.seconds:6.1f} s", flush=True)
     return result
