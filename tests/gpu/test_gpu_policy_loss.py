@@ -5,7 +5,19 @@ import math
 
 import pytest
 import torch
-from common import BACKENDS, DEVICE, DTYPES, KERNELS, compare, on_device, run_policy_loss, scaled, tokens_of, widened
+from common import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    KERNELS,
+    compare,
+    needs_gpu,
+    on_device,
+    run_policy_loss,
+    scaled,
+    tokens_of,
+    widened,
+)
 
 from v05.kernels import policy_loss
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, METRICS, SURROGATES
@@ -41,7 +53,50 @@ def test_dtypes(backend, dtype, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("tokens", [1, 255, 256, 511, 512, 513, 1024, 2048, 2049, 8192, 8195])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_take_many_tiles(backend, level, dtype):
+    """Some sequences without a token, or without one that counts, or whose first ones do not."""
+    data = tokens_of(scaled(6000, 90), 600, dtype, seed=5)
+    weights = data.weights.clone()
+    bounds = data.sequence_offsets.tolist()
+    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if s % 7 < 2:
+            weights[start : end if s % 7 else start + min(40, (end - start) // 2)] = 0
+    data = data._replace(weights=weights)
+    compare(run_policy_loss, backend, data, level=level)
+    spread = data._replace(advantages=torch.linspace(-2, 2, len(weights), dtype=dtype, device=DEVICE))
+    compare(run_policy_loss, backend, spread, level=level, kl="k3")
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("sequences", [3, 400])
+def test_a_graph_scales_the_gradient_by_what_was_just_copied(backend, sequences):
+    """The launch that scales begins early, whatever comes before it, and waits."""
+    data, source = tokens_of(sequences, 60, seed=6), torch.tensor(3.0, device=DEVICE)
+    factor, leaf = torch.zeros_like(source), data.logprobs.requires_grad_()
+
+    def scaled_by(write):
+        given = (leaf, data.old_logprobs, data.advantages, data.weights)
+        loss = policy_loss(*given, sequence_offsets=data.sequence_offsets, backend=backend).loss
+        write()
+        return torch.autograd.grad(loss, leaf, factor)[0]
+
+    writes = (lambda: factor.copy_(source), lambda: factor.zero_(), lambda: torch.add(source, 1, out=factor))
+    exact = scaled_by(lambda: factor.fill_(1))
+    for write, by in zip(writes, (lambda: source, lambda: source * 0, lambda: source + 1), strict=True):
+        graph = torch.cuda.CUDAGraph()
+        scaled_by(write)
+        with torch.cuda.graph(graph):
+            gradient = scaled_by(write)
+        for value in (3.0, 0.5, 3.0):
+            source.fill_(value)
+            graph.replay()
+            torch.testing.assert_close(gradient, exact * by(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tokens", [1, 255, 256, 511, 512, 513, 1024, 2048, 2049, 4096, 4097, 8192, 8195])
 def test_blocks_that_end_anywhere(backend, level, tokens):
     data = tokens_of(tokens, 1, seed=tokens)
     compare(run_policy_loss, backend, data, level=level)

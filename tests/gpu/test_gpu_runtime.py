@@ -1,12 +1,15 @@
 """What a GPU asks of every op: graphs, streams, other devices, no waiting, no recompiling, the same bits every time."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from common import DEVICE, KERNELS, OPS, allocated, assert_same_bits, needs_gpu, scaled
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.timing import clock_of
 from v05.kernels import dispatch
 
 
@@ -96,6 +99,17 @@ def test_a_graph_replays_with_new_values(op, backend):
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits(replayed, op(backend, data))
+
+
+@needs_gpu
+def test_a_benchmark_s_graph_keeps_its_inputs():
+    given = torch.ones(1000, device=DEVICE)
+    held = weakref.ref(given)
+    clock = clock_of([lambda values=given: (values * 2,)], DEVICE, graph=True)
+    del given
+    gc.collect()
+    assert clock.how == "graph"
+    assert held() is not None
 
 
 @needs_gpu
