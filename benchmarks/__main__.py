@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--warm-up", action="store_true", help="only one call of each, which fills torch's compile cache"
     )
+    parser.add_argument("--first", type=int, help="only so many cases of each op")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, help="of timing per case (4; with --quick 0.5)")
     parser.add_argument("--threads", type=int, help="of the processor (torch's own number)")
@@ -90,7 +92,7 @@ def main() -> int:
         print(f"{FILE}: {wins.write(report.read(path), FILE)} wins")
         return 0
     for op in [] if options.report_only else options.op or BENCHES:
-        for case in BENCHES[op].cases(torch.device(options.device), options.quick):
+        for case in itertools.islice(BENCHES[op].cases(torch.device(options.device), options.quick), options.first):
             if options.ours:
                 own = [contender for contender in case.contenders if contender.name.startswith(OURS)]
                 case = replace(case, contenders=own)

@@ -24,9 +24,8 @@ __device__ __forceinline__ void wait_for_last_launch() {
 template <class... Parameters, class... Arguments>
 void launch_next(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                  const Arguments&... arguments) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaFuncAttributes compiled{};
+  cudaFuncGetAttributes(&compiled, kernel);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -35,7 +34,7 @@ void launch_next(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   config.blockDim = threads;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;  // older code cannot wait
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -142,8 +142,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
 
 // Multiplies in place, where the factor is not 1.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    scale_kernel(T* __restrict__ values, int64_t n, const T* __restrict__ factor, bool aligned) {
+__global__ void __launch_bounds__(kThreads) scale_kernel(T* values, int64_t n, const T* factor, bool aligned) {
   wait_for_last_launch();
   const T by = *factor;
   if (by == T(1)) return;

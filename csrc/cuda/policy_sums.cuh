@@ -45,8 +45,8 @@ template <class T>
 __global__ void __launch_bounds__(kPolicySums* kWarp) finish_kernel(PolicyOutputs<T> out, int64_t blocks) {
   const int field = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   double total = 0;
-  allow_next_launch();
   wait_for_last_launch();
+  allow_next_launch();
 #pragma unroll 8
   for (int64_t i = lane; i < blocks; i += kWarp) total += out.partial[field * blocks + i];
   total = warp_sum(total);

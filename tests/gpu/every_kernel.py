@@ -113,11 +113,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", action="append", help="may be repeated; cuda and triton if not given")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="may be repeated; all if not given")
+    parser.add_argument("--only", default="", help="calls whose name has this in it")
     options = parser.parse_args()
     chosen = [calls for part in options.part or PARTS for calls in PARTS[part]]
     failed = 0
     for backend in options.backend or ("cuda", "triton"):
         for name, call in itertools.chain(*(calls(backend) for calls in chosen)):
+            if options.only not in name:
+                continue
             print(f"{backend} {name}", flush=True)
             try:
                 call()
