@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage import triton_moments
@@ -16,6 +15,7 @@ from v05.kernels.policy_loss import triton_sequences
 from v05.kernels.policy_loss.options import BY_COVARIANCE, Correction, Kinds, Kl, Numbers, Surrogate, whole_sequences
 from v05.kernels.query_attention import triton as query_attention
 from v05.kernels.query_attention import triton_backward, triton_forward, triton_states
+from v05.kernels.query_attention.rules import MOST_HEADS
 from v05.kernels.shrinkage.triton import BLOCK_GROUPS, BLOCK_ROLLOUTS, shrinkage_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 
@@ -219,42 +219,54 @@ def test_policy_loss_scale_and_finish(target, dtype):
 
 
 ATTENTION_LENGTHS = dict.fromkeys(triton_forward.LENGTHS, "i64") | {"offsets": "*i64", "eps": "fp64"}
-ATTENTION_TILES = {
-    triton_forward.tokens_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
-    triton_forward.keys_kernel: {"BLOCK_T": query_attention.BLOCK_KEYS},
-    triton_forward.attend_kernel: {"BLOCK_Q": query_attention.BLOCK_Q, "BLOCK_T": query_attention.BLOCK_T},
-    triton_backward.queries_kernel: {"BLOCK_Q": query_attention.BLOCK_Q, "BLOCK_T": query_attention.BLOCK_T},
+STATES_TILE = {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS}
+QUERIES_TILE = {"BLOCK_Q": query_attention.ROWS, "BLOCK_T": query_attention.PASSING_T}
+NARROW_TILES = {
+    triton_forward.tokens_kernel: {"BLOCK_T": query_attention.ROWS, "BLOCK_D": query_attention.PROJECTED},
+    triton_forward.keys_kernel: {"BLOCK_T": query_attention.ROWS},
+    triton_forward.attend_kernel: QUERIES_TILE,
+    triton_backward.queries_kernel: QUERIES_TILE,
     triton_backward.tokens_backward_kernel: {
-        "BLOCK_T": query_attention.TURNED_T,
-        "BLOCK_Q": query_attention.TURNED_Q,
+        "BLOCK_T": query_attention.ROWS,
+        "BLOCK_Q": query_attention.PASSING_Q,
     },
-    triton_states.projection_backward_kernel: {
-        "BLOCK_T": query_attention.BLOCK_ROWS,
-        "BLOCK_D": query_attention.BLOCK_COLUMNS,
-        "CHUNK": query_attention.CHUNK,
-    },
-    triton_states.states_kernel: {"BLOCK_T": query_attention.BLOCK_ROWS, "BLOCK_D": query_attention.BLOCK_COLUMNS},
 }
 
 
+def attention_types(kernel, dtype, wide, constants):
+    names = [parameter.name for parameter in kernel.params if parameter.name not in constants]
+    of_states = dict.fromkeys({"states", "grad_states"} & set(names), f"*{dtype}")
+    return {name: ATTENTION_LENGTHS.get(name, f"*{wide}") for name in names} | of_states
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("dtype", "wide", "heads"),
-    [("fp32", "fp32", 3), ("bf16", "fp32", 3), ("fp16", "fp32", 3), ("fp64", "fp64", 3), ("bf16", "fp32", 4)],
-)
-@pytest.mark.parametrize("kernel", ATTENTION_TILES, ids=lambda kernel: kernel.__name__)
-def test_query_attention(target, dtype, wide, heads, kernel):
-    names = [parameter.name for parameter in kernel.params]
-    of_states = {"states", "grad_states"} & set(names)
-    if dtype in ("bf16", "fp16") and heads == 3 and not of_states:
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
+@pytest.mark.parametrize("chunk", [{}, {"CHUNK": query_attention.CHUNK}])
+def test_query_attention_over_states(target, dtype, wide, chunk):
+    kernel = triton_states.projection_backward_kernel if chunk else triton_states.states_kernel
+    for heads in (3, 4):
+        constants = {"HEADS": heads} | STATES_TILE | chunk
+        assert_it_fits(target, compile_for(target, kernel, attention_types(kernel, dtype, wide, constants), constants))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
+@pytest.mark.parametrize("heads", range(1, MOST_HEADS + 1))
+@pytest.mark.parametrize("kernel", NARROW_TILES, ids=lambda kernel: kernel.__name__)
+def test_query_attention_with_narrow_rows(target, dtype, wide, heads, kernel):
+    """A warp works alone, without shared memory, wherever tensors begin."""
+    if dtype != wide and kernel is not triton_forward.tokens_kernel:
         pytest.skip("nothing of that dtype is read or written: as in float32")
-    constants = {"HEADS": heads, "PADDED": query_attention.padded_width(heads)} | ATTENTION_TILES[kernel]
-    constants = {name: value for name, value in constants.items() if name in names}
-    types = {name: ATTENTION_LENGTHS.get(name, f"*{wide}") for name in names if name not in constants}
-    types |= dict.fromkeys(of_states, f"*{dtype}")
-    backward = kernel in (triton_backward.queries_kernel, triton_backward.tokens_backward_kernel)
-    warps = query_attention.backward_warps(torch.float64 if wide == "fp64" else torch.float32) if backward else 4
-    assert_it_fits(target, compile_for(target, kernel, types, constants, num_warps=warps))
+    launch = query_attention.narrow_rows(heads)
+    warps = launch.pop("num_warps")
+    constants = launch | NARROW_TILES[kernel]
+    types = attention_types(kernel, dtype, wide, constants)
+    pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
+    for aligned in ((), pointers):
+        resources = compile_for(target, kernel, types, constants, aligned, num_warps=warps)
+        assert resources.shared == 0
+        if (target, wide, heads) != ("sm_80", "fp64", 4):  # there ptxas keeps an address in memory over a division
+            assert_it_fits(target, resources)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -18,20 +18,18 @@ from v05.kernels.query_attention.triton_states import projection_backward_kernel
 
 BLOCK_ROWS = 8  # tokens whose states are read together
 BLOCK_COLUMNS = 128
-BLOCK_KEYS = 64  # tokens of a tile without states
-BLOCK_Q, BLOCK_T = 16, 32  # queries over tokens
-TURNED_T, TURNED_Q = 16, 32  # tokens over queries
 CHUNK = 256  # tokens whose share of the projection's gradient is summed by itself
+# Kernels with narrow rows are single warps without shared memory. Triton changes a small tile's layout by shuffles; in
+# shared memory every thread would store its copy of a number, and copies of a sum of products differ in the last bit.
+WARPS = 1
+ROWS = 4  # queries or tokens of a program
+PROJECTED = 64  # columns of states
+PASSING_T, PASSING_Q = 16, 32  # tokens that pass by queries at a time, and queries that pass by tokens
 
 
-def backward_warps(dtype: torch.dtype) -> int:
-    """Warps of a program of the backward: float64 takes twice the registers."""
-    return 8 if dtype == torch.float64 else 4
-
-
-def padded_width(heads: int) -> int:
-    """Lanes of a narrow row: a power of two above its width."""
-    return triton.next_power_of_2(HEAD * heads + 1)
+def narrow_rows(heads: int) -> dict[str, int]:
+    """How kernels with narrow rows are launched; their lanes are a power of two above the width."""
+    return {"HEADS": heads, "PADDED": triton.next_power_of_2(HEAD * heads + 1), "num_warps": WARPS}
 
 
 def query_attention(
@@ -42,12 +40,12 @@ def query_attention(
     features, saved = make_outputs(states, queries, heads)
     (tokens, size), (prompts, count, width) = states.shape, queries.shape
     keys = torch.empty(2 * width, tokens, dtype=features.dtype, device=states.device)
-    narrow = {"HEADS": heads, "PADDED": padded_width(heads)}
+    narrow = narrow_rows(heads)
     by_key = (w.key_norm_weight, w.key_norm_bias, w.in_weight, w.in_bias)
-    blocks = triton.cdiv(count, BLOCK_Q)
+    blocks = triton.cdiv(count, ROWS)
     with on_device_of(states):
         if tokens:
-            tokens_kernel[(triton.cdiv(tokens, BLOCK_ROWS),)](
+            tokens_kernel[(triton.cdiv(tokens, ROWS),)](
                 states,
                 saved.kv,
                 keys,
@@ -58,8 +56,8 @@ def query_attention(
                 tokens,
                 size,
                 eps,
-                BLOCK_T=BLOCK_ROWS,
-                BLOCK_D=BLOCK_COLUMNS,
+                BLOCK_T=ROWS,
+                BLOCK_D=PROJECTED,
                 **narrow,
             )
         if prompts:
@@ -78,8 +76,8 @@ def query_attention(
                 tokens,
                 count,
                 eps,
-                BLOCK_Q=BLOCK_Q,
-                BLOCK_T=BLOCK_T,
+                BLOCK_Q=ROWS,
+                BLOCK_T=PASSING_T,
                 **narrow,
             )
     return features, saved
@@ -90,7 +88,7 @@ def _by_queries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the queries, rows for the pass over tokens, and sums `[2, E, PADDED]` in float64."""
     (prompts, count, width), w = given.queries.shape, given.weights
-    blocks = triton.cdiv(count, BLOCK_Q)
+    blocks = triton.cdiv(count, ROWS)
     rows = keys.new_empty(5, prompts, width // HEAD, count)
     sums = keys.new_empty(prompts * blocks, 2, width, narrow["PADDED"])
     grad_queries = torch.empty_like(given.queries)
@@ -113,9 +111,8 @@ def _by_queries(
             prompts,
             count,
             eps,
-            BLOCK_Q=BLOCK_Q,
-            BLOCK_T=BLOCK_T,
-            num_warps=backward_warps(keys.dtype),
+            BLOCK_Q=ROWS,
+            BLOCK_T=PASSING_T,
             **narrow,
         )
     return grad_queries, rows, sums.sum(0, dtype=torch.float64)
@@ -126,7 +123,7 @@ def _by_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Gradient by kv `[T, E]`, and sums `[3, E, PADDED]` in float64."""
     (prompts, count, width), tokens = given.queries.shape, keys.shape[1]
-    programs = tokens // TURNED_T + prompts if tokens else 0
+    programs = tokens // ROWS + prompts if tokens else 0
     grad_kv = torch.empty_like(saved.kv)
     sums = keys.new_empty(programs, 3, width, narrow["PADDED"])
     if programs:
@@ -144,9 +141,8 @@ def _by_tokens(
             prompts,
             count,
             eps,
-            BLOCK_T=TURNED_T,
-            BLOCK_Q=TURNED_Q,
-            num_warps=backward_warps(keys.dtype),
+            BLOCK_T=ROWS,
+            BLOCK_Q=PASSING_Q,
             **narrow,
         )
     return grad_kv, sums.sum(0, dtype=torch.float64)
@@ -184,11 +180,11 @@ def query_attention_backward(
     """Same contract as the CPU backend; no synchronisation."""
     given = make_inputs(states, offsets, queries, weights)
     tokens, width, w = states.shape[0], HEAD * heads, given.weights
-    narrow = {"HEADS": heads, "PADDED": padded_width(heads)}
+    narrow = narrow_rows(heads)
     keys = torch.empty(2 * width, tokens, dtype=queries.dtype, device=states.device)
     with on_device_of(states):
         if tokens:
-            keys_kernel[(triton.cdiv(tokens, BLOCK_KEYS),)](
+            keys_kernel[(triton.cdiv(tokens, ROWS),)](
                 saved.kv,
                 keys,
                 w.key_norm_weight,
@@ -197,7 +193,7 @@ def query_attention_backward(
                 w.in_bias,
                 tokens,
                 eps,
-                BLOCK_T=BLOCK_KEYS,
+                BLOCK_T=ROWS,
                 **narrow,
             )
         grad_queries, rows, of_queries = _by_queries(given, saved, keys, grad_features.contiguous(), eps, narrow)

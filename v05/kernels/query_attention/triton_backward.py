@@ -13,6 +13,7 @@ from v05.kernels.query_attention.triton_rows import (
     affine_queries,
     as_column,
     column,
+    in_own_lanes,
     load_rows,
     load_vector,
     normalised,
@@ -119,7 +120,9 @@ def queries_kernel(
         q1 = tl.where(m_query, product(b_affine, in_weight, in_bias, 2 * head + 1, o_e, WIDTH) * SCALE, 0)
         g0 = column(b_by_attended, o_e, 2 * head) * over
         g1 = column(b_by_attended, o_e, 2 * head + 1) * over
-        delta = g0 * column(b_attended, o_e, 2 * head) + g1 * column(b_attended, o_e, 2 * head + 1)
+        own_attended = attended + (prompt * WIDTH + 2 * head) * count + o_query
+        delta = g0 * tl.load(own_attended, mask=m_query, other=0)
+        delta += g1 * tl.load(own_attended + count, mask=m_query, other=0)
         tl.store(rows + o_statistic, q0, mask=m_query)
         tl.store(rows + all_rows + o_statistic, q1, mask=m_query)
         tl.store(rows + 2 * all_rows + o_statistic, g0, mask=m_query)
@@ -209,8 +212,9 @@ def tokens_backward_kernel(
     own_count = tl.where(tl.sum(m_token.to(tl.int32), axis=0) > 0, count, 0)
     o_e = tl.arange(0, PADDED)
     all_rows = prompts * HEADS * count
-    b_by_k = tl.zeros([BLOCK_T, PADDED], acc)
-    b_by_v = tl.zeros([BLOCK_T, PADDED], acc)
+    o_repeated = tl.arange(0, BLOCK_T * PADDED) % PADDED
+    b_by_k = tl.zeros([BLOCK_T, BLOCK_T * PADDED], acc)
+    b_by_v = tl.zeros([BLOCK_T, BLOCK_T * PADDED], acc)
     for head in range(HEADS):
         k0 = tl.load(keys + 2 * head * tokens + o_token, mask=m_token, other=0)
         k1 = tl.load(keys + (2 * head + 1) * tokens + o_token, mask=m_token, other=0)
@@ -220,10 +224,10 @@ def tokens_backward_kernel(
         by_k0, by_k1, by_v0, by_v1 = slopes_of_tokens(
             rows + own, largest + own, all_rows, k0, k1, v0, v1, own_count, acc, BLOCK_T, BLOCK_Q
         )
-        b_by_k += as_column(by_k0, o_e, 2 * head) + as_column(by_k1, o_e, 2 * head + 1)
-        b_by_v += as_column(by_v0, o_e, 2 * head) + as_column(by_v1, o_e, 2 * head + 1)
-    b_by_k = tl.where(m_token[:, None], b_by_k, 0)
-    b_by_v = tl.where(m_token[:, None], b_by_v, 0)
+        b_by_k += as_column(by_k0, o_repeated, 2 * head) + as_column(by_k1, o_repeated, 2 * head + 1)
+        b_by_v += as_column(by_v0, o_repeated, 2 * head) + as_column(by_v1, o_repeated, 2 * head + 1)
+    b_by_k = tl.where(m_token[:, None], in_own_lanes(b_by_k, BLOCK_T, PADDED), 0)
+    b_by_v = tl.where(m_token[:, None], in_own_lanes(b_by_v, BLOCK_T, PADDED), 0)
     b_kv = load_rows(kv, o_token, m_token, o_e, WIDTH)
     b_hat, scale = normalised(b_kv, o_e, scalar(eps, acc), WIDTH)
     square: tl.constexpr = WIDTH * WIDTH

@@ -11,6 +11,8 @@ import triton.language as tl
 from v05.kernels.query_attention.rules import HEAD
 from v05.kernels.query_attention.triton_rows import (
     affine_queries,
+    as_column,
+    in_own_lanes,
     load_rows,
     load_vector,
     product,
@@ -32,7 +34,6 @@ def project(
     m_token,
     stride,
     size,
-    o_e,
     acc: tl.constexpr,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -40,7 +41,8 @@ def project(
     BLOCK_D: tl.constexpr,
 ):
     """states weight' of a block of tokens, head by head: the states come from the cache after the first."""
-    b_kv = tl.zeros([BLOCK_T, PADDED], acc)
+    o_repeated = tl.arange(0, BLOCK_T * PADDED) % PADDED
+    b_kv = tl.zeros([BLOCK_T, BLOCK_T * PADDED], acc)
     for head in range(HEADS):
         b_first = tl.zeros([BLOCK_T, BLOCK_D], acc)
         b_second = tl.zeros([BLOCK_T, BLOCK_D], acc)
@@ -51,9 +53,9 @@ def project(
             b_x = tl.load(states + o_token[:, None] * stride + o_column[None, :], mask=mask, other=0).to(acc)
             b_first += b_x * tl.load(weight + 2 * head * size + o_column, mask=m_column, other=0)[None, :]
             b_second += b_x * tl.load(weight + (2 * head + 1) * size + o_column, mask=m_column, other=0)[None, :]
-        b_kv += tl.where((o_e == 2 * head)[None, :], tl.sum(b_first, axis=1)[:, None], 0)
-        b_kv += tl.where((o_e == 2 * head + 1)[None, :], tl.sum(b_second, axis=1)[:, None], 0)
-    return b_kv
+        b_kv += as_column(tl.sum(b_first, axis=1), o_repeated, 2 * head)
+        b_kv += as_column(tl.sum(b_second, axis=1), o_repeated, 2 * head + 1)
+    return in_own_lanes(b_kv, BLOCK_T, PADDED)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -82,7 +84,7 @@ def tokens_kernel(
     o_token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_token = o_token < tokens
     o_e = tl.arange(0, PADDED)
-    b_kv = project(states, projection, o_token, m_token, stride, size, o_e, acc, HEADS, PADDED, BLOCK_T, BLOCK_D)
+    b_kv = project(states, projection, o_token, m_token, stride, size, acc, HEADS, PADDED, BLOCK_T, BLOCK_D)
     b_kv += load_vector(projection_bias, o_e, WIDTH)
     store_rows(kv, b_kv, o_token, m_token, o_e, WIDTH)
     eps = scalar(eps, acc)

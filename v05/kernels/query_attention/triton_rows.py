@@ -57,6 +57,13 @@ def as_column(values, o_e, e):
 
 
 @triton.jit
+def in_own_lanes(b_repeated, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """The tile `[ROWS, PADDED]` whose numbers each row repeats ROWS times: a row moves to its lanes unconverted."""
+    own = (tl.arange(0, ROWS * PADDED) // PADDED)[None, :] == tl.arange(0, ROWS)[:, None]
+    return tl.reshape(tl.sum(tl.where(own, b_repeated, 0), axis=0), [ROWS, PADDED])
+
+
+@triton.jit
 def product(b_rows, weight, bias, e, o_e, WIDTH: tl.constexpr):
     """Number e of weight x + bias of each row."""
     b_weight = load_vector(weight + e * WIDTH, o_e, WIDTH)
