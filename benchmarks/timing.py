@@ -88,10 +88,9 @@ def clock_of(runs: Sequence[Run], device: torch.device, graph: bool = False) -> 
     by_events = Clock(lambda: next(turn)(), 1, "events", runs)
     if not graph:
         return by_events
-    by_events.milliseconds()
-    took = by_events.milliseconds()
-    if took > LONG_MS:
+    if by_events.milliseconds() > LONG_MS:
         return by_events
+    took = by_events.milliseconds()
     wanted = min(REPLAYED, int(REPLAY_MS / took) + 1)
     repeated = list(runs) * -(-wanted // len(runs))
     replayed = captured(repeated)
@@ -110,9 +109,11 @@ def host_microseconds(run: Run, device: torch.device) -> float | None:
         for _ in range(calls):
             run()
         times.append((time.perf_counter() - begin) * 1e6 / calls)
-        calls = max(1, min(HOST_CALLS, int(HOST_MS * 1e3 / times[-1])))
+        calls = min(HOST_CALLS, int(HOST_MS * 1e3 / times[-1]))
+        if not calls:
+            break
     synchronise(device)
-    return min(times[1:])
+    return min(times)
 
 
 def _resident(key: str) -> int:

@@ -72,7 +72,7 @@ def probe() -> list[str] | None:
 
 
 def pytest_step(name: str, selection: str, out: Path, limit: float, parallel: bool) -> Step:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-v", "-rfEs"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", selection, "-p", "no:cacheprovider", "-vv", "-rfEs"]
     if parallel and importlib.util.find_spec("xdist"):
         command += ["-n", str(max(2, min(16, os.cpu_count() or 4))), "--dist", "worksteal"]
     return Step(name, [*command, f"--junitxml={out / name}.xml"], limit, out / f"{name}.xml")
