@@ -13,7 +13,7 @@ namespace v05::cuda {
 namespace {
 
 constexpr int kTile = 1024;  // tokens that blocks are dealt
-constexpr int kAlone = 4;    // tiles up to which one block takes all
+constexpr int kAlone = 2;    // tiles up to which one block takes all
 
 enum Array { kWeight, kLogprob, kOldLogprob, kAdvantage, kArrays };
 
@@ -38,28 +38,42 @@ struct Fetched {
   }
 };
 
-// How many of every `stride`-th sequences from `first` on have an unmasked token, for a warp, in its lanes' sum.
+// Counts, in the lanes' sum, how many of every `stride`-th sequences from `first` on have an unmasked token, for a
+// warp. The first token of the first ones, which nearly always tells, is read long before it is looked at.
 template <class T>
-__device__ __forceinline__ T sequences_kept(const PolicyInputs<T>& in, int64_t first, int64_t stride) {
-  const int lane = threadIdx.x % kWarp;
-  T kept = 0;
-  for (int64_t base = first; base < in.sequences; base += stride * kWarp) {
-    const int64_t s = base + lane * stride;
-    int64_t start = s < in.sequences ? in.offsets[s] : 0;
-    const int64_t end = s < in.sequences ? in.offsets[s + 1] : 0;
-    const bool at_once = start < end && in.weights[start] != T(0);  // as nearly always
-    kept += at_once ? 1 : 0;
-    for (unsigned open = __ballot_sync(kEveryLane, start + 1 < end && !at_once); open; open &= open - 1) {
-      const int whose = __ffs(open) - 1;
-      const int64_t from = __shfl_sync(kEveryLane, start, whose), to = __shfl_sync(kEveryLane, end, whose);
-      bool found = false;
-      for (int64_t i = from + lane; !found && i - lane < to; i += kWarp)
-        found = __any_sync(kEveryLane, i < to && in.weights[i] != T(0));
-      kept += found && lane == whose ? 1 : 0;
-    }
+struct SequencesKept {
+  const int64_t first, stride;
+  const T early;
+
+  __device__ __forceinline__ SequencesKept(const PolicyInputs<T>& in, int64_t first, int64_t stride)
+      : first(first), stride(stride), early(first_weight(in, first + threadIdx.x % kWarp * stride)) {}
+
+  // The weight of a sequence's first token; 0 where it has none.
+  __device__ __forceinline__ static T first_weight(const PolicyInputs<T>& in, int64_t s) {
+    if (s >= in.sequences) return T(0);
+    const int64_t start = in.offsets[s];
+    return start < in.offsets[s + 1] ? in.weights[start] : T(0);
   }
-  return kept;
-}
+
+  __device__ __forceinline__ T count(const PolicyInputs<T>& in) const {
+    const int lane = threadIdx.x % kWarp;
+    T kept = 0;
+    for (int64_t base = first; base < in.sequences; base += stride * kWarp) {
+      const int64_t s = base + lane * stride;
+      const bool at_once = (base == first ? early : first_weight(in, s)) != T(0);
+      kept += at_once ? 1 : 0;
+      for (unsigned open = __ballot_sync(kEveryLane, s < in.sequences && !at_once); open; open &= open - 1) {
+        const int whose = __ffs(open) - 1;
+        const int64_t of = base + whose * stride, end = in.offsets[of + 1];
+        bool found = false;
+        for (int64_t i = in.offsets[of] + lane; !found && i - lane < end; i += kWarp)
+          found = __any_sync(kEveryLane, i < end && in.weights[i] != T(0));
+        kept += found && lane == whose ? 1 : 0;
+      }
+    }
+    return kept;
+  }
+};
 
 // The advantages of neighbouring tokens of several sequences.
 template <class T>
@@ -88,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
   const int64_t begin = (blockIdx.x * each + smaller<int64_t>(blockIdx.x, more)) * kTile;
   const int64_t end = smaller(in.n, begin + (each + (blockIdx.x < more ? 1 : 0)) * kTile);
   fetched[0].begin(in, begin + threadIdx.x * kEach, end, aligned);
+  const SequencesKept<T> sequences(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
   T sums[kPolicySums] = {};
-  sums[kSequences] = sequences_kept(in, int64_t(blockIdx.x) * kWarps + warp, int64_t(gridDim.x) * kWarps);
   int64_t first = begin + warp * kOfWarp;  // of the warp's tokens
   const auto span_from = [&](int64_t low, int64_t nearby) {
     return Span(in.offsets, in.sequences, first, smaller(first + kOfWarp, end) - 1, low, nearby);
@@ -136,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
       store_vector<false>(gradient, i, end, slope);
   }
   wait_for_copies<0>();
+  sums[kSequences] = sequences.count(in);
   if (kForm == Form::plain) sums[kSamplerWeight] = sums[kTokens];
   out.leave(sums);
 }

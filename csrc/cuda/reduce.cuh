@@ -27,36 +27,40 @@ __device__ __forceinline__ T warp_sum(T value) {
 
 // Every lane hands the values of one half of the fields to its partner and adds the partner's of the other half; then
 // the same with half as many.
-template <int kHalf, class T>
-__device__ __forceinline__ void add_halves(T (&part)[kWarp / 2]) {
-  const bool upper = threadIdx.x & (2 * kHalf);
+template <int kHalf, int kFields, class T>
+__device__ __forceinline__ void add_halves(T (&part)[kFields]) {
+  constexpr int kBit = kWarp / kFields * kHalf;
+  const bool upper = threadIdx.x & kBit;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const T given = upper ? part[i] : part[i + kHalf];
-    part[i] = (upper ? part[i + kHalf] : part[i]) + __shfl_xor_sync(kEveryLane, given, 2 * kHalf);
+    part[i] = (upper ? part[i + kHalf] : part[i]) + __shfl_xor_sync(kEveryLane, given, kBit);
   }
   if constexpr (kHalf > 1) add_halves<kHalf / 2>(part);
 }
 
-// Adds up each of kCount values over a warp; sum i is in lanes 2 i and 2 i + 1.
-template <int kCount, class T>
-__device__ __forceinline__ T warp_sums(const T (&values)[kCount]) {
-  static_assert(kCount <= kWarp / 2);
-  T part[kWarp / 2] = {};
+// Adds up each of 2, 4, 8 or 16 values over a warp and spoils them; of kFields sums, as many equal parts of the lanes
+// get one each.
+template <class T, int kFields>
+__device__ __forceinline__ T warp_sums(T (&part)[kFields]) {
+  add_halves<kFields / 2>(part);
+  T sum = part[0];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) part[i] = values[i];
-  add_halves<kWarp / 4>(part);
-  return part[0] + __shfl_xor_sync(kEveryLane, part[0], 1);
+  for (int bit = kWarp / kFields / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(kEveryLane, sum, bit);
+  return sum;
 }
 
 // Adds up each of kCount values over a block; sum i is returned to thread i, the others get nothing of use.
 template <int kThreads, int kCount, class T>
 __device__ __forceinline__ T block_sums(const T (&values)[kCount]) {
-  constexpr int kWarps = kThreads / kWarp;
-  static_assert(kCount <= kThreads);
+  constexpr int kWarps = kThreads / kWarp, kFields = kWarp / 2;
+  static_assert(kCount <= kFields);
   __shared__ T of_warp[kWarps][kCount];
+  T part[kFields] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) part[i] = values[i];
+  const T sum = warp_sums(part);
   const int field = threadIdx.x % kWarp / 2;
-  const T sum = warp_sums(values);
   __syncthreads();  // the memory of the last sums is free again
   if (threadIdx.x % 2 == 0 && field < kCount) of_warp[threadIdx.x / kWarp][field] = sum;
   __syncthreads();

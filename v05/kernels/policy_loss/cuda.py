@@ -11,7 +11,7 @@ from v05.kernels.policy_loss.options import FIELDS, Inputs, Kinds, Numbers, whol
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; one launch up to 4,096 tokens, or where a block goes through all sequences; two
+    """Same contract as the CPU backend; one launch up to 2,048 tokens, or where a block goes through all sequences; two
     beyond; no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
