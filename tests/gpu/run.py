@@ -26,15 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 BUDGET = 530  # seconds for everything
 TAIL = 12  # lines of a failed step's log in the summary
-OPS = (  # the long ones last
-    "policy_loss",
-    "shrinkage",
-    "advantage",
-    "calibration",
-    "query_attention",
-    "token_logprob",
-    "linear_logprob",
-)
+BENCHES = {  # ops that share a process, which spares the rivals' imports, and how many of the cases of each
+    "groups": (("shrinkage", "advantage", "calibration"), None),
+    "tokens": (("policy_loss",), None),
+    "rows": (("query_attention", "token_logprob", "linear_logprob"), 4),
+}
 PROBE = """
 import sys, torch
 if not torch.cuda.is_available(): sys.exit(1)
@@ -100,11 +96,14 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     sanitizers = [sanitizer_step(*what, 200) for what in watched]
     tests = pytest_step("tests", "not large", out, 180, parallel=True)  # leaves Triton's kernels compiled behind
     large = pytest_step("large", "large", out, 90, parallel=False)
-    bench = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
-    timing = [*bench, "--device", "cuda", "--seconds", str(seconds), "--rows-only", "--op"]
-    benches = [[Step(f"bench-{op}", [*timing, op], 150)] for op in OPS]
-    compiling = [Step(f"compile-{op}", [*timing, op, "--warm-up"], 150) for op in OPS]  # rivals, side by side
-    report = Step("bench-report", [*bench, "--report-only"], 30)
+    base = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
+    bench = [*base, "--device", "cuda", "--seconds", str(seconds), "--rows-only"]
+    benches, compiling = [], []  # the rivals' compilers run side by side, before anything is timed
+    for name, (ops, first) in BENCHES.items():
+        some = [] if first is None else ["--first", str(first)]
+        benches.append([Step(f"bench-{name}", [*bench, *some, *itertools.chain(*(("--op", op) for op in ops))], 150)])
+        compiling += [Step(f"compile-{op}", [*bench, *some, "--op", op, "--warm-up"], 150) for op in ops]
+    report = Step("bench-report", [*base, "--report-only"], 30)
     return [[build], [imports], [tests], [*sanitizers, *compiling], [large], *benches, [report]]
 
 
