@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the smallest inputs, half a second each, nothing kept")
     parser.add_argument("--ours", action="store_true", help="without rivals, while working on a kernel; nothing kept")
     parser.add_argument(
-        "--warm-up", action="store_true", help="only one call of each, which fills torch's compile cache"
+        "--warm-up", action="store_true", help="only one call of each rival, which fills torch's compile cache"
     )
     parser.add_argument("--first", type=int, help="only so many cases of each op")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -98,7 +98,7 @@ def main() -> int:
                 case = replace(case, contenders=own)
             if options.warm_up:
                 for some in [case, *([case.another(1)] if case.another else [])]:
-                    warm_up(some)
+                    warm_up(replace(some, contenders=[c for c in some.contenders if not c.name.startswith(OURS)]))
                 torch.compiler.reset()
                 continue
             rows = []
