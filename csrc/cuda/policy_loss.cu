@@ -62,7 +62,8 @@ struct SequencesKept {
       const int64_t s = base + lane * stride;
       const bool at_once = (base == first ? early : first_weight(in, s)) != T(0);
       kept += at_once ? 1 : 0;
-      for (unsigned open = __ballot_sync(kEveryLane, s < in.sequences && !at_once); open; open &= open - 1) {
+      const bool unclear = !at_once && s < in.sequences && in.offsets[s + 1] - in.offsets[s] > 1;
+      for (unsigned open = __ballot_sync(kEveryLane, unclear); open; open &= open - 1) {
         const int whose = __ffs(open) - 1;
         const int64_t of = base + whose * stride, end = in.offsets[of + 1];
         bool found = false;
