@@ -1,13 +1,13 @@
 """policy_loss (PPO with dual clip, GSPO) beside torch, eager and compiled, and verl's; from logits, beside Liger's.
 
 The torch rivals compute the loss alone, ours the loss and eleven metrics, verl's the loss and three. Sequences have
-equal lengths, so verl's padded layout has no padding: the input that favours it most.
+equal lengths, so padded layouts have no padding, and torch reads one advantage a sequence: the input that favours them most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,18 +24,11 @@ LOW, HIGH, DUAL = 0.2, 0.28, 3.0
 
 
 def eager(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    """The clipped loss over tokens, with an advantage per token."""
+    """The clipped loss over tokens; all `[B, L]` but advantages, which may be `[B, 1]`."""
     ratio = torch.exp((logprobs - old).clamp(-20, 20))
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - LOW, 1 + HIGH))
     loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * DUAL), loss)
     return ((loss * weights).sum(),)
-
-
-class VerlConfig(SimpleNamespace):
-    """The fields that verl's loss reads of its actor's configuration."""
-
-    def get(self, name: str, default: object = None) -> object:
-        return getattr(self, name, default)
 
 
 def packed(sequences: int, length: int, device: torch.device, seed: int) -> list[Tensor]:
@@ -49,62 +42,6 @@ def packed(sequences: int, length: int, device: torch.device, seed: int) -> list
     return [values.to(device) for values in (logprobs, old, advantages, weights, offsets)]
 
 
-def case(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
-    tokens = sequences * length
-    logprobs, old, advantages, weights, offsets = packed(sequences, length, device, seed)
-    per_token = advantages.repeat_interleave(length)
-    upstream = [torch.ones((), device=device)]
-    options = dict(clip_low=LOW, clip_high=HIGH, dual_clip=DUAL)
-
-    def verl(algos: ModuleType) -> Run:
-        shape, mask = (sequences, length), torch.ones(sequences, length, device=device)
-        config = VerlConfig(clip_ratio=LOW, clip_ratio_low=LOW, clip_ratio_high=HIGH, clip_ratio_c=DUAL)
-        config.global_batch_info = {}
-        before, gains = old.view(shape), per_token.view(shape)
-
-        def loss(x: Tensor) -> Sequence[Tensor]:
-            return (algos.compute_policy_loss_vanilla(before, x.view(shape), gains, mask, "token-mean", config)[0],)
-
-        return forward_backward(loss, logprobs, upstream)
-
-    def ours(backend: str | None = None) -> Run:
-        def loss(x: Tensor) -> Sequence[Tensor]:
-            named = dict(sequence_offsets=offsets, backend=backend)
-            return (policy_loss(x, old, advantages, weights, **named, **options).loss,)
-
-        return forward_backward(loss, logprobs, upstream)
-
-    def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
-        return forward_backward(lambda x: function(x, old, per_token, weights), logprobs, upstream)
-
-    return Case(
-        op="policy_loss",
-        shape=f"{tokens} tokens, {sequences} sequences",
-        dtype="float32",
-        direction="forward + backward",
-        bytes=tokens * 4 * (3 + 1) + sequences * 12,
-        flops=tokens * 12,
-        contenders=[
-            Contender(OURS, ours()),
-            Contender("torch eager", plain(eager)),
-            Contender("torch.compile", plain(compiled(eager))),
-            *of_backends(ours, device),
-            rival("verl", "verl.trainer.ppo.core_algos", verl),
-            Contender("TRL", None, "computed inside its trainer, no function to call"),
-            Contender("Liger", None, "no loss of given log-probs; from logits it has a case of its own"),
-        ],
-        device=device,
-        elements=tokens,
-        another=lambda other: case(sequences, length, device, other),
-    )
-
-
-def eager_from_logits(logits: Tensor, chosen: Tensor, old: Tensor, gains: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    """The loss of the chosen tokens' log-probs; logits `[B, L, V]`, the others `[B, L - 1]`."""
-    log_p = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, chosen[..., None]).squeeze(2)
-    return eager(log_p, old, gains, weights)
-
-
 def eager_by_sequence(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Sequence[Tensor]:
     """GSPO's clipped loss (arXiv 2507.18071): a ratio per sequence; all `[B, L]` but advantages `[B, 1]`."""
     mean = (logprobs - old).mean(1, keepdim=True)
@@ -113,52 +50,59 @@ def eager_by_sequence(logprobs: Tensor, old: Tensor, advantages: Tensor, weights
     return ((loss * weights).sum(),)
 
 
-def case_by_sequence(sequences: int, length: int, device: torch.device, seed: int = 0) -> Case:
-    """GSPO: every token waits for its whole sequence."""
-    tokens, shape = sequences * length, (sequences, length)
+def case(sequences: int, length: int, device: torch.device, level: str = "token", seed: int = 0) -> Case:
+    """PPO with dual clip by token, or GSPO, where every token waits for its whole sequence."""
+    tokens, shape, gspo = sequences * length, (sequences, length), level == "sequence"
     logprobs, old, advantages, weights, offsets = packed(sequences, length, device, seed)
+    padded = (old.view(shape), advantages[:, None], weights.view(shape))
+    function = eager_by_sequence if gspo else eager
     upstream = [torch.ones((), device=device)]
+    bounds = dict(clip_low=LOW, clip_high=HIGH) | ({} if gspo else dict(dual_clip=DUAL))
+
+    def verl(algos: ModuleType, configs: ModuleType) -> Run:
+        mask, gains = torch.ones(shape, device=device), padded[1].expand(shape)
+        own = dict(clip_ratio=LOW, clip_ratio_low=LOW, clip_ratio_high=HIGH, clip_ratio_c=DUAL)
+        config = configs.ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **own)
+        loss = algos.compute_policy_loss_gspo if gspo else algos.compute_policy_loss_vanilla
+        rest = (gains, mask, "seq-mean-token-mean" if gspo else "token-mean", config)
+        return forward_backward(lambda x: (loss(padded[0], x.view(shape), *rest)[0],), logprobs, upstream)
 
     def ours(backend: str | None = None) -> Run:
         def loss(x: Tensor) -> Sequence[Tensor]:
-            named = dict(sequence_offsets=offsets, level="sequence", backend=backend)
-            return (policy_loss(x, old, advantages, weights, clip_low=LOW, clip_high=HIGH, **named).loss,)
+            named = dict(sequence_offsets=offsets, level=level, backend=backend)
+            return (policy_loss(x, old, advantages, weights, **named, **bounds).loss,)
 
         return forward_backward(loss, logprobs, upstream)
 
     def plain(function: Callable[..., Sequence[Tensor]]) -> Run:
-        given = (old.view(shape), advantages[:, None], weights.view(shape))
-        return forward_backward(lambda x: function(x.view(shape), *given), logprobs, upstream)
-
-    def verl(algos: ModuleType, configs: ModuleType) -> Run:
-        sizes = dict(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
-        config = configs.ActorConfig(clip_ratio=LOW, clip_ratio_low=LOW, clip_ratio_high=HIGH, **sizes)
-        mask, gains = torch.ones(shape, device=device), advantages[:, None].expand(shape)
-
-        def loss(x: Tensor) -> Sequence[Tensor]:
-            given = (old.view(shape), x.view(shape), gains, mask)
-            return (algos.compute_policy_loss_gspo(*given, "seq-mean-token-mean", config)[0],)
-
-        return forward_backward(loss, logprobs, upstream)
+        return forward_backward(lambda x: function(x.view(shape), *padded), logprobs, upstream)
 
     return Case(
         op="policy_loss",
-        shape=f"GSPO, {tokens} tokens, {sequences} sequences",
+        shape=f"{'GSPO, ' if gspo else ''}{tokens} tokens, {sequences} sequences",
         dtype="float32",
         direction="forward + backward",
         bytes=tokens * 4 * (3 + 1) + sequences * 12,
         flops=tokens * 12,
         contenders=[
             Contender(OURS, ours()),
-            Contender("torch eager", plain(eager_by_sequence)),
-            Contender("torch.compile", plain(compiled(eager_by_sequence))),
+            Contender("torch eager", plain(function)),
+            Contender("torch.compile", plain(compiled(function))),
             *of_backends(ours, device),
             rival("verl", "verl.trainer.ppo.core_algos verl.workers.config", verl),
             Contender("TRL", None, "computed inside its trainer, no function to call"),
+            Contender("Liger", None, "no loss of given log-probs; from logits it has a case of its own"),
         ],
         device=device,
-        another=lambda other: case_by_sequence(sequences, length, device, other),
+        elements=0 if gspo else tokens,
+        another=lambda other: case(sequences, length, device, level, other),
     )
+
+
+def eager_from_logits(logits: Tensor, chosen: Tensor, old: Tensor, gains: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """The loss of the chosen tokens' log-probs; logits `[B, L, V]`, the others `[B, L - 1]`."""
+    log_p = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(2, chosen[..., None]).squeeze(2)
+    return eager(log_p, old, gains, weights)
 
 
 def case_from_logits(
@@ -227,5 +171,5 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield from (case(sequences, length, device) for sequences, length in (QUICK if quick else full))
     if not quick:
         for sequences, length in (FULL[1:] + LARGE) if device.type == "cuda" else FULL[2:]:
-            yield case_by_sequence(sequences, length, device)
+            yield case(sequences, length, device, "sequence")
         yield case_from_logits(*(LOGITS_LARGE if device.type == "cuda" else LOGITS), device)
