@@ -1,7 +1,8 @@
 """policy_loss (PPO with dual clip, GSPO) beside torch, eager and compiled, and verl's; from logits, beside Liger's.
 
 The torch rivals compute the loss alone, ours the loss and eleven metrics, verl's the loss and three. Sequences have
-equal lengths, so padded layouts have no padding, and torch reads one advantage a sequence: the input that favours them most.
+equal lengths, so that padded layouts have no padding, and torch reads one advantage a sequence: the input that favours
+them most.
 """
 
 from __future__ import annotations

@@ -100,4 +100,12 @@ constexpr bool masks(Correction correction) {
   return correction == Correction::token_mask || correction == Correction::sequence_mask;
 }
 
+// Whether the tokens of a sequence differ by weight alone, so that one stands for all of them.
+template <class T>
+constexpr bool tokens_alike(const PolicyInputs<T>& in) {
+  return (in.surrogate == Surrogate::ppo || in.surrogate == Surrogate::sapo) && in.sequence_level &&
+         in.kl == Kl::none && !in.advantage_per_token &&
+         (in.correction == Correction::none || whole_sequence(in.correction));
+}
+
 }  // namespace v05

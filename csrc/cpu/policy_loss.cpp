@@ -1,9 +1,11 @@
 // Policy losses in one pass that leaves the gradient behind: chunks of tokens in parallel, each in tiles. Options on
-// whole sequences take two more passes over a chunk, then made of whole sequences, while it is in the cache.
+// whole sequences take two more passes over a chunk, then made of whole sequences, while it is in the cache; one where
+// the tokens of a sequence are alike.
 #include <vector>
 
 #include "ops.h"
 #include "parallel.h"
+#include "policy_alike.h"
 #include "policy_pass.h"
 #include "vector_math.h"
 
@@ -78,7 +80,14 @@ struct ChunkPass {
     Tile<T> tile;
     std::memset(static_cast<void*>(&tile), 0, sizeof tile);
     std::fill(tile.correction, tile.correction + kTile, T(1));
-    const bool whole = in.sequence_level || whole_sequence(in.correction);
+    const bool whole = in.sequence_level || whole_sequence(in.correction), alike = tokens_alike(in);
+    for (int64_t s = chunk.first; alike && s < in.sequences && in.offsets[s] < chunk.end; ++s)
+      if (in.surrogate == Surrogate::ppo)
+        alike_pass<Surrogate::ppo>(in, s, tile, gradient, sums);
+      else
+        alike_pass<Surrogate::sapo>(in, s, tile, gradient, sums);
+    *total = sums;
+    if (alike) return;
     for (int64_t s = chunk.first; s < in.sequences && in.offsets[s] < chunk.end; ++s) {
       if (whole) summarise(in, state, s, tile, sums);
       if (in.offsets[s] < chunk.begin) continue;
@@ -131,7 +140,7 @@ bool policy_loss(const PolicyInputs<T>& in, T* loss, T* gradient, T* metrics) {
   const bool whole = in.sequence_level || whole_sequence(in.correction);
   const std::vector<Chunk> chunks = chunks_of(in.offsets, in.n, in.sequences, whole);
   SequenceState<T> state;
-  if (in.sequence_level) {
+  if (in.sequence_level && !tokens_alike(in)) {
     state.ratio.reset(new T[size_t(in.sequences)]);
     state.kept.reset(new int64_t[size_t(in.sequences)]);
     state.by_ratio.reset(new T[size_t(in.n)]);

@@ -102,15 +102,7 @@ struct Crew {
   }
 };
 
-// Whether the tokens of a sequence differ by weight alone: one then stands for all of them.
-template <Surrogate kSurrogate, class T>
-__device__ __forceinline__ bool tokens_alike(const PolicyInputs<T>& in) {
-  const bool of_sequence = in.correction == Correction::none || whole_sequence(in.correction);
-  return (kSurrogate == Surrogate::ppo || kSurrogate == Surrogate::sapo) && in.sequence_level && in.kl == Kl::none &&
-         !in.advantage_per_token && of_sequence;
-}
-
-// Adds such a sequence, of which `count` tokens are unmasked, and returns its derivative by the ratio.
+// Adds a sequence whose tokens are alike, `count` of them unmasked, and returns its derivative by the ratio.
 template <Surrogate kSurrogate, class T>
 __device__ __forceinline__ T add_alike(const PolicyInputs<T>& in, const Sequence<T>& of, T count, T weight, T mean,
                                        const Whole<T>& whole, bool adds, T (&sums)[kPolicySums]) {
@@ -122,6 +114,10 @@ __device__ __forceinline__ T add_alike(const PolicyInputs<T>& in, const Sequence
     for (int field = 0; field < kPolicySums; ++field) sums[field] += field == kLoss ? one[field] : count * one[field];
   return token.by_ratio;
 }
+
+// Whether tokens can be alike.
+template <Surrogate kSurrogate>
+constexpr bool kOneForAll = kSurrogate == Surrogate::ppo || kSurrogate == Surrogate::sapo;
 
 // What the threads of a crew need to know of a sequence; `part` is a token's share of the derivative by the ratio.
 template <class T>
@@ -137,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
   const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
   // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
-  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>, alike = tokens_alike<kSurrogate>(in);
+  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>, alike = kOneForAll<kSurrogate> && tokens_alike(in);
   T sums[kPolicySums] = {};
   for (int64_t s = crew.first; s < in.sequences; s += crew.step) {
     const Sequence<T> of(in, s);
