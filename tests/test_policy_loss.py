@@ -186,11 +186,17 @@ def test_every_variant_is_as_exact_as_torch(surrogate, level, dtype):
             )
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_advantages_per_token_equal_those_per_sequence(backend, level):
-    data = ragged_tokens(30, 1, 9, seed=4, dtype=torch.float64)
-    spread = data._replace(advantages=data.advantages.repeat_interleave(data.sequence_offsets.diff()))
-    torch.testing.assert_close(run(spread, backend, level=level), run(data, backend, level=level))
+@pytest.mark.parametrize(("surrogate", "level"), list(itertools.product(SURROGATES, LEVELS)))
+@pytest.mark.parametrize("correction", ["none", "sequence_truncate", "sequence_mask"])
+def test_advantages_per_token_equal_those_per_sequence(backend, surrogate, level, correction):
+    """Where tokens differ by their weight alone, a sequence's loss may come from its sums: not if advantages do too."""
+    for sequences, longest in ((30, 9), (5, 1700)):
+        data = ragged_tokens(sequences, 0, longest, seed=4, dtype=torch.float64)
+        spread = data._replace(advantages=data.advantages.repeat_interleave(data.sequence_offsets.diff()))
+        options = dict(surrogate=surrogate, level=level, sampler_correction=correction)
+        if "cov" in surrogate:
+            options["covariance_selected"] = torch.arange(len(data.logprobs)) % 3 == 0
+        torch.testing.assert_close(run(spread, backend, **options), run(data, backend, **options))
 
 
 @pytest.mark.parametrize("level", LEVELS)
