@@ -56,7 +56,7 @@ def case(sequences: int, length: int, device: torch.device, level: str = "token"
     tokens, shape, gspo = sequences * length, (sequences, length), level == "sequence"
     logprobs, old, advantages, weights, offsets = packed(sequences, length, device, seed)
     padded = (old.view(shape), advantages[:, None], weights.view(shape))
-    function = eager_by_sequence if gspo else eager
+    by_torch = eager_by_sequence if gspo else eager
     upstream = [torch.ones((), device=device)]
     bounds = dict(clip_low=LOW, clip_high=HIGH) | ({} if gspo else dict(dual_clip=DUAL))
 
@@ -87,8 +87,8 @@ def case(sequences: int, length: int, device: torch.device, level: str = "token"
         flops=tokens * 12,
         contenders=[
             Contender(OURS, ours()),
-            Contender("torch eager", plain(function)),
-            Contender("torch.compile", plain(compiled(function))),
+            Contender("torch eager", plain(by_torch)),
+            Contender("torch.compile", plain(compiled(by_torch))),
             *of_backends(ours, device),
             rival("verl", "verl.trainer.ppo.core_algos verl.workers.config", verl),
             Contender("TRL", None, "computed inside its trainer, no function to call"),

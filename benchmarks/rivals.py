@@ -37,5 +37,5 @@ def groups_of(groups: int, device: torch.device, seed: int) -> RaggedGroups:
     """Groups of 4 to 16 rollouts. Every seed has the same lengths, so that torch.compile need not allow for others."""
     rewards, offsets, prior = ragged_groups(groups, 4, 16)
     rng = torch.Generator().manual_seed(seed)
-    shuffled = (values[torch.randperm(len(values), generator=rng)] for values in (rewards, prior))
-    return RaggedGroups(next(shuffled).to(device), offsets.to(device), next(shuffled).to(device))
+    rewards, prior = (values[torch.randperm(len(values), generator=rng)] for values in (rewards, prior))
+    return RaggedGroups(rewards.to(device), offsets.to(device), prior.to(device))

@@ -86,9 +86,7 @@ def clock_of(runs: Sequence[Run], device: torch.device, graph: bool = False) -> 
         return Clock(runs[0], 1, "wall clock", runs)
     turn = itertools.cycle(runs)
     by_events = Clock(lambda: next(turn)(), 1, "events", runs)
-    if not graph:
-        return by_events
-    if by_events.milliseconds() > LONG_MS:
+    if not graph or by_events.milliseconds() > LONG_MS:
         return by_events
     took = by_events.milliseconds()
     wanted = min(REPLAYED, int(REPLAY_MS / took) + 1)

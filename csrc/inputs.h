@@ -100,11 +100,13 @@ constexpr bool masks(Correction correction) {
   return correction == Correction::token_mask || correction == Correction::sequence_mask;
 }
 
+// Surrogates that see nothing of a token but its ratio and its advantage.
+constexpr bool by_ratio_alone(Surrogate kind) { return kind == Surrogate::ppo || kind == Surrogate::sapo; }
+
 // Whether the tokens of a sequence differ by weight alone, so that one stands for all of them.
 template <class T>
 constexpr bool tokens_alike(const PolicyInputs<T>& in) {
-  return (in.surrogate == Surrogate::ppo || in.surrogate == Surrogate::sapo) && in.sequence_level &&
-         in.kl == Kl::none && !in.advantage_per_token &&
+  return by_ratio_alone(in.surrogate) && in.sequence_level && in.kl == Kl::none && !in.advantage_per_token &&
          (in.correction == Correction::none || whole_sequence(in.correction));
 }
 

@@ -145,10 +145,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
       span = span_from(span.first, nearby);
       of_span = in.advantages[span.first];
     }
-    if (aligned && i + kEach <= end)
-      store_vector<true>(gradient, i, end, slope);
-    else
-      store_vector<false>(gradient, i, end, slope);
+    store_vector(gradient, i, end, aligned && i + kEach <= end, slope);
   }
   wait_for_copies<0>();
   sums[kSequences] = sequences.count(in);
@@ -169,10 +166,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(T* values, int64_t n, c
     Vector<T> each = load_vector(values, i, n, whole, T(0));
 #pragma unroll
     for (int k = 0; k < kEach; ++k) each.at[k] *= by;
-    if (whole)
-      store_vector<true>(values, i, n, each);
-    else
-      store_vector<false>(values, i, n, each);
+    store_vector(values, i, n, whole, each);
   }
 }
 

@@ -115,10 +115,6 @@ __device__ __forceinline__ T add_alike(const PolicyInputs<T>& in, const Sequence
   return token.by_ratio;
 }
 
-// Whether tokens can be alike.
-template <Surrogate kSurrogate>
-constexpr bool kOneForAll = kSurrogate == Surrogate::ppo || kSurrogate == Surrogate::sapo;
-
 // What the threads of a crew need to know of a sequence; `part` is a token's share of the derivative by the ratio.
 template <class T>
 struct Known {
@@ -133,7 +129,8 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
   const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
   // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
-  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>, alike = kOneForAll<kSurrogate> && tokens_alike(in);
+  const bool waits = in.kl != Kl::none || kByLogprob<kSurrogate>,
+             alike = by_ratio_alone(kSurrogate) && tokens_alike(in);
   T sums[kPolicySums] = {};
   for (int64_t s = crew.first; s < in.sequences; s += crew.step) {
     const Sequence<T> of(in, s);

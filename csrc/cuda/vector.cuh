@@ -73,6 +73,14 @@ __device__ __forceinline__ void store_vector(T* row, int64_t i, int64_t n, const
   }
 }
 
+template <class T>
+__device__ __forceinline__ void store_vector(T* row, int64_t i, int64_t n, bool whole, const Vector<T>& values) {
+  if (whole)
+    store_vector<true>(row, i, n, values);
+  else
+    store_vector<false>(row, i, n, values);
+}
+
 // The largest element of some vectors, without regard to NaN. Two of half precision are compared at a time.
 template <class Wide, class T, int kCount>
 __device__ __forceinline__ Wide largest(const Vector<T> (&values)[kCount]) {
