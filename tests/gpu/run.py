@@ -85,8 +85,9 @@ def sanitizer_step(tool: str, backend: str, part: str, limit: float) -> Step:
     return Step(f"{tool}-{backend}-{part}", command, limit, environment=own)
 
 
-def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
-    """Groups of steps, one after the other; those of a group run at the same time."""
+def steps(architecture: str, out: Path, seconds: float) -> tuple[list[Step], list[list[Step]], list[list[Step]]]:
+    """What checks and what times: groups of steps, one after the other, those of a group at the same time. Before them
+    the steps that run beside all that checks and end before anything is timed."""
     python = sys.executable
     install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-build-isolation"]
     target = {"V05_CUDA_ARCHS": architecture, "PIP_BREAK_SYSTEM_PACKAGES": "1"}
@@ -98,13 +99,13 @@ def steps(architecture: str, out: Path, seconds: float) -> list[list[Step]]:
     large = pytest_step("large", "large", out, 90, parallel=False)
     base = [python, "-m", "benchmarks", "--output", str(out / "benchmarks")]
     bench = [*base, "--device", "cuda", "--seconds", str(seconds), "--rows-only"]
-    benches, compiling = [], []  # what rivals compile is compiled beside our own, long before anything is timed
+    benches, compiling = [], []  # what rivals compile
     for name, (ops, first) in BENCHES.items():
         some = [] if first is None else ["--first", str(first)]
         benches.append([Step(f"bench-{name}", [*bench, *some, *itertools.chain(*(("--op", op) for op in ops))], 150)])
-        compiling += [Step(f"compile-{op}", [*bench, *some, "--op", op, "--warm-up"], 150) for op in ops]
+        compiling += [Step(f"compile-{op}", [*bench, *some, "--op", op, "--warm-up"], 200) for op in ops]
     report = Step("bench-report", [*base, "--report-only"], 30)
-    return [[build, *compiling], [imports], [tests, *sanitizers], [large], *benches, [report]]
+    return compiling, [[build], [imports], [tests, *sanitizers], [large]], [*benches, [report]]
 
 
 def failures_of(junit: Path, log: Path) -> list[str]:
@@ -181,10 +182,20 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"{found[1]}, sm_{found[0]}; logs in {out}", flush=True)
     results: list[Result] = []
-    for every in steps(found[0], out, options.seconds):
-        group = [step for step in every if step.name.startswith(tuple(options.only or ("",)))]
-        with ThreadPoolExecutor(len(group) or 1) as pool:
-            results += pool.map(lambda step: run(step, out, begin + options.budget), group)
+
+    def run_together(group: list[Step]) -> None:
+        chosen = [step for step in group if step.name.startswith(tuple(options.only or ("",)))]
+        with ThreadPoolExecutor(len(chosen) or 1) as pool:
+            results.extend(pool.map(lambda step: run(step, out, begin + options.budget), chosen))
+
+    beside, checks, timings = steps(found[0], out, options.seconds)
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(run_together, beside)
+        for group in checks:
+            run_together(group)
+        compiled.result()
+    for group in timings:
+        run_together(group)
     steps_told = {"device": found[1], "seconds": time.monotonic() - begin, "steps": [asdict(r) for r in results]}
     (out / "steps.json").write_text(json.dumps(steps_told, indent=1), encoding="utf-8")
     text = summary(results)
