@@ -90,6 +90,18 @@ V05_FN T component_mean(T sum, T count, T strength, T c) {
   return (sum + strength * c) / (count + strength);
 }
 
+// How far a component trusts rewards rather than the prior.
+template <class T>
+V05_FN T component_trust(T count, T strength) {
+  return count / (count + strength);
+}
+
+// A component's part in the variance of the expected reward: its own, and the square of its mean's gap to that of all.
+template <class T>
+V05_FN T component_variance(T own, T gap, T count, T strength, bool graded) {
+  return (graded ? T(0.25) : own * (T(1) - own)) / (count + strength + T(1)) + gap * gap;
+}
+
 // From the likelihoods of a group, which become the shares of the components, and the weights of these.
 template <class T>
 V05_FN Belief<T> posterior_of(T* share, T sum, int64_t count, T centre, bool graded, const T* weights) {
@@ -102,13 +114,13 @@ V05_FN Belief<T> posterior_of(T* share, T sum, int64_t count, T centre, bool gra
     T strength = component_strength<T>(i) + extra;
     share[i] /= total;
     mean += share[i] * component_mean(sum, k, strength, component_centre(i, centre));
-    weight += share[i] * k / (k + strength);
+    weight += share[i] * component_trust(k, strength);
   }
   V05_UNROLL
   for (int i = 0; i < kComponents; ++i) {
     T strength = component_strength<T>(i);
     T own = component_mean(sum, k, strength + extra, component_centre(i, centre)), gap = own - mean;
-    variance += share[i] * ((graded ? T(0.25) : own * (T(1) - own)) / (k + strength + T(1)) + gap * gap);
+    variance += share[i] * component_variance(own, gap, k, strength, graded);
   }
   return {mean, variance, weight};
 }

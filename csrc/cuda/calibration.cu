@@ -1,8 +1,9 @@
 // Calibrated fusion in three launches: the likelihoods of every group as two-valued and as graded, a lane a component;
-// in one block whether any is graded, and expectation maximisation, whose sums have a fixed order; then what each group
-// and each of its rollouts gets.
+// whether any is graded, and the fit of the mixture; then what each group and each of its rollouts gets.
 #include "calibration.h"
 #include "cuda/groups.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mixture_fit.cuh"
 #include "cuda/ops.h"
 
 namespace v05::cuda {
@@ -10,9 +11,6 @@ namespace v05::cuda {
 namespace {
 
 constexpr int kLanes = 8;  // of a team: one for each component of the mixture at least
-
-template <class T>
-constexpr int kFitThreads = sizeof(T) == 8 ? 512 : 1024;
 
 static_assert(kComponents <= kLanes, "a lane a component");
 
@@ -41,7 +39,9 @@ __device__ __forceinline__ T centre_of(const Calibration<T, Reward>& in, const T
 }
 
 template <class T, class Reward>
-__global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Reward> in) {
+__global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Reward> in, Mailbox<T> mail) {
+  if (blockIdx.x == 0 && mail.words)
+    for (int i = threadIdx.x; i < Mailbox<T>::kWords; i += kThreads) mail.words[i] = 0;
   Team<kLanes, T> team(in.offsets, in.groups);
   const T low = T(in.budget.low), high = T(in.budget.high), near = in.near();
   T sums[2] = {};                                                  // of the rewards in [0, 1], two-valued and graded
@@ -65,78 +65,60 @@ __global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Rew
   }
 }
 
-// The sum of the first kComponents lanes of a warp, in every lane.
-__device__ __forceinline__ double sum_of_components(double value) {
-  double sum = 0;
-#pragma unroll
-  for (int c = 0; c < kComponents; ++c) sum += __shfl_sync(kEveryLane, value, c);
-  return sum;
+// The component of a lane, of weight 0 where a lane has none.
+template <class T>
+struct Component {
+  T weight, strength, centre;
+
+  __device__ Component(int lane, const T* weights, T prior_centre) {
+    const int i = lane < kComponents ? lane : kComponents - 1;
+    weight = lane < kComponents ? weights[i] : T(0);
+    strength = component_strength<T>(i);
+    centre = component_centre(i, prior_centre);
+  }
+  // The mean reward that it leads to.
+  __device__ T mean(T sum, T count, bool graded) const {
+    return component_mean(sum, count, strength + (graded ? T(1) : T(0)), centre);
+  }
+};
+
+// The belief of a team's group, from the likelihood of the lane's component.
+template <class T>
+__device__ __forceinline__ Belief<T> team_posterior(const Component<T>& own, T likelihood, T sum, T count,
+                                                    bool graded) {
+  T share = likelihood * own.weight;
+  share /= team_sum<kLanes>(share);
+  const T expected = own.mean(sum, count, graded),
+          trust = component_trust(count, own.strength + (graded ? T(1) : T(0)));
+  const T mean = team_sum<kLanes>(share * expected), weight = team_sum<kLanes>(share * trust);
+  const T variance = component_variance(expected, expected - mean, count, own.strength, graded);
+  return {mean, team_sum<kLanes>(share * variance), weight};
 }
 
-template <class T, class Reward>
-__global__ void __launch_bounds__(kFitThreads<T>) fit_kernel(Calibration<T, Reward> in) {
-  constexpr int kWarps = kFitThreads<T> / kWarp;
-  __shared__ T of_warp[kWarps][kComponents], weights[kComponents];
-  bool some = false;
-  for (int64_t g = threadIdx.x; g < in.groups; g += kFitThreads<T>) some |= in.between()[g] > T(0);
-  const bool graded = __syncthreads_or(some);
-  const T* table = in.table_of(graded);
-  const bool leads = threadIdx.x < kComponents;  // a component
-  const double start = leads ? double(in.remembered(threadIdx.x)) + kComponentCount : 0;
-  double count = start;  // groups that the component counts for: before the batch, and with it
-  for (int step = 0;; ++step) {
-    if (threadIdx.x < kWarp) {
-      const double all = sum_of_components(count);
-      if (leads) weights[threadIdx.x] = T(count / all);
-    }
-    __syncthreads();
-    if (step == kFitSteps) break;
-    T share[kComponents] = {};
-#pragma unroll 1  // unrolled, it would not fit into the registers of so many threads
-    for (int64_t g = threadIdx.x; g < in.groups; g += kFitThreads<T>) {
-      T joint[kComponents], total = 0;
-#pragma unroll
-      for (int c = 0; c < kComponents; ++c) total += joint[c] = weights[c] * table[c * in.groups + g];
-      const T inverse = total > T(0) ? T(1) / total : T(0);
-#pragma unroll
-      for (int c = 0; c < kComponents; ++c) share[c] += joint[c] * inverse;
-    }
-#pragma unroll
-    for (int c = 0; c < kComponents; ++c) {
-      const T sum = warp_sum(share[c]);
-      if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp][c] = sum;
-    }
-    __syncthreads();
-    if (leads) {
-      count = start;
-      for (int warp = 0; warp < kWarps; ++warp) count += of_warp[warp][threadIdx.x];
-    }
-  }
-  if (threadIdx.x == 0) *in.graded = graded;
-  if (leads) {
-    in.weights[threadIdx.x] = weights[threadIdx.x];
-    in.new_state[threadIdx.x] = T(count - kComponentCount);
-  }
+// The mean of the belief from rewards of two values alone.
+template <class T>
+__device__ __forceinline__ T team_mean(const Component<T>& own, T sum, int64_t count) {
+  const T log_l = log_likelihood(sum, count, own.centre, own.strength, false);
+  const T share = own.weight * exp(log_l - team_max(log_l));
+  return team_sum<kLanes>(share * own.mean(sum, T(count), false)) / team_sum<kLanes>(share);
 }
 
 template <class T, class Reward>
 __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, Reward> in) {
   Team<kLanes, T> team(in.rewards, in.offsets, in.groups);
-  const bool graded = *in.graded;
+  const bool graded = *in.graded, leads = team.present && team.lane == 0;
   const T sum = unit_sum(in, team, graded), centre = centre_of(in, team);
-  if (!team.present) return;
   const Budget<T> budget{T(in.budget.low), T(in.budget.high), T(in.budget.cost), in.budget.k_init, in.budget.k_max};
   const int64_t count = team.count(), g = team.group;
-  const T value = in.prior[g], width = budget.high - budget.low;
-  const T* table = in.table_of(graded);
-  T row[kComponents];
-#pragma unroll
-  for (int c = 0; c < kComponents; ++c) row[c] = count || !finite(value) ? table[c * in.groups + g] : T(1);
-  const Belief<T> belief = posterior_of(row, sum, count, centre, graded, in.weights);  // NaN from a row of 0
+  const T value = team.present ? in.prior[g] : T(0), width = budget.high - budget.low;
+  const Component<T> own(team.lane, in.weights, centre);
+  const bool tabulated = team.lane < kComponents && (count || !finite(value));  // a row of 0 makes all NaN
+  const T likelihood = tabulated ? in.table_of(graded)[team.lane * in.groups + g] : T(1);
+  const Belief<T> belief = team_posterior(own, likelihood, sum, T(count), graded);
   const bool counted = finite(belief.mean);
   const T mean = counted ? team.mean(value) : belief.mean;
   const Fusion<T> fusion = calibrated_fusion(mean, count, value, belief, graded, budget);
-  if (team.lane == 0) {
+  if (leads) {
     in.floats[g] = mean;
     in.floats[in.groups + g] = fusion.deviation;
     in.floats[2 * in.groups + g] = fusion.weight;
@@ -148,12 +130,20 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
     in.more[g] = fusion.planned > count;
   }
   if (!in.rollout_baseline && !in.advantages) return;
+  T known[2] = {};  // without a failure, without a success: rewards of two values have no other leave-one-out baseline
+  if (in.rollout_baseline && !graded)
+#pragma unroll
+    for (int z = 0; z < 2; ++z)
+      known[z] = budget.low + width * team_mean(own, smaller(larger(sum - T(z), T(0)), T(count - 1)), count - 1);
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
     const T reward = widen(in.rewards[i]);
     T mu = fusion.baseline;
     if (in.rollout_baseline) {
       const T z = unit_reward(reward, budget.low, budget.high, graded);
-      if (counted) mu = budget.low + width * posterior_mean(sum - z, count - 1, centre, graded, in.weights);
+      if (counted && graded)
+        mu = budget.low + width * posterior_mean(sum - z, count - 1, centre, graded, in.weights);
+      else if (counted)
+        mu = z > T(0.5) ? known[1] : known[0];
       in.rollout_baseline[i] = mu;
     }
     if (in.advantages) in.advantages[i] = reward - mu;
@@ -164,8 +154,11 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
 
 template <class T, class Reward>
 void calibrated(const Calibration<T, Reward>& in, cudaStream_t stream) {
-  if (in.groups) likelihood_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in);
-  fit_kernel<<<1, kFitThreads<T>, 0, stream>>>(in);
+  const unsigned blocks = fit_blocks<T>(in.groups, multiprocessors());
+  // Nothing is in the outputs of groups before the last launch: there the blocks of the fit hand each other their sums.
+  const Mailbox<T> mail{blocks > 1 ? reinterpret_cast<Word*>(in.floats) : nullptr};
+  if (in.groups) likelihood_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in, mail);
+  launch_at_once(fit_kernel<T, Reward>, blocks, kFitThreads, stream, in, mail);
   if (in.groups) calibrated_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in);
   check_launch("calibrated");
 }

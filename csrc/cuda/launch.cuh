@@ -1,8 +1,10 @@
-// A launch that begins while the one before it still works, and waits for its results only where it says so: on sm_90
-// and newer; elsewhere it begins after it.
+// Launches that are more than a grid: one that begins while the one before it still works, and waits for its results
+// only where it says so (on sm_90 and newer; elsewhere it begins after it); and one whose blocks all run at once.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace v05::cuda {
 
@@ -20,7 +22,26 @@ __device__ __forceinline__ void wait_for_last_launch() {
 #endif
 }
 
-// Launches the second.
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count ? count : 1;
+}
+
+template <class... Parameters, class... Arguments>
+void launch_with(cudaLaunchAttribute attribute, bool wanted, void (*kernel)(Parameters...), unsigned blocks,
+                 unsigned threads, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = wanted ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Launches the second of two.
 template <class... Parameters, class... Arguments>
 void launch_next(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                  const Arguments&... arguments) {
@@ -29,13 +50,17 @@ void launch_next(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;  // older code cannot wait
-  cudaLaunchKernelEx(&config, kernel, arguments...);
+  launch_with(early, compiled.ptxVersion >= 90, kernel, blocks, threads, stream, arguments...);  // older cannot wait
+}
+
+// Launches blocks that wait for each other: no more than there are multiprocessors.
+template <class... Parameters, class... Arguments>
+void launch_at_once(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                    const Arguments&... arguments) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  launch_with(together, blocks > 1, kernel, blocks, threads, stream, arguments...);
 }
 
 }  // namespace v05::cuda

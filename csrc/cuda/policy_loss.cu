@@ -189,12 +189,7 @@ void with_surrogate(Surrogate kind, const Body& body) {
   }
 }
 
-int64_t blocks_at_a_time() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return int64_t(kResident) * (count ? count : 1);
-}
+int64_t blocks_at_a_time() { return kResident * multiprocessors(); }
 
 template <class... Pointers>
 bool all_aligned(Pointers... pointers) {

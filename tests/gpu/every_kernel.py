@@ -50,6 +50,8 @@ def groups_calls(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
             state = torch.ones(7, device=DEVICE) if own else None
             options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=state)
             yield f"calibrated {dtype} {values} {own}", partial(run_shrinkage, backend, chosen, **options)
+        many = on_device(ragged_groups(5_000, 0, 5, dtype=dtype))
+        yield f"calibrated {dtype} many", partial(run_shrinkage, backend, many, fusion="calibrated")
         for estimator, scale in COMBINATIONS:
             options = dict(estimator=estimator, scale=scale)
             yield f"advantage {dtype} {options}", partial(run_advantage, backend, data, **options)

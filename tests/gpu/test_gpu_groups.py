@@ -72,6 +72,36 @@ def test_calibrated_fusion(backend, dtype, values, groups):
         compare_calibrated(backend, data, leave_one_out=True, advantages=True, state=state)
 
 
+@pytest.mark.parametrize("values", [VALUES, (-1.0, 1.0)])
+def test_calibrated_fusion_of_more_groups_than_registers_hold(backend, values):
+    data = on_device(ragged_groups(scaled(150_000, 90), 0, 9, seed=8, values=values))
+    compare_calibrated(backend, data, leave_one_out=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_calibrated_fusion_on_many_streams_and_in_a_graph(backend):
+    """Its fit may be of blocks that wait for each other: more of them than a GPU holds at a time."""
+    batches = [on_device(ragged_groups(size, 0, 9, seed=size, values=VALUES)) for size in (5_000, 70_000) * 6]
+    options = dict(fusion="calibrated", leave_one_out=True)
+    expected = [run_shrinkage(backend, data, **options) for data in batches]
+    streams = [torch.cuda.Stream() for _ in batches]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        results = []
+        for stream, data in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run_shrinkage(backend, data, **options))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results += [run_shrinkage(backend, data, **options) for data in batches[:2]]
+    graph.replay()
+    torch.cuda.synchronize()
+    for result, same in zip(results, expected + expected[:2], strict=True):
+        assert_same_bits(result, same)
+
+
 def test_one_graded_reward_among_all_makes_the_batch_graded(backend):
     data = on_device(ragged_groups(scaled(20_000, 530), 1, 4, seed=9))
     for place, value in ((0, 0.3), (-1, 0.3), (-1, 1 - 2.5e-6), (-1, 1 - 1.5e-6), (-1, 1.0)):
