@@ -67,18 +67,19 @@ __global__ void __launch_bounds__(kThreads)
     advantage_kernel(const Reward* __restrict__ rewards, const int64_t* __restrict__ offsets,
                      const T* __restrict__ prior, const T* __restrict__ moments, int64_t groups, Baseline baseline,
                      Scale scale, T low, T high, T eps, T* __restrict__ out) {
-  Team<kLanes, T> team(rewards, offsets, groups);
+  Team<kLanes, T> team(offsets, groups);
+  const T value = prior && team.present && baseline != Baseline::given ? prior[team.group] : T(0);
+  team.load(rewards);
+  team.add_up(rewards);
   int64_t count = team.count();
   T k = T(count), mean = team.mean(T(0)), s = (high - low) * (high - low) * T(0.25);
-  T value = prior && team.present && baseline != Baseline::given ? prior[team.group] : T(0);
   T common = mean, factor = 1;
   if (baseline == Baseline::fused) common = fused_baseline(mean, k, value, s);
   if (baseline == Baseline::batch) common = moments[0];
   if (scale == Scale::batch) factor = 1 / moments[1];
   if (scale == Scale::group) {
     T squares = 0;
-    for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes)
-      squares += (widen(rewards[i]) - mean) * (widen(rewards[i]) - mean);
+    team.each(rewards, [&](int64_t, T reward) { squares += (reward - mean) * (reward - mean); });
     factor = inverse_std(team_sum<kLanes>(squares), k - 1, eps);
   }
   for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {

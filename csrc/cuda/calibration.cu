@@ -22,20 +22,10 @@ __device__ __forceinline__ T team_max(T value) {
   return value;
 }
 
-// Sum of the rewards of a team's group in [0, 1], in every lane.
-template <class T, class Reward>
-__device__ __forceinline__ T unit_sum(const Calibration<T, Reward>& in, const Team<kLanes, T>& team, bool graded) {
-  const T low = T(in.budget.low), high = T(in.budget.high);
-  T sum = 0;
-  for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes)
-    sum += unit_reward(widen(in.rewards[i]), low, high, graded);
-  return team_sum<kLanes>(sum);
-}
-
-template <class T, class Reward>
-__device__ __forceinline__ T centre_of(const Calibration<T, Reward>& in, const Team<kLanes, T>& team) {
-  const T low = T(in.budget.low), high = T(in.budget.high);
-  return team.present ? (in.prior[team.group] - low) / (high - low) : T(0.5);
+// The prior in [0, 1].
+template <class T>
+__device__ __forceinline__ T centre_of(T prior, const Budget<double>& budget) {
+  return (prior - T(budget.low)) / (T(budget.high) - T(budget.low));
 }
 
 template <class T, class Reward>
@@ -43,19 +33,21 @@ __global__ void __launch_bounds__(kThreads) likelihood_kernel(Calibration<T, Rew
   if (blockIdx.x == 0 && mail.words)
     for (int i = threadIdx.x; i < Mailbox<T>::kWords; i += kThreads) mail.words[i] = 0;
   Team<kLanes, T> team(in.offsets, in.groups);
+  const T value = team.present ? in.prior[team.group] : T(0);
+  team.load(in.rewards);
   const T low = T(in.budget.low), high = T(in.budget.high), near = in.near();
-  T sums[2] = {};                                                  // of the rewards in [0, 1], two-valued and graded
-  T kind = team.present && !finite(in.prior[team.group]) ? 2 : 0;  // 1: graded; 2: not finite, which takes no part
-  for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
-    const T reward = widen(in.rewards[i]);
+  T sums[2] = {};                   // of the rewards in [0, 1], two-valued and graded
+  T kind = !finite(value) ? 2 : 0;  // 1: graded; 2: not finite, which takes no part
+  team.each(in.rewards, [&](int64_t, T reward) {
 #pragma unroll
     for (int graded = 0; graded < 2; ++graded) sums[graded] += unit_reward(reward, low, high, graded);
     kind = larger(kind, finite(reward) ? one_if<T>(between_ends(reward, low, high, near)) : T(2));
-  }
+  });
   kind = team_max(kind);
   if (team.present && team.lane == 0) in.between()[team.group] = one_if<T>(kind == T(1));
   const int component = team.lane < kComponents ? team.lane : kComponents - 1;
-  const T centre = component_centre(component, centre_of(in, team)), strength = component_strength<T>(component);
+  const T centre = component_centre(component, centre_of(value, in.budget)),
+          strength = component_strength<T>(component);
 #pragma unroll
   for (int graded = 0; graded < 2; ++graded) {
     const T log_l = log_likelihood(team_sum<kLanes>(sums[graded]), team.count(), centre, strength, graded);
@@ -105,12 +97,17 @@ __device__ __forceinline__ T team_mean(const Component<T>& own, T sum, int64_t c
 
 template <class T, class Reward>
 __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, Reward> in) {
-  Team<kLanes, T> team(in.rewards, in.offsets, in.groups);
+  Team<kLanes, T> team(in.offsets, in.groups);
+  const T value = team.present ? in.prior[team.group] : T(0), centre = centre_of(value, in.budget);
   const bool graded = *in.graded, leads = team.present && team.lane == 0;
-  const T sum = unit_sum(in, team, graded), centre = centre_of(in, team);
+  team.load(in.rewards);
+  team.add_up(in.rewards);
   const Budget<T> budget{T(in.budget.low), T(in.budget.high), T(in.budget.cost), in.budget.k_init, in.budget.k_max};
   const int64_t count = team.count(), g = team.group;
-  const T value = team.present ? in.prior[g] : T(0), width = budget.high - budget.low;
+  const T width = budget.high - budget.low;
+  T sum = 0;  // of the rewards in [0, 1]
+  team.each(in.rewards, [&](int64_t, T reward) { sum += unit_reward(reward, budget.low, budget.high, graded); });
+  sum = team_sum<kLanes>(sum);
   const Component<T> own(team.lane, in.weights, centre);
   const bool tabulated = team.lane < kComponents && (count || !finite(value));  // a row of 0 makes all NaN
   const T likelihood = tabulated ? in.table_of(graded)[team.lane * in.groups + g] : T(1);
@@ -135,8 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
 #pragma unroll
     for (int z = 0; z < 2; ++z)
       known[z] = budget.low + width * team_mean(own, smaller(larger(sum - T(z), T(0)), T(count - 1)), count - 1);
-  for (int64_t i = team.begin + team.lane; i < team.end; i += kLanes) {
-    const T reward = widen(in.rewards[i]);
+  team.each(in.rewards, [&](int64_t i, T reward) {
     T mu = fusion.baseline;
     if (in.rollout_baseline) {
       const T z = unit_reward(reward, budget.low, budget.high, graded);
@@ -147,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2) calibrated_kernel(Calibration<T, 
       in.rollout_baseline[i] = mu;
     }
     if (in.advantages) in.advantages[i] = reward - mu;
-  }
+  });
 }
 
 }  // namespace

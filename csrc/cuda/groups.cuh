@@ -25,12 +25,13 @@ __device__ __forceinline__ T team_sum(T value) {
 // empty and takes part in the sums.
 template <int kLanes, class T>
 struct Team {
+  static constexpr int kHeld = 16 / kLanes;  // rewards of a lane that are read at once, and stay in registers
+
   int64_t group, begin, end;
-  T first, shifted;  // first reward, and sum of (r - first)
+  T first, shifted;  // first reward, after `load`, and sum of (r - first), after `add_up`; 0 without rewards
   int lane;
   bool present;
 
-  // Without the rewards: `first` and `shifted` are 0.
   __device__ Team(const int64_t* offsets, int64_t groups) : first(0), shifted(0) {
     group = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
     lane = threadIdx.x % kLanes;
@@ -40,14 +41,34 @@ struct Team {
   }
 
   template <class Reward>
-  __device__ Team(const Reward* rewards, const int64_t* offsets, int64_t groups) : Team(offsets, groups) {
-    if (begin < end) first = widen(rewards[begin]);
-    for (int64_t i = begin + lane; i < end; i += kLanes) shifted += widen(rewards[i]) - first;
+  __device__ __forceinline__ void load(const Reward* rewards) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) held[j] = place(j) < end ? T(widen(rewards[place(j)])) : T(0);
+    first = __shfl_sync(kEveryLane, held[0], 0, kLanes);
+  }
+
+  template <class Reward>
+  __device__ __forceinline__ void add_up(const Reward* rewards) {
+    each(rewards, [&](int64_t, T reward) { shifted += reward - first; });
     shifted = team_sum<kLanes>(shifted);
+  }
+
+  // Calls `use(i, reward i)` for each of the lane's rewards, after `load`.
+  template <class Reward, class Use>
+  __device__ __forceinline__ void each(const Reward* rewards, const Use& use) const {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if (place(j) < end) use(place(j), held[j]);
+    for (int64_t i = place(kHeld); i < end; i += kLanes) use(i, T(widen(rewards[i])));
   }
 
   __device__ int64_t count() const { return end - begin; }
   __device__ T mean(T otherwise) const { return count() ? first + shifted / T(count()) : otherwise; }
+
+ private:
+  T held[kHeld];
+
+  __device__ int64_t place(int j) const { return begin + lane + j * kLanes; }
 };
 
 template <int kLanes>

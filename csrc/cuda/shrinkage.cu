@@ -14,10 +14,13 @@ __global__ void __launch_bounds__(kThreads)
                      const T* __restrict__ prior, int64_t groups, Budget<T> budget, T* __restrict__ floats,
                      int64_t* __restrict__ integers, bool* __restrict__ more, T* __restrict__ rollout_baseline,
                      T* __restrict__ advantages) {
-  Team<kLanes, T> team(rewards, offsets, groups);
+  Team<kLanes, T> team(offsets, groups);
+  const T value = team.present ? prior[team.group] : T(0);
+  team.load(rewards);
+  team.add_up(rewards);
   if (!team.present) return;
   int64_t count = team.count(), g = team.group;
-  T value = prior[g], mean = team.mean(value), s = budget.variance();
+  T mean = team.mean(value), s = budget.variance();
   Fusion<T> fusion = fuse(mean, count, value, budget);
   if (team.lane == 0) {
     floats[g] = mean;

@@ -71,14 +71,14 @@ def run_linear_policy_loss(backend: str | None, data: Layer, dtype: torch.dtype 
 
 
 def assert_near(actual: Outputs, same: Outputs, exact: Outputs) -> None:
-    """Log-probs and sums of float32, gradients of the operands' dtype: the second rounds a logit's gradient too."""
+    """Log-probs and sums of float32, gradients of the operands' dtype: the second rounds a logit's gradient too, so that
+    its error is of the order of the largest."""
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         assert value.device.type == DEVICE.type
         half = value.dtype in (torch.bfloat16, torch.float16)
-        floor = 4e-2 if half else 3e-5 if value.dtype == torch.float32 else 1e-11
-        largest = float(exact[name].double().abs().max()) if value.numel() else 0
-        scale = min(1.0, max(largest, 1e-6)) if half else 1.0  # small gradients are compared with the largest
+        floor = 2e-2 if half else 3e-5 if value.dtype == torch.float32 else 1e-11
+        scale = max(float(exact[name].double().abs().max()), 1e-6) if half and value.numel() else 1.0
         allowed = max(floor, 2 * error_against(same[name] / scale, exact[name] / scale))
         error = error_against(value / scale, exact[name] / scale)
         assert error <= allowed, f"{name}: error against float64 is {error:.3g}; allowed: {allowed:.3g}"
