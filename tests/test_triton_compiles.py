@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from ahead_of_time import TARGETS, assert_it_fits, compile_for
 
 from v05.kernels.advantage import triton_moments
@@ -42,7 +43,7 @@ def test_shrinkage(target, dtype, wide, leave_one_out, advantages):
 CALIBRATION = {"offsets": "*i64", "graded": "*i1", "integers": "*i64", "more": "*i1", "groups": "i64"}
 CALIBRATION |= {"low": "fp64", "high": "fp64", "cost": "fp64", "k_init": "i64", "k_max": "i64", "decay": "fp64"}
 CALIBRATION_BLOCKS = {"BLOCK_G": calibration.BLOCK_GROUPS, "BLOCK_K": calibration.BLOCK_ROLLOUTS}
-FIT = {"COUNT": PRIOR_COUNT, "STEPS": STEPS, "BLOCK_F": calibration.BLOCK_FIT}
+FIT = {"COUNT": PRIOR_COUNT, "STEPS": STEPS}
 
 
 def compile_calibration(target, kernel, dtype, wide, constants, **options):
@@ -72,7 +73,8 @@ def test_calibration_of_groups(target, dtype, wide):
 @pytest.mark.parametrize("wide", ["fp32", "fp64"])
 @pytest.mark.parametrize("remembers", [False, True])
 def test_calibration_of_the_mixture(target, wide, remembers):
-    constants = FIT if remembers else FIT | {"state": None}
+    block = calibration.BLOCK_FIT[torch.float32 if wide == "fp32" else torch.float64]
+    constants = FIT | {"BLOCK_F": block} | ({} if remembers else {"state": None})
     compile_calibration(target, calibration.fit_kernel, wide, wide, constants, num_warps=calibration.FIT_WARPS)
 
 

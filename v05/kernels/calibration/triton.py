@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +26,7 @@ from v05.kernels.shrinkage.triton import load_groups, load_tile, scalar, shifted
 BLOCK_GROUPS = 4
 BLOCK_ROLLOUTS = 8
 WARPS = 1  # tiles of groups by 8 that lie in one warp need no shared memory
-BLOCK_FIT = 512
+BLOCK_FIT = {torch.float32: 1024, torch.float64: 512}  # groups that a step has in registers at a time
 FIT_WARPS = 16
 COUNTS = ["groups", "k_init", "k_max"]
 
@@ -237,7 +238,7 @@ def calibrated(
             *(out.scratch, state, out.state, out.graded, groups, state_decay),
             COUNT=PRIOR_COUNT,
             STEPS=STEPS,
-            BLOCK_F=BLOCK_FIT,
+            BLOCK_F=BLOCK_FIT[prior.dtype],
             num_warps=FIT_WARPS,
         )
         if groups:
