@@ -71,8 +71,8 @@ def run_linear_policy_loss(backend: str | None, data: Layer, dtype: torch.dtype 
 
 
 def assert_near(actual: Outputs, same: Outputs, exact: Outputs) -> None:
-    """Log-probs and sums of float32, gradients of the operands' dtype: their errors are relative to the largest, since a
-    logit's gradient is rounded too before many are added up."""
+    """Log-probs and sums of float32, gradients of the operands' dtype: their errors are relative to the largest, since
+    a logit's gradient is rounded too before many are added up."""
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         assert value.device.type == DEVICE.type
