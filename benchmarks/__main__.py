@@ -66,7 +66,7 @@ def append(path: Path, rows: list[Row]) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(["pass" if name == "direction" else name for name in Row._fields])
         writer.writerows(rows)
