@@ -1,5 +1,6 @@
 // Launches that are more than a grid: one that begins while the one before it still works, and waits for its results
-// only where it says so (on sm_90 and newer; elsewhere it begins after it); and one whose blocks all run at once.
+// only where it says so (on sm_90 and newer; elsewhere it begins after it); one whose blocks all run at once; and one
+// whose blocks are a cluster (on sm_90 and newer).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,16 +42,22 @@ void launch_with(cudaLaunchAttribute attribute, bool wanted, void (*kernel)(Para
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Whether a kernel's code, and the device, are of sm_90 or newer.
+template <class Kernel>
+bool of_sm_90(Kernel kernel) {
+  cudaFuncAttributes compiled{};
+  cudaFuncGetAttributes(&compiled, kernel);
+  return compiled.ptxVersion >= 90;
+}
+
 // Launches the second of two.
 template <class... Parameters, class... Arguments>
 void launch_next(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
                  const Arguments&... arguments) {
-  cudaFuncAttributes compiled{};
-  cudaFuncGetAttributes(&compiled, kernel);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(early, compiled.ptxVersion >= 90, kernel, blocks, threads, stream, arguments...);  // older cannot wait
+  launch_with(early, of_sm_90(kernel), kernel, blocks, threads, stream, arguments...);  // older cannot wait
 }
 
 // Launches blocks that wait for each other: no more than there are multiprocessors.
@@ -61,6 +68,17 @@ void launch_at_once(void (*kernel)(Parameters...), unsigned blocks, unsigned thr
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   launch_with(together, blocks > 1, kernel, blocks, threads, stream, arguments...);
+}
+
+// Launches blocks that are one cluster.
+template <class... Parameters, class... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                    const Arguments&... arguments) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  launch_with(cluster, true, kernel, blocks, threads, stream, arguments...);
 }
 
 }  // namespace v05::cuda

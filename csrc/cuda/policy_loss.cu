@@ -1,5 +1,6 @@
 // Policy losses: one pass over the tokens stores the gradient and leaves partial sums, which a second launch adds up in
-// a fixed order; what one block goes through needs no such launch. Options on whole sequences have a pass of their own.
+// a fixed order; what one block goes through needs no such launch, nor do a few that are a cluster. Options on whole
+// sequences have a pass of their own.
 #include <type_traits>
 
 #include "cuda/async.cuh"
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kLeast<T>)
     token_kernel(PolicyInputs<T> in, bool aligned, T* __restrict__ gradient, PolicyOutputs<T> out) {
   constexpr int kEach = Vector<T>::kSize, kStep = kThreads * kEach, kOfWarp = kWarp * kEach;
   __shared__ Fetched<T> fetched[2];
-  allow_next_launch();
+  out.begin();
   const int warp = threadIdx.x / kWarp;
   // Every block takes tiles that follow each other, the first ones one more where they do not come out even.
   const int64_t tiles = (in.n + kTile - 1) / kTile, each = tiles / gridDim.x, more = tiles % gridDim.x;
@@ -209,21 +210,27 @@ void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* los
   const bool whole = in.sequence_level || whole_sequence(in.correction);
   const bool plain = in.kl == Kl::none && in.correction == Correction::none;
   const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n, in.sequences, whole));
-  const PolicyOutputs<T> out{loss, metrics, partial};
+  PolicyOutputs<T> out{loss, metrics, partial, false};
+  const auto launch = [&](auto kernel, auto... arguments) {
+    out.cluster = blocks > 1 && blocks <= kMostOfCluster && of_sm_90(kernel);
+    if (out.cluster)
+      launch_cluster(kernel, blocks, kThreads, stream, arguments..., out);
+    else
+      kernel<<<blocks, kThreads, 0, stream>>>(arguments..., out);
+  };
   with_surrogate(in.surrogate, [&](auto kind) {
     constexpr Surrogate kSurrogate = decltype(kind)::value;
     if (whole) {
       const auto kernel = long_sequences(in.n, in.sequences) ? sequence_kernel<kSurrogate, kThreads, T>
                                                              : sequence_kernel<kSurrogate, kWarp, T>;
-      kernel<<<blocks, kThreads, 0, stream>>>(in, gradient, out);
-      return;
+      return launch(kernel, in, gradient);
     }
     const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient,
                                      in.advantage_per_token ? in.advantages : nullptr);
     const auto kernel = plain ? token_kernel<kSurrogate, Form::plain, T> : token_kernel<kSurrogate, Form::token, T>;
-    kernel<<<blocks, kThreads, 0, stream>>>(in, aligned, gradient, out);
+    launch(kernel, in, aligned, gradient);
   });
-  if (blocks > 1) launch_next(finish_kernel<T>, 1, kPolicySums * kWarp, stream, out, int64_t(blocks));
+  if (blocks > 1 && !out.cluster) launch_next(finish_kernel<T>, 1, kPolicySums * kWarp, stream, out, int64_t(blocks));
   check_launch("policy_loss");
 }
 

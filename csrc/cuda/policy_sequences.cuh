@@ -125,7 +125,7 @@ struct Known {
 template <Surrogate kSurrogate, int kSize, class T>
 __global__ void __launch_bounds__(kThreads, kLeast<T>)
     sequence_kernel(PolicyInputs<T> in, T* gradient, PolicyOutputs<T> out) {
-  allow_next_launch();
+  out.begin();
   const Crew<kSize> crew;
   const bool corrects = whole_sequence(in.correction);
   // At the level of sequences, what a token has beside its share of the ratio's derivative waits in the gradient.
