@@ -39,6 +39,7 @@ struct PolicyOutputs {
     __shared__ double of_block[kMostOfCluster][kPolicySums];
     wait_for_cluster();  // until all have begun
     if (threadIdx.x < kPolicySums) store_in_first_block(&of_block[blockIdx.x][threadIdx.x], sum);
+    __syncwarp();
     arrive_in_cluster();
     if (blockIdx.x > 0) return;
     wait_for_cluster();
