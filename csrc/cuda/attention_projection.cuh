@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/attention_row.cuh"
-#include "cuda/exponent.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -62,7 +61,7 @@ struct WeightTile {
   }
 };
 
-// A query of a head, in units of power().
+// A projected query of a head, its score's scale included.
 template <class Wide>
 struct alignas(8) Asked {
   Wide q0, q1;
@@ -72,7 +71,6 @@ struct alignas(8) Asked {
 template <class T, class Wide>
 __device__ __forceinline__ void project_queries(const AttentionInputs<T, Wide>& in, Asked<Wide>* asked) {
   const int width = in.width();
-  const Wide scale = Wide(kScoreScale) * unit<Wide>();
   const AttentionWeights<const Wide>& w = in.weights;
   for (int64_t i = int64_t(blockIdx.x) * kProjectors + threadIdx.x; i < in.prompts * in.count;
        i += int64_t(gridDim.x) * kProjectors) {
@@ -80,7 +78,8 @@ __device__ __forceinline__ void project_queries(const AttentionInputs<T, Wide>& 
     const int64_t b = i / in.count;
     for (int e = 0; e < width; e += kHead)
       asked[(b * in.heads + e / kHead) * in.count + i - b * in.count] = {
-          product(y, w.in, w.in_bias, e, width) * scale, product(y, w.in, w.in_bias, e + 1, width) * scale};
+          product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale),
+          product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale)};
   }
 }
 

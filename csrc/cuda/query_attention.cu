@@ -13,14 +13,61 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 128;  // tokens of a prompt that are attended to by themselves, and threads that do it
 constexpr int kQueries = 4;  // of one head, that a thread has
-constexpr int kShare = 64;   // queries that a block finishes, a thread for each of their heads
+template <class Wide>
+constexpr int kTokens = sizeof(Wide) == 8 ? 2 : 8;  // that a query sees together
+constexpr int kShare = 64;                          // queries that a block finishes, a thread for each of their heads
 
-// What attention to a chunk leaves: its largest score in units of power(), and sums of powers relative to that, the
-// last two times values.
+// What attention to some tokens leaves: the largest score, and sums of powers relative to it, two of them times values.
 template <class Wide>
 struct alignas(16) Part {
   Wide largest, sum, first, second;
+
+  // Scores are as the backward has them, to the last bit: no power exceeds 1, and that of the largest score is 1.
+  template <int kCount>
+  __device__ __forceinline__ void attend(Asked<Wide> query, const Key<Wide> (&keys)[kCount]) {
+    Wide scores[kCount], most = largest;
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+      scores[t] = query.q0 * keys[t].k0 + query.q1 * keys[t].k1;
+      most = fmax(most, scores[t]);
+    }
+    rescale(most);
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+      const Wide p = power((scores[t] - most) * unit<Wide>());
+      sum += p;
+      first += p * keys[t].v0;
+      second += p * keys[t].v1;
+    }
+  }
+
+  __device__ __forceinline__ void rescale(Wide most) {
+    const Wide p = power((largest - most) * unit<Wide>());
+    largest = most, sum *= p, first *= p, second *= p;
+  }
+
+  __device__ __forceinline__ void add(Part other) {
+    const Wide most = fmax(largest, other.largest);
+    rescale(most), other.rescale(most);
+    sum += other.sum, first += other.first, second += other.second;
+  }
 };
+
+template <class Wide>
+__device__ __forceinline__ Part<Wide> nothing() {
+  return {std::numeric_limits<Wide>::lowest(), 0, 0, 0};
+}
+
+// Attention to keys one after the other.
+template <int kCount, class Wide>
+__device__ __forceinline__ void attend_to(const Key<Wide>* given, const Asked<Wide> (&queries)[kQueries],
+                                          Part<Wide> (&parts)[kQueries]) {
+  Key<Wide> keys[kCount];
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) keys[t] = given[t];
+#pragma unroll
+  for (int j = 0; j < kQueries; ++j) parts[j].attend(queries[j], keys);
+}
 
 // The keys of a block: prompt b has the blocks from offsets[b] / kChunk + b on, as many as its chunks or one more.
 struct Chunk {
@@ -87,30 +134,18 @@ __global__ void __launch_bounds__(kChunk)
   if (chunk.live <= 0 || head == heads) return;
   const Key<Wide>* own = keys[head];
   asked += (chunk.prompt * heads + head) * count;
-  Wide q0[kQueries], q1[kQueries], largest[kQueries];
-#pragma unroll
-  for (int j = 0; j < kQueries; ++j) {
-    const Asked<Wide> given = asked[smaller(query + j * crew, count - 1)];
-    q0[j] = given.q0, q1[j] = given.q1, largest[j] = std::numeric_limits<Wide>::lowest();
-  }
-  for (int t = 0; t < chunk.live; ++t)
-#pragma unroll
-    for (int j = 0; j < kQueries; ++j) largest[j] = fmax(largest[j], q0[j] * own[t].k0 + q1[j] * own[t].k1);
-  Wide sum[kQueries] = {}, first[kQueries] = {}, second[kQueries] = {};
-  for (int t = 0; t < chunk.live; ++t) {
-    const Key<Wide> key = own[t];
-#pragma unroll
-    for (int j = 0; j < kQueries; ++j) {
-      const Wide p = power(q1[j] * key.k1 + (q0[j] * key.k0 - largest[j]));
-      sum[j] += p;
-      first[j] += p * key.v0;
-      second[j] += p * key.v1;
-    }
-  }
-  Part<Wide>* out = parts + (int64_t(block) * heads + head) * count;
+  Asked<Wide> queries[kQueries];
+  Part<Wide> sums[kQueries];
 #pragma unroll
   for (int j = 0; j < kQueries; ++j)
-    if (query + j * crew < count) out[query + j * crew] = {largest[j], sum[j], first[j], second[j]};
+    queries[j] = asked[smaller(query + j * crew, count - 1)], sums[j] = nothing<Wide>();
+  int t = 0;
+  for (; t + kTokens<Wide> <= chunk.live; t += kTokens<Wide>) attend_to<kTokens<Wide>>(own + t, queries, sums);
+  for (; t < chunk.live; ++t) attend_to<1>(own + t, queries, sums);
+  parts += (int64_t(block) * heads + head) * count;
+#pragma unroll
+  for (int j = 0; j < kQueries; ++j)
+    if (query + j * crew < count) parts[query + j * crew] = sums[j];
 }
 
 // Brings the chunks of a prompt together, in their order, and projects.
@@ -125,23 +160,14 @@ __global__ void __launch_bounds__(kShare* kMostHeads)
   const int64_t chunks = (offsets[b + 1] - begin + kChunk - 1) / kChunk, step = heads * count;
   const Part<Wide>* own = parts + (begin / kChunk + b) * step + head * count + smaller(query, count - 1);
   wait_for_last_launch();
-  Wide largest = std::numeric_limits<Wide>::lowest();
+  Part<Wide> total = nothing<Wide>();
 #pragma unroll 4
-  for (int64_t i = 0; i < chunks; ++i) largest = fmax(largest, own[i * step].largest);
-  Part<Wide> total = {};
-#pragma unroll 4
-  for (int64_t i = 0; i < chunks; ++i) {
-    const Part<Wide> part = own[i * step];
-    const Wide p = power(part.largest - largest);
-    total.sum += p * part.sum;
-    total.first += p * part.first;
-    total.second += p * part.second;
-  }
+  for (int64_t i = 0; i < chunks; ++i) total.add(own[i * step]);
   const Wide inverse = chunks > 0 ? Wide(1) / total.sum : Wide(0);
   attended[e][lane] = total.first * inverse, attended[e + 1][lane] = total.second * inverse;
   __syncthreads();
   if (query >= count) return;
-  saved.largest[(b * heads + head) * count + query] = chunks > 0 ? largest / unit<Wide>() : Wide(0);
+  saved.largest[(b * heads + head) * count + query] = chunks > 0 ? total.largest : Wide(0);
   saved.inverse[(b * heads + head) * count + query] = inverse;
   const Row<Wide> x = load_row(&attended[0][lane], width, kShare);
   for (int i = e; i < e + kHead; ++i) {
