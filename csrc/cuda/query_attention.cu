@@ -72,7 +72,7 @@ __device__ __forceinline__ void attend_to(const Key<Wide>* given, const Asked<Wi
 // The keys of a block: prompt b has the blocks from offsets[b] / kChunk + b on, as many as its chunks or one more.
 struct Chunk {
   int64_t prompt, begin;
-  int live;
+  unsigned live;  // tokens
 
   __device__ Chunk(const int64_t* offsets, int64_t prompts, int64_t block) {
     int64_t low = 0, high = prompts - 1;
@@ -85,7 +85,7 @@ struct Chunk {
     }
     const int64_t first = offsets[low];
     prompt = low, begin = first + (block - first / kChunk - low) * kChunk;
-    live = int(smaller<int64_t>(kChunk, offsets[low + 1] - begin));
+    live = unsigned(larger<int64_t>(0, smaller<int64_t>(kChunk, offsets[low + 1] - begin)));
   }
 };
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kChunk)
     for (int i = 0; i < heads; ++i) keys[i][threadIdx.x] = key_of(x, y, w, i, width);
   }
   __syncthreads();
-  if (chunk.live <= 0 || head == heads) return;
+  if (chunk.live == 0 || head == heads) return;
   const Key<Wide>* own = keys[head];
   asked += (chunk.prompt * heads + head) * count;
   Asked<Wide> queries[kQueries];
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kChunk)
 #pragma unroll
   for (int j = 0; j < kQueries; ++j)
     queries[j] = asked[smaller(query + j * crew, count - 1)], sums[j] = nothing<Wide>();
-  int t = 0;
+  unsigned t = 0;
   for (; t + kTokens<Wide> <= chunk.live; t += kTokens<Wide>) attend_to<kTokens<Wide>>(own + t, queries, sums);
   for (; t < chunk.live; ++t) attend_to<1>(own + t, queries, sums);
   parts += (int64_t(block) * heads + head) * count;
