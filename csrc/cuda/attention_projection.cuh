@@ -2,6 +2,7 @@
 // queries.
 #pragma once
 
+#include "cuda/async.cuh"
 #include "cuda/attention_row.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -27,12 +28,22 @@ struct WeightTile {
   Vector<Wide> at[kWidth][kColumns / kStep][kParts][kWarp];
 
   // Columns from start on; zeros past the last.
-  __device__ void fill(const Wide* projection, int64_t start, int64_t size) {
-    for (int i = threadIdx.x; i < kWidth * kColumns; i += kProjectors) {
-      const int e = i / kColumns, column = i % kColumns, lane = column % kStep / kSize, j = column % kSize;
-      at[e][column / kStep][j / kPart][lane].at[j % kPart] =
-          start + column < size ? projection[e * size + start + column] : Wide(0);
+  __device__ __forceinline__ void fill(const Wide* projection, int64_t start, int64_t size) {
+    constexpr int kVectors = kColumns / kPart;
+    const bool whole = in_vectors(projection, size);
+    const int lane = threadIdx.x % kWarp;
+    for (unsigned i = threadIdx.x; i < kWidth * kVectors; i += kProjectors) {
+      const unsigned e = i / kVectors, part = i / kWarp % kParts, step = i % kVectors / kWarp / kParts;
+      const int64_t column = start + step * kStep + lane * kSize + part * kPart;
+      Vector<Wide>& to = at[e][step][part][lane];
+      const Wide* from = projection + e * size + column;
+      if (whole && column < size)
+        copy_async<sizeof(to)>(&to, from);
+      else
+        copy_part(to, from, size - column);
     }
+    commit_copies();
+    wait_for_copies<0>();
   }
 
   // Adds this lane's share of the products with some rows.
@@ -94,23 +105,26 @@ __global__ void __launch_bounds__(kProjectors, kProjectorBlocks)
   allow_next_launch();
   const int lane = threadIdx.x % kWarp, e = lane / kLanes % kPadded, own = lane / kLanes / kPadded;
   const bool answers = lane % kLanes == 0 && e < kWidth;
+  const Wide bias = answers ? in.weights.projection_bias[e] : Wide(0);
   const int64_t warp = (int64_t(blockIdx.x) * kProjectors + threadIdx.x) / kWarp;
   const int64_t stride = int64_t(gridDim.x) * (kProjectors / kWarp) * kRows;
   for (int64_t start = 0; start < in.size; start += Tile::kColumns) {
+    const int64_t near = start + lane * int(kLine / sizeof(T));
+    const bool brings = near < smaller(start + Tile::kColumns, in.size);
+    const auto bring = [&](int64_t first) {
+      if (brings && first + kRows <= in.tokens)
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) prefetch(in.states + (first + row) * in.stride + near);
+    };
+    bring(warp * kRows);
     __syncthreads();
     tile.fill(in.weights.projection, start, in.size);
     __syncthreads();
-    const int64_t near = start + lane * int(kLine / sizeof(T));
-    const bool brings = near < smaller(start + Tile::kColumns, in.size);
-    const T* next = in.states + warp * kRows * in.stride;
     for (int64_t first = warp * kRows; first < in.tokens; first += stride) {
-      const T* rows[kRows] = {next};
+      bring(first + stride);
+      const T* rows[kRows] = {in.states + first * in.stride};
 #pragma unroll
       for (int row = 1; row < kRows; ++row) rows[row] = rows[row - 1] + (first + row < in.tokens ? in.stride : 0);
-      next += stride * in.stride;
-      if (brings && first + stride + kRows <= in.tokens)
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) prefetch(next + row * in.stride + near);
       Wide sum[kRows * kPadded] = {};
       if (whole)
         tile.template add<true, kPadded>(rows, start, in.size, sum);
@@ -119,7 +133,7 @@ __global__ void __launch_bounds__(kProjectors, kProjectorBlocks)
       const Wide total = warp_sums(sum);
       if (!answers || first + own >= in.tokens) continue;
       Wide& out = kv[(first + own) * kWidth + e];
-      out = total + (start == 0 ? in.weights.projection_bias[e] : out);
+      out = total + (start == 0 ? bias : out);
     }
   }
   project_queries(in, asked);

@@ -14,8 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kChunk = 128;  // tokens of a prompt that are attended to by themselves, and threads that do it
 constexpr int kQueries = 4;  // of one head, that a thread has
 template <class Wide>
-constexpr int kTokens = sizeof(Wide) == 8 ? 2 : 8;  // that a query sees together
-constexpr int kShare = 64;                          // queries that a block finishes, a thread for each of their heads
+constexpr int kTokens = sizeof(Wide) == 8 ? 2 : 8;            // that a query sees together
+constexpr int kShare = 64, kFinishers = kShare * kMostHeads;  // queries of a block that finishes; its threads at most
 
 // What attention to some tokens leaves: the largest score, and sums of powers relative to it, two of them times values.
 template <class Wide>
@@ -150,16 +150,16 @@ __global__ void __launch_bounds__(kChunk)
 
 // Brings the chunks of a prompt together, in their order, and projects.
 template <class Wide>
-__global__ void __launch_bounds__(kShare* kMostHeads)
+__global__ void __launch_bounds__(kFinishers)
     finish_kernel(const int64_t* offsets, int64_t count, int heads, AttentionWeights<const Wide> w,
                   const Part<Wide>* parts, AttentionSaved<Wide> saved, Wide* features) {
   __shared__ Wide attended[kMostWidth][kShare];
+  wait_for_last_launch();
   const int width = heads * kHead, head = threadIdx.x / kShare, e = head * kHead, lane = threadIdx.x % kShare;
   const unsigned tiles = unsigned((count + kShare - 1) / kShare);
   const int64_t b = blockIdx.x / tiles, query = int64_t(blockIdx.x % tiles) * kShare + lane, begin = offsets[b];
   const int64_t chunks = (offsets[b + 1] - begin + kChunk - 1) / kChunk, step = heads * count;
   const Part<Wide>* own = parts + (begin / kChunk + b) * step + head * count + smaller(query, count - 1);
-  wait_for_last_launch();
   Part<Wide> total = nothing<Wide>();
 #pragma unroll 4
   for (int64_t i = 0; i < chunks; ++i) total.add(own[i * step]);
