@@ -94,12 +94,12 @@ v05::LogprobRows<T> logprob_rows(const std::array<Address, 3>& tensors, const st
 
 // ---- query_attention -----------------------------------------------------------------------------------------------
 void query_attention(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes, double eps,
-                     const std::array<Address, 4>& saved, Address keys, Address features, Address stream) {
+                     const std::array<Address, 4>& saved, Address scratch, Address features, Address stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using Wide = typename v05::cuda::WideOf<T>::type;
     v05::cuda::query_attention<T>(v05::attention_inputs<T, Wide>(tensors, sizes, eps),
-                                  v05::attention_saved<Wide>(saved), at<Wide>(keys), at<Wide>(features),
+                                  v05::attention_saved<Wide>(saved), at<Wide>(scratch), at<Wide>(features),
                                   reinterpret_cast<cudaStream_t>(stream));
   });
 }
@@ -121,6 +121,7 @@ void query_attention_backward(int dtype, const std::array<Address, 13>& tensors,
 }
 
 void bind_query_attention(py::module_& m) {
+  m.def("attention_scratch", &v05::cuda::attention_scratch);
   m.def("attention_query_blocks", &v05::cuda::attention_query_blocks);
   m.def("attention_token_blocks", &v05::cuda::attention_token_blocks);
   m.def("attention_chunks", &v05::cuda::attention_chunks);

@@ -54,6 +54,13 @@ __device__ __forceinline__ Row<Wide> affine(const Row<Wide>& hat, const Wide* sc
   return y;
 }
 
+// A row after a layer norm.
+template <class Wide>
+__device__ __forceinline__ Row<Wide> normed(Row<Wide> x, const Wide* scale, const Wide* shift, int width, Wide eps) {
+  normalise(x, width, eps);
+  return affine(x, scale, shift, width);
+}
+
 // Gradient by what was normalised, given that by its affine result.
 template <class Wide>
 __device__ __forceinline__ Row<Wide> normalise_backward(const Row<Wide>& grad, const Row<Wide>& hat, Wide inverse,

@@ -76,10 +76,12 @@ void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* los
 template <class T>
 void scale_unless_one(T* values, int64_t n, const T* factor, cudaStream_t stream);
 
-// Scratch of query_attention: keys [heads, tokens, 4].
+// How many numbers the scratch of query_attention holds.
+int64_t attention_scratch(int64_t tokens, int64_t prompts, int64_t heads, int64_t count);
+
 template <class T>
 void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
-                     const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* keys,
+                     const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* scratch,
                      typename WideOf<T>::type* features, cudaStream_t stream);
 
 // How many blocks of query_attention_backward share n queries, tokens, and chunks of tokens.

@@ -1,59 +1,103 @@
 #include <limits>
 
+#include "cuda/attention_projection.cuh"
 #include "cuda/attention_row.cuh"
+#include "cuda/exponent.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
-#include "cuda/reduce.cuh"
-#include "cuda/vector.cuh"
 
 namespace v05::cuda {
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;       // states that a warp projects together
-constexpr int kQueries = 192;  // threads of a block that attends, a query each
+constexpr int kChunk = 128;  // tokens of a prompt that are attended to by themselves, and threads that do it
+constexpr int kQueries = 4;  // of one head, that a thread has
+template <class Wide>
+constexpr int kTokens = sizeof(Wide) == 8 ? 2 : 8;            // that a query sees together
+constexpr int kShare = 64, kFinishers = kShare * kMostHeads;  // queries of a block that finishes; its threads at most
 
-// kv of kRows tokens a warp, head by head: the states come from the cache after the first.
-template <class T, class Wide>
-__global__ void __launch_bounds__(kThreads) project_kernel(AttentionInputs<T, Wide> in, Wide* kv) {
-  const int lane = threadIdx.x % kWarp, width = in.width();
-  const int64_t first = (int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp) * kRows;
-  if (first >= in.tokens) return;
-  const T* rows[kRows];
-  bool whole = true;
+// What attention to some tokens leaves: the largest score, and sums of powers relative to it, two of them times values.
+template <class Wide>
+struct alignas(16) Part {
+  Wide largest, sum, first, second;
+
+  // Scores are as the backward has them, to the last bit: no power exceeds 1, and that of the largest score is 1.
+  template <int kCount>
+  __device__ __forceinline__ void attend(Asked<Wide> query, const Key<Wide> (&keys)[kCount]) {
+    Wide scores[kCount], most = largest;
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    rows[row] = in.states + smaller(first + row, in.tokens - 1) * in.stride;
-    whole = whole && in_vectors(rows[row], in.size);
-  }
-  for (int head = 0; head < in.heads; ++head) {
-    const Wide* weight = in.weights.projection + head * kHead * in.size;
-    Wide sum[kRows][kHead] = {};
-    for (int64_t i = lane * Vector<T>::kSize; i < in.size; i += kWarp * Vector<T>::kSize) {
-      Vector<T> x[kRows];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) x[row] = load_vector(rows[row], i, in.size, whole, T());
-#pragma unroll
-      for (int j = 0; j < Vector<T>::kSize; ++j) {
-        const bool inside = i + j < in.size;
-        const Wide w0 = inside ? weight[i + j] : Wide(0), w1 = inside ? weight[in.size + i + j] : Wide(0);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          sum[row][0] += Wide(widen(x[row].at[j])) * w0;
-          sum[row][1] += Wide(widen(x[row].at[j])) * w1;
-        }
-      }
+    for (int t = 0; t < kCount; ++t) {
+      scores[t] = query.q0 * keys[t].k0 + query.q1 * keys[t].k1;
+      most = fmax(most, scores[t]);
     }
+    rescale(most);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-      for (int j = 0; j < kHead; ++j) {
-#pragma unroll
-        for (int step = kWarp / 2; step > 0; step /= 2) sum[row][j] += __shfl_xor_sync(kEveryLane, sum[row][j], step);
-        if (lane == 0 && first + row < in.tokens)
-          kv[(first + row) * width + head * kHead + j] = sum[row][j] + in.weights.projection_bias[head * kHead + j];
-      }
+    for (int t = 0; t < kCount; ++t) {
+      const Wide p = power((scores[t] - most) * unit<Wide>());
+      sum += p;
+      first += p * keys[t].v0;
+      second += p * keys[t].v1;
+    }
   }
+
+  __device__ __forceinline__ void rescale(Wide most) {
+    const Wide p = power((largest - most) * unit<Wide>());
+    largest = most, sum *= p, first *= p, second *= p;
+  }
+
+  __device__ __forceinline__ void add(Part other) {
+    const Wide most = fmax(largest, other.largest);
+    rescale(most), other.rescale(most);
+    sum += other.sum, first += other.first, second += other.second;
+  }
+};
+
+template <class Wide>
+__device__ __forceinline__ Part<Wide> nothing() {
+  return {std::numeric_limits<Wide>::lowest(), 0, 0, 0};
+}
+
+// Attention to keys one after the other.
+template <int kCount, class Wide>
+__device__ __forceinline__ void attend_to(const Key<Wide>* given, const Asked<Wide> (&queries)[kQueries],
+                                          Part<Wide> (&parts)[kQueries]) {
+  Key<Wide> keys[kCount];
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) keys[t] = given[t];
+#pragma unroll
+  for (int j = 0; j < kQueries; ++j) parts[j].attend(queries[j], keys);
+}
+
+// The keys of a block: prompt b has the blocks from offsets[b] / kChunk + b on, as many as its chunks or one more.
+struct Chunk {
+  int64_t prompt, begin;
+  unsigned live;  // tokens
+
+  __device__ Chunk(const int64_t* offsets, int64_t prompts, int64_t block) {
+    int64_t low = 0, high = prompts - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (offsets[middle] / kChunk + middle <= block)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const int64_t first = offsets[low];
+    prompt = low, begin = first + (block - first / kChunk - low) * kChunk;
+    live = unsigned(larger<int64_t>(0, smaller<int64_t>(kChunk, offsets[low + 1] - begin)));
+  }
+};
+
+int64_t blocks_of_tokens(int64_t tokens, int64_t prompts) { return tokens / kChunk + prompts; }
+
+// Keys and values of a token, given its projected state before and after the layer norm.
+template <class Wide>
+__device__ __forceinline__ Key<Wide> key_of(const Row<Wide>& x, const Row<Wide>& y, AttentionWeights<const Wide> w,
+                                            int head, int width) {
+  const int k = width + head * kHead, v = k + width;
+  return {product(y, w.in, w.in_bias, k, width), product(y, w.in, w.in_bias, k + 1, width),
+          product(x, w.in, w.in_bias, v, width), product(x, w.in, w.in_bias, v + 1, width)};
 }
 
 template <class Wide>
@@ -62,73 +106,81 @@ __global__ void __launch_bounds__(kThreads)
   const int width = heads * kHead;
   const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (t >= tokens) return;
-  const Row<Wide> x = load_row(kv + t * width, width);
-  Row<Wide> hat = x;
-  normalise(hat, width, eps);
-  const Row<Wide> y = affine(hat, w.key_norm, w.key_norm_bias, width);
-  for (int head = 0; head < heads; ++head) {
-    const int k = width + head * kHead, v = k + width;
-    keys[head * tokens + t] = {product(y, w.in, w.in_bias, k, width), product(y, w.in, w.in_bias, k + 1, width),
-                               product(x, w.in, w.in_bias, v, width), product(x, w.in, w.in_bias, v + 1, width)};
-  }
+  const Row<Wide> x = load_row(kv + t * width, width), y = normed(x, w.key_norm, w.key_norm_bias, width, eps);
+  for (int head = 0; head < heads; ++head) keys[head * tokens + t] = key_of(x, y, w, head, width);
 }
 
-// A block has a prompt, a head and a tile of queries, one a thread; the tokens pass through shared memory twice.
+// A block has a chunk of tokens and a tile of its prompt's queries, some of one head to a thread.
 template <class Wide>
-__global__ void __launch_bounds__(kQueries)
-    attend_kernel(const int64_t* offsets, const Wide* queries, int64_t count, int64_t tokens, int heads, Wide eps,
-                  AttentionWeights<const Wide> w, const Key<Wide>* keys, AttentionSaved<Wide> saved) {
-  __shared__ Key<Wide> tile[kQueries];
-  const int width = heads * kHead, head = blockIdx.x % unsigned(heads);
-  const int64_t b = blockIdx.x / unsigned(heads), begin = offsets[b], end = offsets[b + 1];
-  const int64_t i = int64_t(blockIdx.y) * kQueries + threadIdx.x;
-  Row<Wide> hat = load_row(queries + (b * count + smaller(i, count - 1)) * width, width);
-  normalise(hat, width, eps);
-  const Row<Wide> y = affine(hat, w.query_norm, w.query_norm_bias, width);
-  const Wide q0 = product(y, w.in, w.in_bias, head * kHead, width) * Wide(kScoreScale);
-  const Wide q1 = product(y, w.in, w.in_bias, head * kHead + 1, width) * Wide(kScoreScale);
-  const Key<Wide>* own = keys + head * tokens;
-  Wide largest = -std::numeric_limits<Wide>::infinity(), sum = 0, first = 0, second = 0;
-  for (int64_t start = begin; start < end; start += kQueries) {
-    const int live = int(smaller<int64_t>(kQueries, end - start));
-    __syncthreads();
-    if (threadIdx.x < live) tile[threadIdx.x] = own[start + threadIdx.x];
-    __syncthreads();
-    for (int t = 0; t < live; ++t) largest = larger(largest, q0 * tile[t].k0 + q1 * tile[t].k1);
+__global__ void __launch_bounds__(kChunk)
+    attend_kernel(const int64_t* offsets, int64_t prompts, int64_t count, int heads, Wide eps,
+                  AttentionWeights<const Wide> w, const Wide* kv, const Asked<Wide>* asked, Part<Wide>* parts) {
+  __shared__ Key<Wide> keys[kMostHeads][kChunk + 1];
+  allow_next_launch();
+  const int64_t crew = (count + kQueries - 1) / kQueries;  // threads of a head
+  const unsigned tiles = unsigned((crew * heads + kChunk - 1) / kChunk), block = blockIdx.x / tiles;
+  const Chunk chunk(offsets, prompts, block);
+  const int width = heads * kHead;
+  int head = 0;
+  int64_t query = int64_t(blockIdx.x % tiles) * kChunk + threadIdx.x;
+  for (; query >= crew && head < heads; ++head) query -= crew;
+  wait_for_last_launch();
+  if (threadIdx.x < chunk.live) {
+    const Row<Wide> x = load_row(kv + (chunk.begin + threadIdx.x) * width, width);
+    const Row<Wide> y = normed(x, w.key_norm, w.key_norm_bias, width, eps);
+    for (int i = 0; i < heads; ++i) keys[i][threadIdx.x] = key_of(x, y, w, i, width);
   }
-  for (int64_t start = begin; start < end; start += kQueries) {
-    const int live = int(smaller<int64_t>(kQueries, end - start));
-    __syncthreads();
-    if (threadIdx.x < live) tile[threadIdx.x] = own[start + threadIdx.x];
-    __syncthreads();
-    Wide total = 0, v_first = 0, v_second = 0;
-    for (int t = 0; t < live; ++t) {
-      const Key<Wide> key = tile[t];
-      const Wide power = exp(q0 * key.k0 + q1 * key.k1 - largest);
-      total += power;
-      v_first += power * key.v0;
-      v_second += power * key.v1;
-    }
-    sum += total, first += v_first, second += v_second;
-  }
-  if (i >= count) return;
-  const Wide inverse = begin < end ? Wide(1) / sum : Wide(0);
-  saved.largest[(b * heads + head) * count + i] = begin < end ? largest : Wide(0);
-  saved.inverse[(b * heads + head) * count + i] = inverse;
-  saved.attended[(b * width + head * kHead) * count + i] = first * inverse;
-  saved.attended[(b * width + head * kHead + 1) * count + i] = second * inverse;
+  __syncthreads();
+  if (chunk.live == 0 || head == heads) return;
+  const Key<Wide>* own = keys[head];
+  asked += (chunk.prompt * heads + head) * count;
+  Asked<Wide> queries[kQueries];
+  Part<Wide> sums[kQueries];
+#pragma unroll
+  for (int j = 0; j < kQueries; ++j)
+    queries[j] = asked[smaller(query + j * crew, count - 1)], sums[j] = nothing<Wide>();
+  unsigned t = 0;
+  for (; t + kTokens<Wide> <= chunk.live; t += kTokens<Wide>) attend_to<kTokens<Wide>>(own + t, queries, sums);
+  for (; t < chunk.live; ++t) attend_to<1>(own + t, queries, sums);
+  parts += (int64_t(block) * heads + head) * count;
+#pragma unroll
+  for (int j = 0; j < kQueries; ++j)
+    if (query + j * crew < count) parts[query + j * crew] = sums[j];
 }
 
+// Brings the chunks of a prompt together, in their order, and projects.
 template <class Wide>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Wide* attended, int64_t rows, int64_t count, int width,
-                                                          AttentionWeights<const Wide> w, Wide* features) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= rows) return;
-  const Row<Wide> x = load_row(attended + i / count * width * count + i % count, width, count);
-  for (int e = 0; e < width; ++e) features[i * width + e] = product(x, w.out, w.out_bias, e, width);
+__global__ void __launch_bounds__(kFinishers)
+    finish_kernel(const int64_t* offsets, int64_t count, int heads, AttentionWeights<const Wide> w,
+                  const Part<Wide>* parts, AttentionSaved<Wide> saved, Wide* features) {
+  __shared__ Wide attended[kMostWidth][kShare];
+  wait_for_last_launch();
+  const int width = heads * kHead, head = threadIdx.x / kShare, e = head * kHead, lane = threadIdx.x % kShare;
+  const unsigned tiles = unsigned((count + kShare - 1) / kShare);
+  const int64_t b = blockIdx.x / tiles, query = int64_t(blockIdx.x % tiles) * kShare + lane, begin = offsets[b];
+  const int64_t chunks = (offsets[b + 1] - begin + kChunk - 1) / kChunk, step = heads * count;
+  const Part<Wide>* own = parts + (begin / kChunk + b) * step + head * count + smaller(query, count - 1);
+  Part<Wide> total = nothing<Wide>();
+#pragma unroll 4
+  for (int64_t i = 0; i < chunks; ++i) total.add(own[i * step]);
+  const Wide inverse = chunks > 0 ? Wide(1) / total.sum : Wide(0);
+  attended[e][lane] = total.first * inverse, attended[e + 1][lane] = total.second * inverse;
+  __syncthreads();
+  if (query >= count) return;
+  saved.largest[(b * heads + head) * count + query] = chunks > 0 ? total.largest : Wide(0);
+  saved.inverse[(b * heads + head) * count + query] = inverse;
+  const Row<Wide> x = load_row(&attended[0][lane], width, kShare);
+  for (int i = e; i < e + kHead; ++i) {
+    saved.attended[(b * width + i) * count + query] = attended[i][lane];
+    features[(b * count + query) * width + i] = product(x, w.out, w.out_bias, i, width);
+  }
 }
 
 }  // namespace
+
+int64_t attention_scratch(int64_t tokens, int64_t prompts, int64_t heads, int64_t count) {
+  return (blocks_of_tokens(tokens, prompts) * 4 + prompts * 2) * heads * count;
+}
 
 template <class T, class Wide>
 void make_keys(const AttentionInputs<T, Wide>& in, const Wide* kv, Key<Wide>* keys, cudaStream_t stream) {
@@ -140,20 +192,23 @@ void make_keys(const AttentionInputs<T, Wide>& in, const Wide* kv, Key<Wide>* ke
 
 template <class T>
 void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
-                     const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* keys,
+                     const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* scratch,
                      typename WideOf<T>::type* features, cudaStream_t stream) {
   using Wide = typename WideOf<T>::type;
-  auto* own = reinterpret_cast<Key<Wide>*>(keys);
-  if (in.tokens > 0)
-    project_kernel<<<blocks_of(in.tokens, kRows * kThreads / kWarp), kThreads, 0, stream>>>(in, saved.kv);
-  make_keys<T, Wide>(in, saved.kv, own, stream);
   if (in.prompts == 0) return;
-  const dim3 grid(static_cast<unsigned>(in.prompts * in.heads), blocks_of(in.count, kQueries));
-  attend_kernel<Wide><<<grid, kQueries, 0, stream>>>(in.offsets, in.queries, in.count, in.tokens, in.heads, in.eps,
-                                                     in.weights, own, saved);
-  const int64_t rows = in.prompts * in.count;
-  finish_kernel<Wide><<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(saved.attended, rows, in.count, in.width(),
-                                                                          in.weights, features);
+  const int64_t chunks = blocks_of_tokens(in.tokens, in.prompts);
+  auto* parts = reinterpret_cast<Part<Wide>*>(scratch);
+  auto* asked = reinterpret_cast<Asked<Wide>*>(parts + chunks * in.heads * in.count);
+  if (in.tokens > 0) {
+    project(in, saved.kv, asked, stream);
+    const unsigned tiles = blocks_of((in.count + kQueries - 1) / kQueries * in.heads, kChunk);
+    launch_next(attend_kernel<Wide>, static_cast<unsigned>(chunks * tiles), kChunk, stream, in.offsets, in.prompts,
+                in.count, in.heads, in.eps, in.weights, static_cast<const Wide*>(saved.kv),
+                static_cast<const Asked<Wide>*>(asked), parts);
+  }
+  const auto blocks = static_cast<unsigned>(in.prompts * blocks_of(in.count, kShare));
+  launch_next(finish_kernel<Wide>, blocks, kShare * in.heads, stream, in.offsets, in.count, in.heads, in.weights,
+              static_cast<const Part<Wide>*>(parts), saved, features);
   check_launch("query_attention");
 }
 

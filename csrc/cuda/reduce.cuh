@@ -39,8 +39,8 @@ __device__ __forceinline__ void add_halves(T (&part)[kFields]) {
   if constexpr (kHalf > 1) add_halves<kHalf / 2>(part);
 }
 
-// Adds up each of 2, 4, 8 or 16 values over a warp and spoils them; of kFields sums, as many equal parts of the lanes
-// get one each.
+// Adds up each of 2, 4, 8, 16 or 32 values over a warp and spoils them; of kFields sums, as many equal parts of the
+// lanes get one each.
 template <class T, int kFields>
 __device__ __forceinline__ T warp_sums(T (&part)[kFields]) {
   add_halves<kFields / 2>(part);

@@ -17,10 +17,11 @@ from v05.kernels.query_attention.rules import HEAD
 def query_attention(
     states: Tensor, offsets: Tensor, queries: Tensor, weights: Sequence[Tensor], heads: int, eps: float
 ) -> tuple[Tensor, Saved]:
-    """Same contract as the CPU backend; four launches, no synchronisation."""
+    """Same contract as the CPU backend; three launches, no synchronisation."""
     given = make_inputs(states, offsets, queries, weights)
     features, saved = make_outputs(states, queries, heads)
-    keys = features.new_empty(heads, states.shape[0], 2 * HEAD)
+    prompts, count = queries.shape[:2]
+    scratch = features.new_empty(_cuda.attention_scratch(states.shape[0], prompts, heads, count))
     with on_device_of(states):
         _cuda.query_attention(
             segments.DTYPES.index(states.dtype),
@@ -28,7 +29,7 @@ def query_attention(
             given.sizes(heads),
             eps,
             tuple(map(segments.address, saved)),
-            keys.data_ptr(),
+            scratch.data_ptr(),
             features.data_ptr(),
             stream_of(states),
         )
