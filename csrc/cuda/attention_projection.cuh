@@ -141,14 +141,11 @@ __global__ void __launch_bounds__(kProjectors, kProjectorBlocks)
 
 template <int kHeads, class T, class Wide>
 void project_heads(const AttentionInputs<T, Wide>& in, Wide* kv, Asked<Wide>* asked, cudaStream_t stream) {
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const unsigned blocks = larger(blocks_of(in.tokens, WeightTile<kHeads, T, Wide>::kRows * kProjectors / kWarp),
                                  blocks_of(in.prompts * in.count, kProjectors));
   const bool whole = aligned(in.states) && in.stride % Vector<T>::kSize == 0 && in.size % Vector<T>::kSize == 0;
-  project_kernel<kHeads>
-      <<<smaller<unsigned>(blocks, kProjectorBlocks * multiprocessors), kProjectors, 0, stream>>>(in, whole, kv, asked);
+  project_kernel<kHeads><<<smaller<unsigned>(blocks, kProjectorBlocks * multiprocessors()), kProjectors, 0, stream>>>(
+      in, whole, kv, asked);
 }
 
 template <class T, class Wide>
