@@ -11,8 +11,8 @@ from v05.kernels.policy_loss.options import FIELDS, Inputs, Kinds, Numbers, whol
 
 
 def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as the CPU backend; one launch up to 2,048 tokens (8,192 on sm_90 and newer), or where a block, or a
-    cluster of eight, goes through all sequences; two beyond; no synchronisation."""
+    """Same contract as the CPU backend; one launch up to 2,048 tokens (8,192 on sm_90 and newer), or where a block (a
+    cluster of eight) goes through all sequences; two beyond; no synchronisation."""
     given = given.contiguous()
     logprobs, tokens, sequences = given.logprobs, given.tokens, given.sequences
     loss, gradient, metrics = (logprobs.new_empty(size) for size in ((), tokens, FIELDS - 1))  # no two share memory
