@@ -121,7 +121,7 @@ void query_attention_backward(int dtype, const std::array<Address, 13>& tensors,
 }
 
 void bind_query_attention(py::module_& m) {
-  m.def("attention_scratch", &v05::cuda::attention_scratch);
+  m.def("attention_backward_scratch", &v05::cuda::attention_backward_scratch);
   m.def("query_attention", &query_attention);
   m.def("query_attention_backward", &query_attention_backward);
 }

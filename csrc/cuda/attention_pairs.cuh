@@ -36,10 +36,12 @@ __device__ __forceinline__ Part part_of(const int64_t* offsets, int64_t prompts,
 
 inline int64_t parts_of(int64_t tokens, int64_t prompts, int most) { return tokens / most + prompts; }
 
-// The power of a query and a key relative to the query's largest score; q and largest are in the unit of `power`.
+// The power of a query and a key relative to the query's largest score, which is in the unit of power(). The score has
+// the forward's bits: other rounding would not cancel where sums of slopes do.
 template <class Wide>
 __device__ __forceinline__ Wide power_of(const Query<Wide>& query, const Key<Wide>& key) {
-  return power(query.q0 * key.k0 + (query.q1 * key.k1 - query.largest));
+  const Wide score = query.q0 * key.k0 + query.q1 * key.k1;
+  return power(fma(score, unit<Wide>(), -query.largest));
 }
 
 // Its gradient by the score.
@@ -115,11 +117,9 @@ __global__ void __launch_bounds__(kWarp* kMostHeads)
       }
     }
   }
-  const Wide back = Wide(1) / unit<Wide>();
 #pragma unroll
   for (int u = 0; u < 2; ++u)
-    if (lane + u * kWarp < part.live)
-      mine[lane + u * kWarp] = {sum[u].k0 * back, sum[u].k1 * back, sum[u].v0, sum[u].v1};
+    if (lane + u * kWarp < part.live) mine[lane + u * kWarp] = sum[u];
 }
 
 }  // namespace v05::cuda

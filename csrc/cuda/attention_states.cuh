@@ -26,16 +26,19 @@ void with_heads(int heads, const Body& body) {
   body(std::integral_constant<int, 4>());
 }
 
-// A thread's columns of some states from `row` on, of which `left` are there; zeros behind them.
+// A thread's columns of the next states, from `row` on; the last one stands for those behind it.
 template <bool kWhole, int kAhead, class T>
 __device__ __forceinline__ void load_states(const T*& row, int64_t stride, int64_t columns, int left,
                                             Vector<T> (&x)[kAhead]) {
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u, row += stride)
-    x[u] = u < left ? load_vector<kWhole>(row, 0, columns, T(0)) : Vector<T>{};
+  for (int u = 0; u < kAhead; ++u) {
+    x[u] = load_vector<kWhole>(row, 0, columns, T(0));
+    if (u + 1 < left) row += stride;
+  }
 }
 
-// Adds by_kv' states of some tokens to the sums of a thread's columns, which begin at `row`; there may be none.
+// Adds by_kv' states of some tokens to the sums of a thread's columns, which begin at `row`; there may be none. Behind
+// the last token the gradients are 0.
 template <bool kWhole, int kWidth, class T, class Wide>
 __device__ __forceinline__ void add_states(const T* row, int64_t stride, int64_t columns, int tokens,
                                            const StoredRow<Wide>* by_kv, Wide (&sum)[kWidth][Vector<T>::kSize]) {

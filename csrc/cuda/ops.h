@@ -83,7 +83,7 @@ void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
                      typename WideOf<T>::type* features, cudaStream_t stream);
 
 // How many numbers of the working dtype the backward needs as scratch, which begins at a multiple of 16 bytes.
-int64_t attention_scratch(int64_t tokens, int64_t size, int64_t prompts, int64_t count, int heads);
+int64_t attention_backward_scratch(int64_t tokens, int64_t size, int64_t prompts, int64_t count, int heads);
 
 // grad_states [tokens, size], where not null, without gaps.
 template <class T>

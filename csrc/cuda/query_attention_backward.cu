@@ -8,13 +8,13 @@ namespace v05::cuda {
 
 namespace {
 
-// What the attention's backward reads of each query, and the sums of the output projection.
+// What the attention's backward reads of each query, and the sums of the output projection. The largest score is in the
+// unit of power(); what rounding it loses is made good in the gradient.
 template <class Wide>
 __global__ void __launch_bounds__(kRows, 4)
     queries_kernel(const Wide* queries, const Wide* grad_features, int64_t rows, int64_t count, int heads, Wide eps,
                    AttentionWeights<const Wide> w, AttentionSaved<const Wide> saved, Query<Wide>* out, Wide* sums) {
   const int width = heads * kHead;
-  const Wide scale = Wide(kScoreScale) * unit<Wide>();
   Wide total = 0;
   for (int64_t first = int64_t(blockIdx.x) * kRows; first < rows; first += int64_t(gridDim.x) * kRows) {
     const int64_t i = first + threadIdx.x, row = smaller(i, rows - 1), b = row / count, query = row % count;
@@ -30,10 +30,12 @@ __global__ void __launch_bounds__(kRows, 4)
     for (int e = 0; e < kMostWidth; e += kHead) {
       if (e >= width) continue;
       const int64_t at = (b * heads + e / kHead) * count + query;
-      const Wide inverse = saved.inverse[at], g0 = g.at[e] * inverse, g1 = g.at[e + 1] * inverse;
-      const Wide q0 = product(y, w.in, w.in_bias, e, width), q1 = product(y, w.in, w.in_bias, e + 1, width);
+      const Wide largest = saved.largest[at], most = largest * unit<Wide>(), lost = fma(largest, unit<Wide>(), -most);
+      const Wide inverse = saved.inverse[at] * power(-lost), g0 = g.at[e] * inverse, g1 = g.at[e + 1] * inverse;
+      const Wide q0 = product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale);
+      const Wide q1 = product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale);
       const Wide delta = g0 * attended.at[e] + g1 * attended.at[e + 1];
-      out[at] = {q0 * scale, q1 * scale, saved.largest[at] * unit<Wide>(), delta, g0, g1, Wide(0), Wide(0)};
+      out[at] = {q0, q1, most, delta, g0, g1, Wide(0), Wide(0)};
     }
   }
   if (threadIdx.x < kSums) sums[int64_t(blockIdx.x) * 2 * kSums + threadIdx.x] = total;
@@ -138,7 +140,7 @@ struct Pieces {
 
 }  // namespace
 
-int64_t attention_scratch(int64_t tokens, int64_t size, int64_t prompts, int64_t count, int heads) {
+int64_t attention_backward_scratch(int64_t tokens, int64_t size, int64_t prompts, int64_t count, int heads) {
   AttentionInputs<float, float> in{};
   in.tokens = tokens, in.size = size, in.prompts = prompts, in.count = count, in.heads = heads;
   Scratch<float> scratch{nullptr};

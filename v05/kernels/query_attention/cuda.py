@@ -47,7 +47,7 @@ def query_attention_backward(
     """Gradients of the states `[T, D]` (empty unless asked for), the queries and the weights."""
     given, grad_features = make_inputs(states, offsets, queries, weights), grad_features.contiguous()
     sizes, gradients = given.sizes(heads), make_gradients(states, queries, weights, for_states)
-    scratch = given.queries.new_empty(_cuda.attention_scratch(*sizes[1:]))
+    scratch = given.queries.new_empty(_cuda.attention_backward_scratch(*sizes[1:]))
     with on_device_of(states):
         _cuda.query_attention_backward(
             segments.DTYPES.index(states.dtype),
