@@ -104,27 +104,25 @@ void query_attention(int dtype, const std::array<Address, 13>& tensors, const st
   });
 }
 
+// gradients: of the states (0 where not wanted), the queries and each weight.
 void query_attention_backward(int dtype, const std::array<Address, 13>& tensors, const std::array<int64_t, 6>& sizes,
-                              double eps, const std::array<Address, 4>& saved, Address grad_features,
-                              const std::array<Address, 5>& scratch, Address grad_states, Address grad_queries,
-                              const std::array<Address, 3>& sums, Address stream) {
+                              double eps, const std::array<Address, 4>& saved, Address grad_features, Address scratch,
+                              const std::array<Address, 12>& gradients, Address stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using Wide = typename v05::cuda::WideOf<T>::type;
+    const auto wide = [&](size_t i) { return at<Wide>(gradients[i]); };
     v05::cuda::query_attention_backward<T>(
         v05::attention_inputs<T, Wide>(tensors, sizes, eps), v05::attention_saved<const Wide>(saved),
-        at<Wide>(grad_features),
-        {at<Wide>(scratch[0]), at<Wide>(scratch[1]), at<Wide>(scratch[2]), at<Wide>(scratch[3]), at<Wide>(scratch[4])},
-        at<T>(grad_states), at<Wide>(grad_queries), {at<Wide>(sums[0]), at<Wide>(sums[1]), at<Wide>(sums[2])},
+        at<Wide>(grad_features), at<Wide>(scratch), at<T>(gradients[0]), wide(1),
+        {wide(2), wide(3), wide(4), wide(5), wide(6), wide(7), wide(8), wide(9), wide(10), wide(11)},
         reinterpret_cast<cudaStream_t>(stream));
   });
 }
 
 void bind_query_attention(py::module_& m) {
   m.def("attention_scratch", &v05::cuda::attention_scratch);
-  m.def("attention_query_blocks", &v05::cuda::attention_query_blocks);
-  m.def("attention_token_blocks", &v05::cuda::attention_token_blocks);
-  m.def("attention_chunks", &v05::cuda::attention_chunks);
+  m.def("attention_backward_scratch", &v05::cuda::attention_backward_scratch);
   m.def("query_attention", &query_attention);
   m.def("query_attention_backward", &query_attention_backward);
 }

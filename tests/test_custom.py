@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from v05.kernels.custom import custom_op
 from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
-from v05.testing import ragged_tokens
+from v05.kernels.query_attention.buffers import make_outputs
+from v05.testing import ragged_states, ragged_tokens
 
 calls: list[str] = []
 
@@ -208,6 +209,20 @@ def test_what_cuda_returns_of_a_policy_loss_shares_no_memory(monkeypatch):
         Inputs(x, x, x[:1], x, offsets, None, None, None), Kinds(0, 0, 0, 0), Numbers(*[1.0] * 9)
     )
     assert len({values.untyped_storage().data_ptr() for values in returned}) == 3  # or the dispatcher refuses them
+
+
+def test_what_cuda_returns_of_an_attention_shares_no_memory(monkeypatch):
+    cuda = pytest.importorskip("v05.kernels.query_attention.cuda", exc_type=ImportError)
+    native = SimpleNamespace(attention_backward_scratch=lambda *_: 1, query_attention_backward=lambda *_: None)
+    monkeypatch.setattr(cuda, "_cuda", native)
+    monkeypatch.setattr(cuda, "stream_of", lambda _: 0)
+    data = ragged_states([3, 4], count=2, size=5)
+    features, saved = make_outputs(data.states, data.queries, 3)
+    with Listener() as listener:
+        returned = cuda.query_attention_backward(*data[:3], list(data.weights), saved, features, 3, 1e-5, True)
+    assert [values.shape for values in returned] == [values.shape for values in (data.states, *data[2:])]
+    assert len({values.untyped_storage().data_ptr() for values in returned}) == 12
+    assert set(listener.heard) == {"aten.new_empty.default"}  # what is computed is computed in one native call
 
 
 def test_compiles_without_a_break():

@@ -84,33 +84,15 @@ void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
                      const AttentionSaved<typename WideOf<T>::type>& saved, typename WideOf<T>::type* scratch,
                      typename WideOf<T>::type* features, cudaStream_t stream);
 
-// How many blocks of query_attention_backward share n queries, tokens, and chunks of tokens.
-int64_t attention_query_blocks(int64_t n);
-int64_t attention_token_blocks(int64_t n);
-int64_t attention_chunks(int64_t n);
-
-// Scratch of the backward: keys and by_keys [heads, tokens, 4], queries [prompts, heads, count, 8], by_queries
-// [prompts, width, count], by_kv [tokens, width].
-template <class Wide>
-struct AttentionScratch {
-  Wide *keys, *by_keys, *queries, *by_queries, *by_kv;
-};
-
-// Sums of gradient x input, [width, width + 1] each, the last column without the input: of_queries [query blocks, 2] of
-// the output and the query projection, of_tokens [token blocks, 3] of keys, values, and the projection of the states
-// (its last column alone); of_states [chunks, width, size], for the weight of that projection.
-template <class Wide>
-struct AttentionSums {
-  Wide *of_queries, *of_tokens, *of_states;
-};
+// How many numbers of the working dtype the backward needs as scratch, which begins at a multiple of 16 bytes.
+int64_t attention_backward_scratch(int64_t tokens, int64_t size, int64_t prompts, int64_t count, int heads);
 
 // grad_states [tokens, size], where not null, without gaps.
 template <class T>
 void query_attention_backward(const AttentionInputs<T, typename WideOf<T>::type>& in,
                               const AttentionSaved<const typename WideOf<T>::type>& saved,
-                              const typename WideOf<T>::type* grad_features,
-                              const AttentionScratch<typename WideOf<T>::type>& scratch, T* grad_states,
-                              typename WideOf<T>::type* grad_queries,
-                              const AttentionSums<typename WideOf<T>::type>& sums, cudaStream_t stream);
+                              const typename WideOf<T>::type* grad_features, typename WideOf<T>::type* scratch,
+                              T* grad_states, typename WideOf<T>::type* grad_queries,
+                              const AttentionWeights<typename WideOf<T>::type>& grad_weights, cudaStream_t stream);
 
 }  // namespace v05::cuda
