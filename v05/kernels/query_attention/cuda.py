@@ -9,7 +9,6 @@ from torch import Tensor
 from v05.kernels import _cuda, segments
 from v05.kernels.device import on_device_of, stream_of
 from v05.kernels.query_attention.buffers import Saved, make_gradients, make_inputs, make_outputs
-from v05.kernels.query_attention.rules import HEAD
 
 
 def query_attention(
