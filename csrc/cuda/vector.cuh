@@ -34,7 +34,7 @@ struct alignas(16) Vector {
   T at[kSize];
 };
 
-__device__ __forceinline__ bool aligned(const void* address) {
+__host__ __device__ __forceinline__ bool aligned(const void* address) {
   return (reinterpret_cast<uintptr_t>(address) & 15) == 0;
 }
 
