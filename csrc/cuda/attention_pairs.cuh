@@ -1,9 +1,9 @@
 // The backward of query_attention where it looks at every pair of a query and a token.
 #pragma once
 
+#include "cuda/attention_chunks.cuh"
 #include "cuda/attention_row.cuh"
 #include "cuda/exponent.cuh"
-#include "cuda/reduce.cuh"
 
 namespace v05::cuda {
 
@@ -11,30 +11,6 @@ constexpr int kThreads = 256;  // of a block with two queries a thread, of any h
 constexpr int kPassing = 128;  // tokens that pass such a block
 constexpr int kTokens = 64;    // of a warp, two a lane, all of one prompt and head
 constexpr int kTile = 64;      // queries that pass such a warp at a time
-
-// Up to kMost tokens of a prompt, from its own beginning on in steps of that.
-struct Part {
-  int64_t prompt, begin;
-  int live;
-};
-
-// The part of a block: prompt b has those from offsets[b] / kMost + b on. A warp looks at 32 prompts at a time.
-template <int kMost>
-__device__ __forceinline__ Part part_of(const int64_t* offsets, int64_t prompts, int64_t block) {
-  const int lane = threadIdx.x % kWarp;
-  int64_t b = 0;
-  for (int64_t among = prompts; among > 1;) {
-    const int64_t step = (among + kWarp - 1) / kWarp, at = b + lane * step;
-    const bool begun = lane == 0 || (at < b + among && offsets[at] / kMost + at <= block);
-    const int64_t skipped = (__popc(__ballot_sync(kEveryLane, begun)) - 1) * step;
-    b += skipped;
-    among = smaller(step, among - skipped);
-  }
-  const int64_t first = offsets[b], begin = first + (block - first / kMost - b) * kMost;
-  return {b, begin, int(smaller<int64_t>(kMost, offsets[b + 1] - begin))};
-}
-
-inline int64_t parts_of(int64_t tokens, int64_t prompts, int most) { return tokens / most + prompts; }
 
 // The power of a query and a key relative to the query's largest score, which is in the unit of power(). The score has
 // the forward's bits: other rounding would not cancel where sums of slopes do.
@@ -50,26 +26,26 @@ __device__ __forceinline__ Wide slope_of(const Query<Wide>& query, const Key<Wid
   return power * (query.g0 * key.v0 + (query.g1 * key.v1 - query.delta));
 }
 
-// Two queries a thread, of any head, against a part of their prompt's tokens: partial [parts, width, count] is the sum
-// of p (g v - delta) k.
+// Two queries a thread, of any head, against a chunk of their prompt's tokens: partial [chunks, width, count] is the
+// sum of p (g v - delta) k.
 template <class Wide>
 __global__ void __launch_bounds__(kThreads)
     by_queries_kernel(const int64_t* offsets, int64_t prompts, int64_t count, int64_t tokens, int heads,
                       const Query<Wide>* queries, const Key<Wide>* keys, Wide* partial) {
   __shared__ Key<Wide> passing[kMostHeads][kPassing + 1];  // lanes of two heads read apart
-  const Part part = part_of<kPassing>(offsets, prompts, blockIdx.x);
-  if (part.live <= 0) return;
+  const Chunk chunk = find_chunk<kPassing>(offsets, prompts, blockIdx.x);
+  if (chunk.live <= 0) return;
   for (int head = threadIdx.x / kPassing, t = threadIdx.x % kPassing; head < heads; head += kThreads / kPassing)
-    if (t < part.live) passing[head][t] = keys[head * tokens + part.begin + t];
+    if (t < chunk.live) passing[head][t] = keys[head * tokens + chunk.begin + t];
   __syncthreads();
   const unsigned half = unsigned(count + 1) / 2, pair = blockIdx.y * kThreads + threadIdx.x, head = pair / half;
   if (head >= heads) return;
   const int64_t i = pair % half, other = i + half;
-  const Query<Wide>* own = queries + (part.prompt * heads + head) * count;
+  const Query<Wide>* own = queries + (chunk.prompt * heads + head) * count;
   const Query<Wide> query[2] = {own[i], own[smaller(other, count - 1)]};
   Wide first[2] = {}, second[2] = {};
 #pragma unroll 4
-  for (int t = 0; t < part.live; ++t) {
+  for (int t = 0; t < chunk.live; ++t) {
     const Key<Wide> key = passing[head][t];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -91,11 +67,11 @@ __global__ void __launch_bounds__(kWarp* kMostHeads)
                      Key<Wide>* keys) {
   __shared__ Query<Wide> passing[kMostHeads][kTile];
   const int lane = threadIdx.x % kWarp, head = threadIdx.x / kWarp, heads = blockDim.x / kWarp;
-  const Part part = part_of<kTokens>(offsets, prompts, blockIdx.x);
-  if (part.live <= 0) return;
-  const Query<Wide>* own = queries + (part.prompt * heads + head) * count;
-  Key<Wide>* mine = keys + head * tokens + part.begin;
-  const Key<Wide> key[2] = {mine[smaller(lane, part.live - 1)], mine[smaller(lane + kWarp, part.live - 1)]};
+  const Chunk chunk = find_chunk<kTokens>(offsets, prompts, blockIdx.x);
+  if (chunk.live <= 0) return;
+  const Query<Wide>* own = queries + (chunk.prompt * heads + head) * count;
+  Key<Wide>* mine = keys + head * tokens + chunk.begin;
+  const Key<Wide> key[2] = {mine[smaller(lane, chunk.live - 1)], mine[smaller(lane + kWarp, chunk.live - 1)]};
   Key<Wide> sum[2] = {};
   for (int64_t start = 0; start < count; start += kTile) {
     const int live = int(smaller<int64_t>(kTile, count - start));
@@ -119,7 +95,7 @@ __global__ void __launch_bounds__(kWarp* kMostHeads)
   }
 #pragma unroll
   for (int u = 0; u < 2; ++u)
-    if (lane + u * kWarp < part.live) mine[lane + u * kWarp] = sum[u];
+    if (lane + u * kWarp < chunk.live) mine[lane + u * kWarp] = sum[u];
 }
 
 }  // namespace v05::cuda

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "cuda/attention_chunks.cuh"
 #include "cuda/attention_projection.cuh"
 #include "cuda/attention_row.cuh"
 #include "cuda/exponent.cuh"
@@ -69,28 +70,6 @@ __device__ __forceinline__ void attend_to(const Key<Wide>* given, const Asked<Wi
   for (int j = 0; j < kQueries; ++j) parts[j].attend(queries[j], keys);
 }
 
-// The keys of a block: prompt b has the blocks from offsets[b] / kChunk + b on, as many as its chunks or one more.
-struct Chunk {
-  int64_t prompt, begin;
-  unsigned live;  // tokens
-
-  __device__ Chunk(const int64_t* offsets, int64_t prompts, int64_t block) {
-    int64_t low = 0, high = prompts - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (offsets[middle] / kChunk + middle <= block)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    const int64_t first = offsets[low];
-    prompt = low, begin = first + (block - first / kChunk - low) * kChunk;
-    live = unsigned(larger<int64_t>(0, smaller<int64_t>(kChunk, offsets[low + 1] - begin)));
-  }
-};
-
-int64_t blocks_of_tokens(int64_t tokens, int64_t prompts) { return tokens / kChunk + prompts; }
-
 // Keys and values of a token, given its projected state before and after the layer norm.
 template <class Wide>
 __device__ __forceinline__ Key<Wide> key_of(const Row<Wide>& x, const Row<Wide>& y, AttentionWeights<const Wide> w,
@@ -119,19 +98,19 @@ __global__ void __launch_bounds__(kChunk)
   allow_next_launch();
   const int64_t crew = (count + kQueries - 1) / kQueries;  // threads of a head
   const unsigned tiles = unsigned((crew * heads + kChunk - 1) / kChunk), block = blockIdx.x / tiles;
-  const Chunk chunk(offsets, prompts, block);
+  const Chunk chunk = find_chunk<kChunk>(offsets, prompts, block);
   const int width = heads * kHead;
   int head = 0;
   int64_t query = int64_t(blockIdx.x % tiles) * kChunk + threadIdx.x;
   for (; query >= crew && head < heads; ++head) query -= crew;
   wait_for_last_launch();
-  if (threadIdx.x < chunk.live) {
+  if (int(threadIdx.x) < chunk.live) {
     const Row<Wide> x = load_row(kv + (chunk.begin + threadIdx.x) * width, width);
     const Row<Wide> y = normed(x, w.key_norm, w.key_norm_bias, width, eps);
     for (int i = 0; i < heads; ++i) keys[i][threadIdx.x] = key_of(x, y, w, i, width);
   }
   __syncthreads();
-  if (chunk.live == 0 || head == heads) return;
+  if (chunk.live <= 0 || head == heads) return;
   const Key<Wide>* own = keys[head];
   asked += (chunk.prompt * heads + head) * count;
   Asked<Wide> queries[kQueries];
@@ -139,7 +118,7 @@ __global__ void __launch_bounds__(kChunk)
 #pragma unroll
   for (int j = 0; j < kQueries; ++j)
     queries[j] = asked[smaller(query + j * crew, count - 1)], sums[j] = nothing<Wide>();
-  unsigned t = 0;
+  int t = 0;
   for (; t + kTokens<Wide> <= chunk.live; t += kTokens<Wide>) attend_to<kTokens<Wide>>(own + t, queries, sums);
   for (; t < chunk.live; ++t) attend_to<1>(own + t, queries, sums);
   parts += (int64_t(block) * heads + head) * count;
@@ -179,7 +158,7 @@ __global__ void __launch_bounds__(kFinishers)
 }  // namespace
 
 int64_t attention_scratch(int64_t tokens, int64_t prompts, int64_t heads, int64_t count) {
-  return (blocks_of_tokens(tokens, prompts) * 4 + prompts * 2) * heads * count;
+  return (chunks_within(tokens, prompts, kChunk) * 4 + prompts * 2) * heads * count;
 }
 
 template <class T, class Wide>
@@ -195,7 +174,7 @@ void query_attention(const AttentionInputs<T, typename WideOf<T>::type>& in,
                      typename WideOf<T>::type* features, cudaStream_t stream) {
   using Wide = typename WideOf<T>::type;
   if (in.prompts == 0) return;
-  const int64_t chunks = blocks_of_tokens(in.tokens, in.prompts);
+  const int64_t chunks = chunks_within(in.tokens, in.prompts, kChunk);
   auto* parts = reinterpret_cast<Part<Wide>*>(scratch);
   auto* asked = reinterpret_cast<Asked<Wide>*>(parts + chunks * in.heads * in.count);
   if (in.tokens > 0) {

@@ -119,16 +119,17 @@ template <class Wide>
 struct Pieces {
   Key<Wide>* keys;         // [heads, tokens]; then gradients by them
   Query<Wide>* queries;    // [prompts, heads, count]
-  Wide* by_queries;        // [parts, width, count]
+  Wide* by_queries;        // [chunks, width, count]
   StoredRow<Wide>* by_kv;  // [tokens]
   AttentionSums<Wide> sums;
 
   template <class T>
   Pieces(const AttentionInputs<T, Wide>& in, Scratch<Wide>& scratch) {
-    const int64_t rows = in.prompts * in.count, width = in.width(), parts = parts_of(in.tokens, in.prompts, kPassing);
+    const int64_t rows = in.prompts * in.count, width = in.width(),
+                  chunks = chunks_within(in.tokens, in.prompts, kPassing);
     keys = scratch.template take<Key<Wide>>(in.heads * in.tokens);
     queries = scratch.template take<Query<Wide>>(rows * in.heads);
-    by_queries = scratch.template take<Wide>(parts * width * in.count);
+    by_queries = scratch.template take<Wide>(chunks * width * in.count);
     by_kv = scratch.template take<StoredRow<Wide>>(in.tokens);
     sums.query_blocks = sum_blocks(rows), sums.token_blocks = sum_blocks(in.tokens);
     sums.chunks = blocks_of(in.tokens, chunk_of(in.tokens));
@@ -165,7 +166,7 @@ void query_attention_backward(const AttentionInputs<T, typename WideOf<T>::type>
     queries_kernel<Wide><<<query_blocks, kRows, 0, stream>>>(in.queries, grad_features, rows, in.count, in.heads,
                                                              in.eps, in.weights, saved, own.queries,
                                                              own.sums.of_queries);
-    const dim3 grid(unsigned(parts_of(in.tokens, in.prompts, kPassing)),
+    const dim3 grid(unsigned(chunks_within(in.tokens, in.prompts, kPassing)),
                     blocks_of((in.count + 1) / 2 * in.heads, kThreads));
     by_queries_kernel<Wide><<<grid, kThreads, 0, stream>>>(in.offsets, in.prompts, in.count, in.tokens, in.heads,
                                                            own.queries, own.keys, own.by_queries);
@@ -174,9 +175,9 @@ void query_attention_backward(const AttentionInputs<T, typename WideOf<T>::type>
                                                                     own.sums.of_queries);
   }
   if (in.tokens > 0) {
-    const unsigned parts = unsigned(parts_of(in.tokens, in.prompts, kTokens));
+    const unsigned chunks = unsigned(chunks_within(in.tokens, in.prompts, kTokens));
     by_tokens_kernel<Wide>
-        <<<parts, kWarp * in.heads, 0, stream>>>(in.offsets, in.prompts, in.count, in.tokens, own.queries, own.keys);
+        <<<chunks, kWarp * in.heads, 0, stream>>>(in.offsets, in.prompts, in.count, in.tokens, own.queries, own.keys);
     finish_tokens_kernel<Wide><<<token_blocks, kRows, 0, stream>>>(saved.kv, own.keys, in.tokens, in.heads, in.eps,
                                                                    in.weights, own.by_kv, own.sums.of_tokens);
     launch_states(in, own.by_kv, own.sums.of_states, grad_states, stream);
