@@ -12,12 +12,10 @@ constexpr int kPassing = 128;  // tokens that pass such a block
 constexpr int kTokens = 64;    // of a warp, two a lane, all of one prompt and head
 constexpr int kTile = 64;      // queries that pass such a warp at a time
 
-// The power of a query and a key relative to the query's largest score, which is in the unit of power(). The score has
-// the forward's bits: other rounding would not cancel where sums of slopes do.
+// The power of a query and a key relative to the query's largest score.
 template <class Wide>
 __device__ __forceinline__ Wide power_of(const Query<Wide>& query, const Key<Wide>& key) {
-  const Wide score = query.q0 * key.k0 + query.q1 * key.k1;
-  return power(fma(score, unit<Wide>(), -query.largest));
+  return power((score_of(query.q0, query.q1, key) - query.largest) * unit<Wide>());
 }
 
 // Its gradient by the score.

@@ -111,6 +111,12 @@ struct alignas(16) Query {
   Wide g0, g1, unused0, unused1;  // that gradient; like delta over the sum of powers
 };
 
+// A query's score of a key, which has the same bits wherever it is made: relative to the largest, none is above 0.
+template <class Wide>
+__device__ __forceinline__ Wide score_of(Wide q0, Wide q1, const Key<Wide>& key) {
+  return fma(q0, key.k0, q1 * key.k1);
+}
+
 template <class T>
 inline unsigned blocks_of(int64_t items, T per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);

@@ -23,13 +23,12 @@ template <class Wide>
 struct alignas(16) Part {
   Wide largest, sum, first, second;
 
-  // Scores are as the backward has them, to the last bit: no power exceeds 1, and that of the largest score is 1.
   template <int kCount>
   __device__ __forceinline__ void attend(Asked<Wide> query, const Key<Wide> (&keys)[kCount]) {
     Wide scores[kCount], most = largest;
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
-      scores[t] = query.q0 * keys[t].k0 + query.q1 * keys[t].k1;
+      scores[t] = score_of(query.q0, query.q1, keys[t]);
       most = fmax(most, scores[t]);
     }
     rescale(most);

@@ -8,8 +8,7 @@ namespace v05::cuda {
 
 namespace {
 
-// What the attention's backward reads of each query, and the sums of the output projection. The largest score is in the
-// unit of power(); what rounding it loses is made good in the gradient.
+// What the attention's backward reads of each query, and the sums of the output projection.
 template <class Wide>
 __global__ void __launch_bounds__(kRows, 4)
     queries_kernel(const Wide* queries, const Wide* grad_features, int64_t rows, int64_t count, int heads, Wide eps,
@@ -30,12 +29,11 @@ __global__ void __launch_bounds__(kRows, 4)
     for (int e = 0; e < kMostWidth; e += kHead) {
       if (e >= width) continue;
       const int64_t at = (b * heads + e / kHead) * count + query;
-      const Wide largest = saved.largest[at], most = largest * unit<Wide>(), lost = fma(largest, unit<Wide>(), -most);
-      const Wide inverse = saved.inverse[at] * power(-lost), g0 = g.at[e] * inverse, g1 = g.at[e + 1] * inverse;
+      const Wide inverse = saved.inverse[at], g0 = g.at[e] * inverse, g1 = g.at[e + 1] * inverse;
       const Wide q0 = product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale);
       const Wide q1 = product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale);
       const Wide delta = g0 * attended.at[e] + g1 * attended.at[e + 1];
-      out[at] = {q0, q1, most, delta, g0, g1, Wide(0), Wide(0)};
+      out[at] = {q0, q1, saved.largest[at], delta, g0, g1, Wide(0), Wide(0)};
     }
   }
   if (threadIdx.x < kSums) sums[int64_t(blockIdx.x) * 2 * kSums + threadIdx.x] = total;

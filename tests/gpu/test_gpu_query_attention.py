@@ -53,6 +53,14 @@ def test_dtypes_and_scores(backend, dtype, scale):
     compare(backend, on_device(ragged_states(LENGTHS, count=scaled(168, 20), dtype=dtype, scale=scale)))
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
+@pytest.mark.parametrize("scale", [1e9, 1e20])
+def test_scores_whose_rounding_is_large(backend, scale):
+    """The backward's scores have the forward's bits, or powers overflow; in Triton the compiler chooses how they round."""
+    result = run_query_attention(backend, on_device(ragged_states([20, 300], count=9, scale=scale)))
+    assert all(value.isfinite().all() for value in result.values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 7, 8, 129, 1024, 1030])
 def test_sizes_of_states(backend, dtype, size):
