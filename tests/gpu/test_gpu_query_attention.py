@@ -56,7 +56,7 @@ def test_dtypes_and_scores(backend, dtype, scale):
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
 @pytest.mark.parametrize("scale", [1e9, 1e20])
 def test_scores_whose_rounding_is_large(backend, scale):
-    """The backward's scores have the forward's bits, or powers overflow; in Triton the compiler chooses how they round."""
+    """The backward's scores have the forward's bits, or powers overflow; Triton's compiler chooses how they round."""
     result = run_query_attention(backend, on_device(ragged_states([20, 300], count=9, scale=scale)))
     assert all(value.isfinite().all() for value in result.values())
 
