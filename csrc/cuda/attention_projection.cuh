@@ -72,12 +72,6 @@ struct WeightTile {
   }
 };
 
-// A projected query of a head, its score's scale included.
-template <class Wide>
-struct alignas(8) Asked {
-  Wide q0, q1;
-};
-
 // asked [prompts, heads, count]: a thread has all heads of a query.
 template <class T, class Wide>
 __device__ __forceinline__ void project_queries(const AttentionInputs<T, Wide>& in, Asked<Wide>* asked) {
@@ -88,9 +82,7 @@ __device__ __forceinline__ void project_queries(const AttentionInputs<T, Wide>& 
     const Row<Wide> y = normed(load_row(in.queries + i * width, width), w.query_norm, w.query_norm_bias, width, in.eps);
     const int64_t b = i / in.count;
     for (int e = 0; e < width; e += kHead)
-      asked[(b * in.heads + e / kHead) * in.count + i - b * in.count] = {
-          product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale),
-          product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale)};
+      asked[(b * in.heads + e / kHead) * in.count + i - b * in.count] = asked_of(y, w, e, width);
   }
 }
 
@@ -150,16 +142,7 @@ void project_heads(const AttentionInputs<T, Wide>& in, Wide* kv, Asked<Wide>* as
 
 template <class T, class Wide>
 void project(const AttentionInputs<T, Wide>& in, Wide* kv, Asked<Wide>* asked, cudaStream_t stream) {
-  switch (in.heads) {
-    case 1:
-      return project_heads<1>(in, kv, asked, stream);
-    case 2:
-      return project_heads<2>(in, kv, asked, stream);
-    case 3:
-      return project_heads<3>(in, kv, asked, stream);
-    default:
-      return project_heads<kMostHeads>(in, kv, asked, stream);
-  }
+  with_heads(in.heads, [&](auto heads) { project_heads<heads.value>(in, kv, asked, stream); });
 }
 
 }  // namespace v05::cuda

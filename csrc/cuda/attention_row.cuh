@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "inputs.h"
 
 namespace v05::cuda {
@@ -100,10 +102,14 @@ __device__ __forceinline__ void add_product_backward(const Row<Wide>& y, const W
       if (i < width && e < width) x.at[e] += weight[i * width + e] * y.at[i];
 }
 
-// What attention reads of a token and a head, and what its backward reads of a query and a head.
+// What attention reads of a token and of a query and a head, and what its backward reads of the latter.
 template <class Wide>
 struct alignas(16) Key {
   Wide k0, k1, v0, v1;
+};
+template <class Wide>
+struct alignas(8) Asked {
+  Wide q0, q1;  // the score's scale included
 };
 template <class Wide>
 struct alignas(16) Query {
@@ -111,10 +117,27 @@ struct alignas(16) Query {
   Wide g0, g1, unused0, unused1;  // that gradient; like delta over the sum of powers
 };
 
+// A query after its layer norm, projected for the head of number e and the next one.
+template <class Wide>
+__device__ __forceinline__ Asked<Wide> asked_of(const Row<Wide>& y, const AttentionWeights<const Wide>& w, int e,
+                                                int width) {
+  return {product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale),
+          product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale)};
+}
+
 // A query's score of a key, which has the same bits wherever it is made: relative to the largest, none is above 0.
 template <class Wide>
 __device__ __forceinline__ Wide score_of(Wide q0, Wide q1, const Key<Wide>& key) {
   return fma(q0, key.k0, q1 * key.k1);
+}
+
+// Calls body with the number of heads as a constant.
+template <class Body>
+void with_heads(int heads, const Body& body) {
+  if (heads == 1) return body(std::integral_constant<int, 1>());
+  if (heads == 2) return body(std::integral_constant<int, 2>());
+  if (heads == 3) return body(std::integral_constant<int, 3>());
+  body(std::integral_constant<int, kMostHeads>());
 }
 
 template <class T>

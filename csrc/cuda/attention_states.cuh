@@ -1,8 +1,6 @@
 // The backward of query_attention where it reads or writes whole states.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/attention_sums.cuh"
 #include "cuda/vector.cuh"
 
@@ -15,15 +13,6 @@ constexpr int kStates = 64;    // states whose gradients a block writes
 inline int64_t chunk_of(int64_t tokens) {
   const int64_t even = (tokens / kMostBlocks / kWarp + 1) * kWarp;
   return smaller<int64_t>(larger<int64_t>(even, 64), 1024);
-}
-
-// Calls body with the number of heads as a constant.
-template <class Body>
-void with_heads(int heads, const Body& body) {
-  if (heads == 1) return body(std::integral_constant<int, 1>());
-  if (heads == 2) return body(std::integral_constant<int, 2>());
-  if (heads == 3) return body(std::integral_constant<int, 3>());
-  body(std::integral_constant<int, 4>());
 }
 
 // A thread's columns of the next states, from `row` on; the last one stands for those behind it.

@@ -30,10 +30,9 @@ __global__ void __launch_bounds__(kRows, 4)
       if (e >= width) continue;
       const int64_t at = (b * heads + e / kHead) * count + query;
       const Wide inverse = saved.inverse[at], g0 = g.at[e] * inverse, g1 = g.at[e + 1] * inverse;
-      const Wide q0 = product(y, w.in, w.in_bias, e, width) * Wide(kScoreScale);
-      const Wide q1 = product(y, w.in, w.in_bias, e + 1, width) * Wide(kScoreScale);
+      const Asked<Wide> asked = asked_of(y, w, e, width);
       const Wide delta = g0 * attended.at[e] + g1 * attended.at[e + 1];
-      out[at] = {q0, q1, saved.largest[at], delta, g0, g1, Wide(0), Wide(0)};
+      out[at] = {asked.q0, asked.q1, saved.largest[at], delta, g0, g1, Wide(0), Wide(0)};
     }
   }
   if (threadIdx.x < kSums) sums[int64_t(blockIdx.x) * 2 * kSums + threadIdx.x] = total;

@@ -71,14 +71,15 @@ def run_linear_policy_loss(backend: str | None, data: Layer, dtype: torch.dtype 
 
 
 def assert_near(actual: Outputs, same: Outputs, exact: Outputs) -> None:
-    """Log-probs and sums of float32, gradients of the operands' dtype: their errors are relative to the largest, since
-    a logit's gradient is rounded too before many are added up."""
+    """Log-probs and sums of float32, gradients of the operands' dtype: small ones are compared with the largest, and
+    large ones with a part of it, since a logit's gradient is rounded too before many are added up."""
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         assert value.device.type == DEVICE.type
         half = value.dtype in (torch.bfloat16, torch.float16)
-        floor = 2e-2 if half else 3e-5 if value.dtype == torch.float32 else 1e-11
-        scale = max(float(exact[name].double().abs().max()), 1e-6) if half and value.numel() else 1.0
+        floor = 4e-2 if half else 3e-5 if value.dtype == torch.float32 else 1e-11
+        largest = float(exact[name].double().abs().max()) if value.numel() else 0
+        scale = max(min(1.0, max(largest, 1e-6)), largest / 64) if half else 1.0
         allowed = max(floor, 2 * error_against(same[name] / scale, exact[name] / scale))
         error = error_against(value / scale, exact[name] / scale)
         assert error <= allowed, f"{name}: error against float64 is {error:.3g}; allowed: {allowed:.3g}"
