@@ -62,6 +62,13 @@ def test_the_wins_recorded_name_ops_and_backends_that_exist():
         assert win.elements > 0
 
 
+def test_what_no_gpu_has_run_is_asked_for_by_name_only(monkeypatch):
+    monkeypatch.setattr(dispatch, "UNPROVEN", {("shrinkage", "cpu")})
+    assert dispatch.choose("shrinkage", "cpu") == "reference"
+    assert dispatch.choose("shrinkage", "cpu", "cpu") == "cpu"
+    assert "backend='cpu' does" in next(line for line in backends() if line.op == "shrinkage").reasons["cpu"]
+
+
 def test_a_cpu_tensor_gets_the_cpu_kernel():
     assert dispatch.backend_for("shrinkage", torch.zeros(3)) == "cpu"
     assert dispatch.backend_for("shrinkage", torch.zeros(3), "reference") == "reference"

@@ -51,7 +51,10 @@ def backends() -> list[BackendReport]:
     types = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [
         BackendReport(
-            op, kind, dispatch.choose(op, kind), {name: dispatch.why_not(op, name, kind) for name in dispatch.BACKENDS}
+            op,
+            kind,
+            dispatch.choose(op, kind),
+            {name: dispatch.why_passed(op, name, kind) for name in dispatch.BACKENDS},
         )
         for kind in types
         for op in dispatch.OPS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import ModuleType
 
@@ -25,6 +25,8 @@ OPS = (
     "query_attention",
 )
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What no GPU has run since it was rewritten is asked for by name only, whatever was measured before.
+UNPROVEN = frozenset({("query_attention", "cuda")})
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 
@@ -52,6 +54,14 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
+def why_passed(op: str, backend: str, device_type: str) -> str | None:
+    """Says why a backend is never chosen unless it is asked for: as `why_not`, or that it is unproven; else None."""
+    reason = why_not(op, backend, device_type)
+    if reason is None and (op, backend) in UNPROVEN:
+        return f"no GPU has run it since it was rewritten; backend={backend!r} does"
+    return reason
+
+
 def constant_for_compile(function: Callable[..., str]) -> Callable[..., str]:
     """Marks a function as torch.compiler.assume_constant_result does, which would import torch's compiler: a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -72,8 +82,7 @@ def choose(op: str, device_type: str, backend: str | None = None) -> str:
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     if backend is None:
-        order = _PREFERENCE.get(device_type, ("reference",))
-        return next(name for name in order if why_not(op, name, device_type) is None)
+        return _first(op, device_type, _PREFERENCE.get(device_type, ("reference",)))
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: None or one of {', '.join(map(repr, BACKENDS))}")
     reason = why_not(op, backend, device_type)
@@ -104,8 +113,11 @@ def backend_for(op: str, tensor: Tensor, backend: str | None = None) -> str:
 @cache
 def _fastest(op: str, device: int, dtype: torch.dtype, bits: int) -> str:
     win = wins.nearest(wins.recorded(), op, architecture(device), str(dtype)[6:], 1 << bits)
-    order = (*(win.order if win else ()), *_PREFERENCE["cuda"])
-    return next(name for name in order if why_not(op, name, "cuda") is None)
+    return _first(op, "cuda", (*(win.order if win else ()), *_PREFERENCE["cuda"]))
+
+
+def _first(op: str, device_type: str, order: Iterable[str]) -> str:
+    return next(name for name in order if why_passed(op, name, device_type) is None)
 
 
 @cache

@@ -52,7 +52,7 @@ HOPPER = {"sm_90": Tile(128, 256, 64, 8, 3, 2, 4), "interpreter": INTERPRETED}
 
 
 def architecture_of(device: torch.device) -> str:
-    """The key of `TILES` for a GPU: its own family, or sm_80, whose tiles fit every later one; "interpreter" for a CPU.
+    """The key of `TILES` for a GPU: its own family, or sm_80, whose tiles fit into 99 KiB; "interpreter" for a CPU.
 
     Raises:
         RuntimeError: the GPU is older than any of them.
