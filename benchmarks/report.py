@@ -10,6 +10,7 @@ from benchmarks.harness import OURS
 from benchmarks.plots import Line, grouped, listed, number, threads_of
 from v05.studies.table import StudyTable
 
+CASE = ("op", "shape", "dtype", "pass", "threads")  # what contenders have in common that are compared
 BUSY = 0.25  # cores used by others from which a time is marked
 
 INTRODUCTION = """# Speed beside rivals
@@ -76,25 +77,49 @@ def losses(rows: list[Line]) -> list[str]:
     return lines
 
 
-def write(path: Path, folder: Path) -> None:
-    """Writes RESULTS.md and plots/<op>_<device>.png into a folder from the rows at path and its studies/*.json."""
-    rows = latest(path)
-    parts = [INTRODUCTION]
-    lost = losses(rows)
-    parts.append("## Where a rival wins\n\n" + ("\n".join(lost) if lost else "Nowhere in these measurements.") + "\n")
-    for (device,), of_device in grouped(rows, "device").items():
-        kind = "cpu" if "(" in device else "gpu"
-        if plots.roofline(of_device, folder / "plots" / f"roofline_{kind}.png"):
-            parts.append(f"## Roofline\n\n{device}\n\n![roofline](plots/roofline_{kind}.png)\n")
-    for (op, device), of_op in grouped(rows, "op", "device").items():
-        stem = f"{op}_{'cpu' if '(' in device else 'gpu'}"
-        plots.bars(of_op, folder / "plots" / f"{stem}.png")
-        parts.append(f"## {op}\n\n{device}\n\n![{op}](plots/{stem}.png)\n")
-        for (shape, dtype, direction, threads), case in grouped(of_op, "shape", "dtype", "pass", "threads").items():
+def overview(rows: list[Line]) -> str:
+    """A line per case: our time, and that of the fastest rival over ours."""
+    lines = ["| op | case | v05, ms | of ceiling | fastest rival | its time / v05 |", "|---|---|---:|---:|---|---:|"]
+    together = [row for of_op in grouped(rows, "op").values() for row in of_op]
+    for (op, shape, dtype, direction, threads), case in grouped(together, *CASE).items():
+        measured = [row for row in case if row["p50_ms"]]
+        own = next((row for row in measured if row["contender"] == OURS), None)
+        rivals = [row for row in measured if not row["contender"].startswith(OURS)]
+        if own is None or not rivals:
+            continue
+        best = min(rivals, key=lambda row: float(row["p50_ms"]))
+        mark = "**" if float(best["ratio_to_ours"]) < 1 else ""
+        cells = [op, listed(shape, dtype, direction, threads_of(threads)), number(own["p50_ms"])]
+        cells += [f"{float(own['fraction_of_ceiling']):.0%}", best["contender"]]
+        lines.append("| " + " | ".join([*cells, f"{mark}{number(best['ratio_to_ours'])}{mark}"]) + " |")
+    return "\n".join(lines)
+
+
+def of_device(device: str, rows: list[Line], folder: Path) -> list[str]:
+    """What was measured on one device: roofline, overview, then each op's plot and tables; writes the plots."""
+    kind = "cpu" if "(" in device else "gpu"
+    parts = [f"## {device}\n"]
+    if plots.roofline(rows, folder / "plots" / f"roofline_{kind}.png"):
+        parts.append(f"![roofline](plots/roofline_{kind}.png)\n")
+    parts.append(overview(rows) + "\n")
+    for (op,), of_op in grouped(rows, "op").items():
+        plots.bars(of_op, folder / "plots" / f"{op}_{kind}.png")
+        parts.append(f"### {op}, {device}\n\n![{op}](plots/{op}_{kind}.png)\n")
+        for (_, shape, dtype, direction, threads), case in grouped(of_op, *CASE).items():
             newest = max(case, key=lambda row: row["run"])
             made = (newest["versions"], f"commit {newest['commit']}", newest["run"][:10])
             where = listed(threads_of(threads), *made)
-            parts.append(f"### {shape}, {dtype}, {direction}\n\n{where}\n\n{table(case)}\n")
+            parts.append(f"#### {listed(shape, dtype, direction)}\n\n{where}\n\n{table(case)}\n")
+    return parts
+
+
+def write(path: Path, folder: Path) -> None:
+    """Writes RESULTS.md and plots/<op>_<device>.png into a folder from the rows at path and its studies/*.json."""
+    rows = latest(path)
+    lost = losses(rows)
+    parts = [INTRODUCTION, "## Where a rival wins\n\n" + ("\n".join(lost) or "Nowhere in these measurements.") + "\n"]
+    for (device,), measured in grouped(rows, "device").items():
+        parts += of_device(device, measured, folder)
     studies = [StudyTable.read(file) for file in sorted((folder / "studies").glob("*.json"))]
     parts += ["## Studies\n\n" + "\n".join(f"### {study.markdown()}" for study in studies)] if studies else []
     (folder / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")

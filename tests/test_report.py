@@ -1,0 +1,70 @@
+"""What RESULTS.md makes of the rows of results.csv: the newest of each contender, losses first, a case in one line."""
+
+import csv
+
+import pytest
+
+from benchmarks.report import latest, write
+
+ROW = dict(
+    op="policy_loss", shape="64 tokens", dtype="float32", note="", other_load="0.1", versions="torch 2", flops="2"
+)
+ROW |= {"pass": "forward", "run": "2026-01-02T00:00:00Z", "commit": "abc", "timed_by": "wall", "bytes": "64"}
+ROW |= dict(p20_ms="0.9", p80_ms="1.1", fraction_of_ceiling="0.5", peak_mib="1", host_us="", device="a CPU (AVX512)")
+ROW |= dict(threads="2", architecture="", copy_gb_s="10", matrix_gflop_s="100")
+
+
+def row(contender, p50_ms, ratio, **changes):
+    return ROW | dict(contender=contender, p50_ms=p50_ms, ratio_to_ours=ratio) | changes
+
+
+@pytest.fixture
+def report(tmp_path):
+    """The text of RESULTS.md for some rows."""
+
+    def made_of(*rows):
+        with (tmp_path / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*ROW, "contender", "p50_ms", "ratio_to_ours"])
+            writer.writeheader()
+            writer.writerows(rows)
+        write(tmp_path / "results.csv", tmp_path)
+        return (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+    return made_of
+
+
+def test_a_case_is_one_line_beside_its_fastest_rival(report):
+    text = report(row("v05", "1", "1"), row("torch eager", "3", "3"), row("torch.compile", "2", "2"))
+    assert "| policy_loss | 64 tokens, float32, forward, 2 threads | 1 | 50% | torch.compile | 2 |" in text
+    assert "Nowhere in these measurements." in text
+
+
+def test_a_rival_that_wins_is_named_first_and_bold(report):
+    text = report(row("v05", "1", "1"), row("v05, two ops", "0.4", "0.4"), row("torch.compile", "0.5", "0.5"))
+    assert "* torch.compile: 0.50 of our time on policy_loss, 64 tokens, float32, forward, 2 threads" in text
+    assert text.index("0.50 of our time") < text.index("## a CPU")
+    assert "| torch.compile | **0.5** |" in text
+
+
+def test_a_rival_that_is_missing_is_in_the_table_with_its_reason(report):
+    text = report(row("v05", "1", "1"), row("flash-attn", "", "", note="not installed"))
+    assert "| flash-attn | | | | | | | not installed |" in text
+    assert "| policy_loss | 64 tokens" not in text  # nothing to compare it with
+
+
+def test_the_newest_measured_row_counts(report, tmp_path):
+    later = "2026-01-03T00:00:00Z"
+    text = report(row("v05", "1", "1"), row("v05", "0.8", "1", run=later), row("verl", "4", "4"), row("verl", "", ""))
+    assert [line["p50_ms"] for line in latest(tmp_path / "results.csv")] == ["0.8", "4"]
+    assert "commit abc, 2026-01-03" in text
+
+
+def test_each_device_has_its_own_part_and_plots(report, tmp_path):
+    gpu = dict(device="a GPU", architecture="sm_90", threads="")
+    text = report(
+        row("v05", "1", "1"), row("verl", "4", "4"), row("v05", "1", "1", **gpu), row("verl", "9", "9", **gpu)
+    )
+    assert text.count("## a CPU (AVX512)\n") == text.count("## a GPU\n") == 1
+    for name in ("policy_loss_cpu", "policy_loss_gpu", "roofline_cpu", "roofline_gpu"):
+        assert f"![{name.split('_cpu')[0].split('_gpu')[0]}](plots/{name}.png)" in text
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
