@@ -1,5 +1,6 @@
 // Advantages in one launch; where the batch's moments are asked for, one before it, or two in a large batch.
 #include "cuda/groups.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 
 namespace v05::cuda {
@@ -102,8 +103,9 @@ template <class Reward, class T>
 void batch_moments(const Reward* rewards, const T* lengths, int64_t n, double eps, Pool* partial, T* moments,
                    cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(moment_blocks(n));
-  if (blocks) pool_kernel<<<blocks, kPoolThreads, 0, stream>>>(rewards, lengths, n, eps, partial, moments);
-  if (blocks > 1) merge_kernel<<<1, kPoolThreads, 0, stream>>>(partial, blocks, eps, moments);
+  if (blocks) launch(pool_kernel<Reward, T>, blocks, kPoolThreads, stream, rewards, lengths, n, eps, partial, moments);
+  if (blocks > 1)
+    launch(merge_kernel<T>, 1, kPoolThreads, stream, static_cast<const Pool*>(partial), blocks, eps, moments);
   check_launch("batch_moments");
 }
 
@@ -111,8 +113,8 @@ template <class Reward, class T>
 void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
                Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream) {
   if (groups == 0) return;
-  advantage_kernel<<<blocks_for<kLanes>(groups), kThreads, 0, stream>>>(rewards, offsets, prior, moments, groups,
-                                                                        baseline, scale, low, high, eps, out);
+  launch(advantage_kernel<Reward, T>, blocks_for<kLanes>(groups), kThreads, stream, rewards, offsets, prior, moments,
+         groups, baseline, scale, low, high, eps, out);
   check_launch("advantage");
 }
 

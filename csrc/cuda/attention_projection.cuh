@@ -13,10 +13,6 @@ namespace v05::cuda {
 constexpr int kProjectors = 128, kProjectorBlocks = 4;  // threads of a block; blocks at a time on a multiprocessor
 constexpr int kLine = 128;                              // bytes that a prefetch brings
 
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // A tile of columns and its weights in shared memory, each lane's own where it reads without a conflict.
 template <int kHeads, class T, class Wide>
 struct WeightTile {
@@ -136,8 +132,8 @@ void project_heads(const AttentionInputs<T, Wide>& in, Wide* kv, Asked<Wide>* as
   const unsigned blocks = larger(blocks_of(in.tokens, WeightTile<kHeads, T, Wide>::kRows * kProjectors / kWarp),
                                  blocks_of(in.prompts * in.count, kProjectors));
   const bool whole = aligned(in.states) && in.stride % Vector<T>::kSize == 0 && in.size % Vector<T>::kSize == 0;
-  project_kernel<kHeads><<<smaller<unsigned>(blocks, kProjectorBlocks * multiprocessors()), kProjectors, 0, stream>>>(
-      in, whole, kv, asked);
+  launch(project_kernel<kHeads, T, Wide>, smaller<unsigned>(blocks, kProjectorBlocks * multiprocessors()), kProjectors,
+         stream, in, whole, kv, asked);
 }
 
 template <class T, class Wide>

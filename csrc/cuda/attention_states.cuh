@@ -118,8 +118,8 @@ void launch_states(const AttentionInputs<T, Wide>& in, const StoredRow<Wide>* by
   const unsigned across = blocks_of(in.size, kColumns * Vector<T>::kSize);
   with_heads(in.heads, [&](auto heads) {
     const dim3 chunks(blocks_of(in.tokens, chunk), across), blocks(blocks_of(in.tokens, kStates), across);
-    projection_kernel<heads.value><<<chunks, kColumns, 0, stream>>>(in, chunk, by_kv, of_states);
-    if (grad_states) states_kernel<heads.value><<<blocks, kColumns, 0, stream>>>(in, by_kv, grad_states);
+    launch(projection_kernel<heads.value, T, Wide>, chunks, kColumns, stream, in, chunk, by_kv, of_states);
+    if (grad_states) launch(states_kernel<heads.value, T, Wide>, blocks, kColumns, stream, in, by_kv, grad_states);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention_row.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/reduce.cuh"
 
@@ -169,7 +170,7 @@ template <class T, class Wide>
 void launch_weights(const AttentionInputs<T, Wide>& in, const AttentionSums<Wide>& sums,
                     const AttentionWeights<Wide>& out, cudaStream_t stream) {
   const unsigned blocks = kSummed + blocks_of(in.width() * in.size, kWarp);
-  weights_kernel<Wide><<<blocks, kFinish, 0, stream>>>(in.weights, in.width(), in.size, sums, out);
+  launch(weights_kernel<Wide>, blocks, kFinish, stream, in.weights, in.width(), in.size, sums, out);
 }
 
 }  // namespace v05::cuda

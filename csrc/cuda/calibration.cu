@@ -153,9 +153,9 @@ void calibrated(const Calibration<T, Reward>& in, cudaStream_t stream) {
   const unsigned blocks = fit_blocks<T>(in.groups, multiprocessors());
   // Nothing is in the outputs of groups before the last launch: there the blocks of the fit hand each other their sums.
   const Mailbox<T> mail{blocks > 1 ? reinterpret_cast<Word*>(in.floats) : nullptr};
-  if (in.groups) likelihood_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in, mail);
+  if (in.groups) launch(likelihood_kernel<T, Reward>, blocks_for<kLanes>(in.groups), kThreads, stream, in, mail);
   launch_at_once(fit_kernel<T, Reward>, blocks, kFitThreads, stream, in, mail);
-  if (in.groups) calibrated_kernel<<<blocks_for<kLanes>(in.groups), kThreads, 0, stream>>>(in);
+  if (in.groups) launch(calibrated_kernel<T, Reward>, blocks_for<kLanes>(in.groups), kThreads, stream, in);
   check_launch("calibrated");
 }
 

@@ -1,7 +1,7 @@
 // Powers of e for sums over a vocabulary: in float32 by the hardware's power of 2, within 2^-22 of the value.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "cuda/ptx.cuh"
 
 namespace v05::cuda {
 
@@ -18,19 +18,11 @@ __device__ __forceinline__ float unit() {
 }
 
 __device__ __forceinline__ double power(double x) { return exp(x); }
-__device__ __forceinline__ float power(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ __forceinline__ float power(float x) { return power_of_2(x); }
 
 // x, or where its power is 0 a number of which that is true as well: what is multiplied with that power must not be
 // infinite. NaN stays NaN.
 __device__ __forceinline__ double finite(double x) { return x < -1000 ? -1000 : x; }
-__device__ __forceinline__ float finite(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(-160.0f));
-  return y;
-}
+__device__ __forceinline__ float finite(float x) { return larger_or_nan(x, -160.0f); }
 
 }  // namespace v05::cuda

@@ -1,6 +1,6 @@
-// Launches that are more than a grid: one that begins while the one before it still works, and waits for its results
-// only where it says so (on sm_90 and newer; elsewhere it begins after it); one whose blocks all run at once; and one
-// whose blocks are a cluster (on sm_90 and newer).
+// Launches of a grid: a plain one; one that begins while the one before it still works, and waits for its results only
+// where it says so (on sm_90 and newer; elsewhere it begins after it); one whose blocks all run at once; and one whose
+// blocks are a cluster (on sm_90 and newer).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,19 +9,7 @@
 
 namespace v05::cuda {
 
-// In the first of the two: every block has begun, so the next launch may.
-__device__ __forceinline__ void allow_next_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// In the second: what the first wrote can be read from here on.
-__device__ __forceinline__ void wait_for_last_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+constexpr unsigned kMostOfCluster = 8;  // blocks, on every GPU that has clusters
 
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
@@ -31,7 +19,7 @@ inline int64_t multiprocessors() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch_with(cudaLaunchAttribute attribute, bool wanted, void (*kernel)(Parameters...), unsigned blocks,
+void launch_with(cudaLaunchAttribute attribute, bool wanted, void (*kernel)(Parameters...), dim3 blocks,
                  unsigned threads, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
@@ -40,6 +28,12 @@ void launch_with(cudaLaunchAttribute attribute, bool wanted, void (*kernel)(Para
   config.attrs = &attribute;
   config.numAttrs = wanted ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch_with({}, false, kernel, blocks, threads, stream, arguments...);
 }
 
 // Whether a kernel's code, and the device, are of sm_90 or newer.

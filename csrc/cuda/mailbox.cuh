@@ -2,10 +2,9 @@
 // all. A number lies in one word with the round it belongs to, so that a reader needs no other sign that it is there.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstring>
 
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
 namespace v05::cuda {
@@ -13,18 +12,6 @@ namespace v05::cuda {
 constexpr int kMostBlocks = kWarp;  // a lane reads what a block says
 constexpr int kPosted = 8;          // numbers of a block in a round
 constexpr int kLanesEach = kWarp / kPosted;
-
-using Word = unsigned long long;
-
-__device__ __forceinline__ void post_word(Word* at, Word word) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
-}
-
-__device__ __forceinline__ Word read_word(const Word* at) {
-  Word word;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
-  return word;
-}
 
 // For one warp of each of at most kMostBlocks blocks. Rounds count from 1. A block that posts for a round has read the
 // last one, hence two sets of words suffice, all 0 before the first round.

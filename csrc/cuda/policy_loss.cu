@@ -211,24 +211,24 @@ void policy_loss(const PolicyInputs<T>& in, double* partial, T* gradient, T* los
   const bool plain = in.kl == Kl::none && in.correction == Correction::none;
   const unsigned blocks = static_cast<unsigned>(policy_blocks(in.n, in.sequences, whole));
   PolicyOutputs<T> out{loss, metrics, partial, false};
-  const auto launch = [&](auto kernel, auto... arguments) {
+  const auto start = [&](auto kernel, auto... arguments) {
     out.cluster = blocks > 1 && blocks <= kMostOfCluster && of_sm_90(kernel);
     if (out.cluster)
       launch_cluster(kernel, blocks, kThreads, stream, arguments..., out);
     else
-      kernel<<<blocks, kThreads, 0, stream>>>(arguments..., out);
+      launch(kernel, blocks, kThreads, stream, arguments..., out);
   };
   with_surrogate(in.surrogate, [&](auto kind) {
     constexpr Surrogate kSurrogate = decltype(kind)::value;
     if (whole) {
       const auto kernel = long_sequences(in.n, in.sequences) ? sequence_kernel<kSurrogate, kThreads, T>
                                                              : sequence_kernel<kSurrogate, kWarp, T>;
-      return launch(kernel, in, gradient);
+      return start(kernel, in, gradient);
     }
     const bool aligned = all_aligned(in.weights, in.logprobs, in.old_logprobs, gradient,
                                      in.advantage_per_token ? in.advantages : nullptr);
     const auto kernel = plain ? token_kernel<kSurrogate, Form::plain, T> : token_kernel<kSurrogate, Form::token, T>;
-    launch(kernel, in, aligned, gradient);
+    start(kernel, in, aligned, gradient);
   });
   if (blocks > 1 && !out.cluster) launch_next(finish_kernel<T>, 1, kPolicySums * kWarp, stream, out, int64_t(blocks));
   check_launch("policy_loss");

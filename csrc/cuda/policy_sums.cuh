@@ -1,9 +1,9 @@
 // The sums of a policy loss: what a block leaves behind, and the launch that adds up what the blocks left.
 #pragma once
 
-#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
 namespace v05::cuda {

@@ -163,8 +163,8 @@ int64_t attention_scratch(int64_t tokens, int64_t prompts, int64_t heads, int64_
 template <class T, class Wide>
 void make_keys(const AttentionInputs<T, Wide>& in, const Wide* kv, Key<Wide>* keys, cudaStream_t stream) {
   if (in.tokens == 0) return;
-  keys_kernel<<<blocks_of(in.tokens, kThreads), kThreads, 0, stream>>>(kv, in.tokens, in.heads, in.eps, in.weights,
-                                                                       keys);
+  launch(keys_kernel<Wide>, blocks_of(in.tokens, kThreads), kThreads, stream, kv, in.tokens, in.heads, in.eps,
+         in.weights, keys);
 }
 
 template <class T>

@@ -160,23 +160,21 @@ void query_attention_backward(const AttentionInputs<T, typename WideOf<T>::type>
   const unsigned query_blocks = sum_blocks(rows), token_blocks = sum_blocks(in.tokens);
   make_keys<T, Wide>(in, saved.kv, own.keys, stream);
   if (rows > 0) {
-    queries_kernel<Wide><<<query_blocks, kRows, 0, stream>>>(in.queries, grad_features, rows, in.count, in.heads,
-                                                             in.eps, in.weights, saved, own.queries,
-                                                             own.sums.of_queries);
+    launch(queries_kernel<Wide>, query_blocks, kRows, stream, in.queries, grad_features, rows, in.count, in.heads,
+           in.eps, in.weights, saved, own.queries, own.sums.of_queries);
     const dim3 grid(unsigned(chunks_within(in.tokens, in.prompts, kPassing)),
                     blocks_of((in.count + 1) / 2 * in.heads, kThreads));
-    by_queries_kernel<Wide><<<grid, kThreads, 0, stream>>>(in.offsets, in.prompts, in.count, in.tokens, in.heads,
-                                                           own.queries, own.keys, own.by_queries);
-    finish_queries_kernel<Wide><<<query_blocks, kRows, 0, stream>>>(in.offsets, in.queries, own.by_queries, rows,
-                                                                    in.count, width, in.eps, in.weights, grad_queries,
-                                                                    own.sums.of_queries);
+    launch(by_queries_kernel<Wide>, grid, kThreads, stream, in.offsets, in.prompts, in.count, in.tokens, in.heads,
+           own.queries, own.keys, own.by_queries);
+    launch(finish_queries_kernel<Wide>, query_blocks, kRows, stream, in.offsets, in.queries, own.by_queries, rows,
+           in.count, width, in.eps, in.weights, grad_queries, own.sums.of_queries);
   }
   if (in.tokens > 0) {
     const unsigned chunks = unsigned(chunks_within(in.tokens, in.prompts, kTokens));
-    by_tokens_kernel<Wide>
-        <<<chunks, kWarp * in.heads, 0, stream>>>(in.offsets, in.prompts, in.count, in.tokens, own.queries, own.keys);
-    finish_tokens_kernel<Wide><<<token_blocks, kRows, 0, stream>>>(saved.kv, own.keys, in.tokens, in.heads, in.eps,
-                                                                   in.weights, own.by_kv, own.sums.of_tokens);
+    launch(by_tokens_kernel<Wide>, chunks, kWarp * in.heads, stream, in.offsets, in.prompts, in.count, in.tokens,
+           own.queries, own.keys);
+    launch(finish_tokens_kernel<Wide>, token_blocks, kRows, stream, saved.kv, own.keys, in.tokens, in.heads, in.eps,
+           in.weights, own.by_kv, own.sums.of_tokens);
     launch_states(in, own.by_kv, own.sums.of_states, grad_states, stream);
   }
   launch_weights(in, own.sums, grad_weights, stream);

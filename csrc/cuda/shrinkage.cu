@@ -1,4 +1,5 @@
 #include "cuda/groups.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 
 namespace v05::cuda {
@@ -51,8 +52,8 @@ template <class Reward, class T>
 void shrinkage(const Reward* rewards, const int64_t* offsets, const T* prior, int64_t groups, const Budget<T>& budget,
                T* floats, int64_t* integers, bool* more, T* rollout_baseline, T* advantages, cudaStream_t stream) {
   if (groups == 0) return;
-  shrinkage_kernel<<<blocks_for<kLanes>(groups), kThreads, 0, stream>>>(rewards, offsets, prior, groups, budget, floats,
-                                                                        integers, more, rollout_baseline, advantages);
+  launch(shrinkage_kernel<Reward, T>, blocks_for<kLanes>(groups), kThreads, stream, rewards, offsets, prior, groups,
+         budget, floats, integers, more, rollout_baseline, advantages);
   check_launch("shrinkage");
 }
 

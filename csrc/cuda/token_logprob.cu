@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "cuda/exponent.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -201,7 +202,7 @@ template <class T>
 void token_logprob(const LogprobRows<T>& rows, const LogprobOutputs<typename WideOf<T>::type>& out,
                    cudaStream_t stream) {
   if (rows.count == 0) return;
-  forward_kernel<<<static_cast<unsigned>(rows.count), kThreads, 0, stream>>>(rows, out);
+  launch(forward_kernel<T, typename WideOf<T>::type>, static_cast<unsigned>(rows.count), kThreads, stream, rows, out);
   check_launch("token_logprob");
 }
 
@@ -210,8 +211,8 @@ void token_logprob_backward(const LogprobRows<T>& rows, const LogprobOutputs<con
                             const typename WideOf<T>::type* grad_logprob, const typename WideOf<T>::type* grad_entropy,
                             T* grad_logits, int64_t grad_stride, cudaStream_t stream) {
   if (rows.count == 0) return;
-  backward_kernel<<<static_cast<unsigned>(rows.count), kThreads, 0, stream>>>(rows, saved, grad_logprob, grad_entropy,
-                                                                              grad_logits, grad_stride);
+  launch(backward_kernel<T, typename WideOf<T>::type>, static_cast<unsigned>(rows.count), kThreads, stream, rows, saved,
+         grad_logprob, grad_entropy, grad_logits, grad_stride);
   check_launch("token_logprob_backward");
 }
 
