@@ -49,9 +49,16 @@ $(VENV)/.v0: $(VENV)/.installed
 demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
-test: $(VENV)/.tests
+# The CUDA kernels for the processor, over an emulation of blocks and warps.
+build/emulated/.built: $(VENV)/.tests $(NATIVE) $(wildcard tests/emulator/*.py tests/emulator/include/*.h tests/emulator/include/cuda/*)
+	$(BIN)/python tests/emulator/build.py
+	@touch $@
+
+test: $(VENV)/.tests build/emulated/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_trl --ignore tests/with_verl --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
+	OMP_NUM_THREADS=1 V05_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not large" tests/gpu
+	OMP_NUM_THREADS=1 V05_EMULATED=1 V05_EMULATED_ARCH=80 $(BIN)/python -m pytest tests/gpu/test_gpu_policy_loss.py
 
 # TRL and verl want versions of transformers of their own.
 .venv-peers/.installed: pyproject.toml setup.py $(NATIVE)

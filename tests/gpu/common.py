@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulated import EMULATED
 from torch import Tensor
 
 from v05.kernels import group_advantage, policy_loss, query_attention, shrinkage, token_logprob
@@ -25,9 +26,9 @@ from v05.testing import (
     ragged_tokens,
 )
 
-DRY_RUN = os.environ.get("V05_DRY_RUN") == "1"
+DRY_RUN = EMULATED or os.environ.get("V05_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
-ON_CPU = ("triton",) if interpreting() else ("reference", "cpu")
+ON_CPU = ("cuda",) if EMULATED else ("triton",) if interpreting() else ("reference", "cpu")
 BACKENDS = ON_CPU if DRY_RUN else ("cuda", "triton", "reference")
 KERNELS = tuple(backend for backend in BACKENDS if backend != "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,8 +48,8 @@ class Rows(NamedTuple):
 
 
 def scaled(size: int, dry: int) -> int:
-    """A size on the GPU, and in a dry run."""
-    return dry if DRY_RUN else size
+    """A size on the GPU, and over the emulation up to 65,535; and in a dry run."""
+    return size if not DRY_RUN or (EMULATED and size < 65_536) else dry
 
 
 def on_device(data):

@@ -1,0 +1,30 @@
+"""The CUDA kernels on CPU tensors: the module that tests/emulator builds, in place of the one for a GPU."""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from v05.kernels import device, dispatch
+
+EMULATED = os.environ.get("V05_EMULATED") == "1"
+MODULE = Path(__file__).resolve().parents[2] / "build" / "emulated" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def install() -> None:
+    """Makes `backend="cuda"` run there, before anything imports it.
+
+    Raises:
+        FileNotFoundError: it was not built.
+    """
+    if not MODULE.exists():
+        raise FileNotFoundError(f"{MODULE} is missing; `python tests/emulator/build.py` builds it")
+    name = "v05.kernels._cuda"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(MODULE))
+    sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(sys.modules[name])
+    sys.modules["v05.kernels"]._cuda = sys.modules[name]
+    device.stream_of = lambda tensor: 0
+    dispatch._DEVICES = dispatch._DEVICES | {"cuda": ("cpu",)}
