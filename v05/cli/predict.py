@@ -46,7 +46,7 @@ def predict(
     checkpoint: Annotated[Path | None, typer.Option(help="V0's adapter; without it the embedded V0 runs.")] = None,
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; without it kernel regression.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Language model, folder or name, with --checkpoint.")] = None,
-    device: Annotated[str, typer.Option(help="Where backbone, adapter and head run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where backbone, adapter and head run; with --checkpoint.")] = "cpu",
     background: Annotated[Path | None, typer.Option(help="Scored records of other policies, embedded V0.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
