@@ -21,7 +21,7 @@ from v05.plots.training import plot_run
 from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine
-from v05.run_folder import alone_in, prepare_folder, read_summary, remove_run
+from v05.run_folder import alone_in, prepare_folder, read_summary, remove_files
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
 from v05.stream_config import BATCHES, StreamConfig
@@ -101,7 +101,7 @@ def train_run(
                 trainer = make_user_trainer(config, model, folder, stream, ranks)
             except InputError:
                 if ranks.leads and not (folder / "checkpoints").exists():
-                    remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+                    remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
                 raise
         try:
             return _train(trainer, folder, stop, report)
