@@ -157,9 +157,10 @@ def make_user_trainer(
 ) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
-    file, found = folder / "data.json", {"problems": len(task), "digest": task.digest}
+    file = folder / "data.json"
+    found = {"problems": len(task), "digest": task.digest, "columns": task.columns}
     before = ranks.broadcast(read_settings(file) if file.exists() else found)
-    if before != found:
+    if found | before != found:  # an older run did not note columns
         raise InputError(f"{model.data} has changed since the run in {folder} began; allowed: the same problems")
     if ranks.leads:
         write_text(file, json.dumps(found) + "\n")
