@@ -1,9 +1,11 @@
 """What every backend plans: the first number of rollouts at which one more does not pay, however many are allowed."""
 
+import pytest
 import torch
 
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.reference import lookahead_gain
+from v05.kernels.shrinkage.rules import LARGEST
 from v05.testing import RaggedGroups, ragged_groups
 
 
@@ -26,13 +28,14 @@ def check_plans(backend, dtype):
 
 def check_the_largest_k_max(backend, fusion, dtype):
     """The same plans as with a k_max that is just out of reach, at once; without a cost, all of it."""
-    most = 2**63 - 1  # which as a float is 2^63, and that is no int64
     data = ragged_groups(100, 0, 9, seed=3, dtype=dtype)
     options = dict(fusion=fusion, cost=1 / 256, backend=backend)
-    plans = [shrinkage(*data, k_max=k_max, **options).planned for k_max in (64, 10**9, most)]
+    plans = [shrinkage(*data, k_max=k_max, **options).planned for k_max in (64, 10**9, LARGEST)]
     assert torch.equal(plans[0], plans[1])
     assert torch.equal(plans[0], plans[2])
     assert plans[0].max() < 64
-    most = most if dtype == torch.float64 else 2**50  # whose square is a float32
     surprise = RaggedGroups(torch.full((4,), -1, dtype=dtype), torch.tensor([0, 4]), torch.tensor([1], dtype=dtype))
-    assert shrinkage(*surprise, k_max=most, fusion=fusion, cost=0.0, backend=backend).planned.item() == most
+    options |= dict(cost=0.0, k_max=LARGEST)
+    assert shrinkage(*surprise, **options).planned.item() == LARGEST
+    with pytest.raises(ValueError, match=r"k_max is 2147483648; allowed: 2147483647 or less"):
+        shrinkage(*surprise, **options | dict(k_max=LARGEST + 1))

@@ -1,5 +1,6 @@
 """Architectures with habits of their own: what is learnt from is what was sampled, or the model is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ def test_nothing_in_training_is_random(kind: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path, kind)
     for checkpointing in (False, True):
         assert gap(folder, linear=True, checkpointing=checkpointing) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Falcon", "Mixtral", "OPT", "Starcoder2", "gpt2"])
+def test_a_saved_configuration_has_the_models_own_dropout(kind: str, tmp_path: Path) -> None:
+    def random_settings(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if "drop" in name or "jitter" in name}
+
+    policy = load_policy(str(write_model(tmp_path / "given", kind)), train=True)
+    zeros = random_settings(policy.model.config.to_dict())
+    policy.save(tmp_path / "saved")
+    given, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("given", "saved"))
+    assert random_settings(saved) == random_settings(given)
+    assert random_settings(policy.model.config.to_dict()) == zeros  # and training goes on without
+    assert zeros != random_settings(given)
 
 
 @pytest.mark.parametrize("kind", ["Lfm2", "Mamba"])

@@ -111,6 +111,7 @@ def test_rules_that_never_grow() -> None:
     [
         (lambda: Fixed(0), "rollouts is 0; allowed: 1 or more"),
         (lambda: LookAhead(k_init=5, k_max=4), "k_max is 4; allowed: 5 or more"),
+        (lambda: LookAhead(k_max=2**31), "k_max is 2147483648; allowed: 2147483647 or less"),
         (lambda: Utility(4, smallest=3, largest=2), "largest is 2; allowed: 3 or more"),
         (lambda: ReinforceAda(round=0), "round is 0"),
     ],

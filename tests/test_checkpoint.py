@@ -18,8 +18,9 @@ import torch
 from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
 from v05.config import TrainConfig
 from v05.errors import InputError
+from v05.model_config import ModelConfig
 from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
-from v05.run_folder import remove_run
+from v05.run_folder import alone_in, remove_run
 
 TINY = TrainConfig(
     policy="tiny",
@@ -202,6 +203,29 @@ def test_one_process_at_a_time_works_in_a_folder(whole: Path, tmp_path: Path) ->
         train_run(settings, run, whole / "warm_start", stop, StopAfter(stop, 0), resume=True)
     updates = [line["update"] for line in read_metrics(run)]
     assert updates == list(range(len(updates)))
+
+
+def test_a_run_that_cannot_start_holds_its_folder_to_the_end(tmp_path: Path, monkeypatch) -> None:
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    seen = []
+
+    @contextlib.contextmanager
+    def watched(folder: Path):
+        with alone_in(folder):
+            try:
+                yield
+            finally:
+                found = subprocess.run([sys.executable, "-c", lock, folder / ".lock"], stderr=subprocess.PIPE)
+                seen.append(found.stderr.decode().splitlines()[-1:])
+                assert not (folder / "config.json").exists()
+
+    monkeypatch.setattr("v05.run.alone_in", watched)
+    model = ModelConfig(str(tmp_path / "absent"), str(tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match="absent"):
+        train_run(TINY, tmp_path / "run", tmp_path / "cache", StopRequest(), silent, model=model)
+    assert len(seen) == 1
+    assert seen[0]
+    assert seen[0][0].startswith("BlockingIOError")
 
 
 def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:

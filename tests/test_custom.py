@@ -1,14 +1,16 @@
 """Custom ops: eager calls go past torch's dispatcher, unless something listens there, and derive the same."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
+from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, query_attention, token_logprob
 from v05.kernels.custom import custom_op
 from v05.kernels.policy_loss.options import Inputs, Kinds, Numbers
 from v05.kernels.query_attention.buffers import make_outputs
@@ -180,6 +182,49 @@ def test_what_torch_func_does_not_derive_is_refused(loss, samples):
     assert torch.func.grad(lambda x: slope(x, backend="reference"))(samples[0]).any()
     along = torch.func.jvp(lambda x: loss(x, backend="reference"), (samples[0],), (samples[1],))[1]
     torch.testing.assert_close(along, (torch.func.grad(loss)(samples[0]) * samples[1]).sum(), check_dtype=False)
+
+
+def _scalars():
+    """A scalar of every op that derives, and of what is split among ranks, by a leaf."""
+    data = ragged_states([3, 4], count=2, size=5)
+
+    def by_states(states, **options):
+        features = query_attention(states, data.offsets, data.queries, data.weights, heads=3, **options)
+        return features.square().sum()
+
+    alone = [(loss, samples[0]) for loss, samples in _losses()]
+    return [(*given, False) for given in (*alone, (by_states, data.states))] + [(*given, True) for given in alone[2:]]
+
+
+@pytest.fixture
+def group():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize(("loss", "sample", "split"), _scalars(), ids=lambda given: getattr(given, "__name__", ""))
+def test_a_second_derivative_is_refused(loss, sample, split, listening, request):
+    """Both of the direct path and of the custom op, which is called where a mode listens."""
+    options = {"group": request.getfixturevalue("group")} if split else {}
+    leaf = sample.clone().requires_grad_()
+
+    def value(**options):
+        with Listener() if listening else contextlib.nullcontext():
+            return loss(leaf.sin(), **options) + leaf.square().sum()
+
+    (first,) = torch.autograd.grad(value(**options), leaf)
+    assert not first.requires_grad
+    for retain in (True, False):
+        (kept,) = torch.autograd.grad(value(**options), leaf, create_graph=True, retain_graph=retain)
+        assert torch.equal(kept, first)
+    (kept,) = torch.autograd.grad(value(**options), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="has a first derivative in reverse mode alone; backend='reference' has mo"):
+        torch.autograd.grad(kept.square().sum(), leaf)
+    (kept,) = torch.autograd.grad(value(backend="reference"), leaf, create_graph=True)
+    assert torch.autograd.grad(kept.square().sum(), leaf)[0].isfinite().all()
 
 
 def test_no_gradient_where_autograd_is_off():

@@ -1,10 +1,15 @@
 """Token states: each prompt as the model sees it alone, in order, cut where too long, cached by content."""
 
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_embedder
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_embedder, write_qwen3
 
 from v05.errors import InputError
 from v05.value.cache import EmbeddingCache
@@ -12,10 +17,11 @@ from v05.value.embedder import (
     CachedEmbedder,
     MeanEmbedder,
     TransformersEmbedder,
-    fingerprint,
     sentence_embedder,
     sentence_folder,
 )
+from v05.value.fingerprint import fingerprint, folder_fingerprint
+from v05.value.vllm_embedder import VllmEmbedder, weights_of
 
 PROMPTS = ["47+8=", "1", "", "what is 2+3?", "9=" * 30, "1"]
 
@@ -143,3 +149,64 @@ def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
         TransformersEmbedder.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="max_tokens is 0"):
         tiny_embedder(tmp_path, max_tokens=0)
+
+
+@pytest.fixture
+def vllm_name(monkeypatch) -> Any:
+    """The name of vLLM's embedder of a model, where the engine starts nothing."""
+
+    class Engine:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: 32))
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def get_tokenizer(self) -> None: ...
+
+    library, config = ModuleType("vllm"), ModuleType("vllm.config")
+    vars(library).update(LLM=Engine, config=config)
+    vars(config).update(PoolerConfig=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "vllm", library)
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+    return lambda *given: VllmEmbedder(*given).name
+
+
+def test_the_name_of_vllms_embedder_changes_with_the_weights(tmp_path: Path, vllm_name) -> None:
+    """Of a folder that another checkpoint is put into: one value in the middle of one weight is enough to tell."""
+    folder, file = write_qwen3(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
+    first = vllm_name(folder, 64, "float32")
+    assert vllm_name(shutil.copytree(folder, tmp_path / "copy"), 64, "float32") == first
+    assert len({first, vllm_name(folder, 65, "float32"), vllm_name(folder, 64, "bfloat16")}) == 3
+    assert vllm_name(folder, 64, "float32", {"quantization": "fp8"}) != first
+    weights = load_file(file)
+    weights["layers.0.post_attention_layernorm.weight"][16] += 1
+    save_file(weights, file, {"format": "pt"})
+    second = vllm_name(folder, 64, "float32")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta"', '"rope_theta_"'))
+    assert len({first, second, vllm_name(folder, 64, "float32")}) == 3
+
+
+def test_weights_by_a_hubs_name_are_those_of_the_local_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--some--model"
+    for revision, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        write_qwen3(home / "snapshots" / revision, seed)
+    (home / "refs").mkdir()
+    names = []
+    for revision in "ab":
+        (home / "refs" / "main").write_text(revision * 40)
+        names.append(weights_of("some/model"))
+    assert names == [weights_of("some/model", revision * 40) for revision in "ab"]
+    assert names[0] != names[1]
+    assert weights_of("some/other") != weights_of("some/other")  # what is not known is not reused
+    assert weights_of("no name of a hub.gguf") != weights_of("no name of a hub.gguf")
+
+
+def test_weights_of_another_kind_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert folder_fingerprint(tmp_path) is None
+    names = set()
+    for content in (b"a" * 1000, b"a" * 500 + b"b" + b"a" * 499):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        names.add(folder_fingerprint(tmp_path))
+    assert len(names) == 2

@@ -1,5 +1,6 @@
 """mean@n and pass@k: the estimators, the loaders, and runs that go on after a stop."""
 
+import datetime
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from v05.policy import Policy
 from v05.pretrained import load_policy
 from v05.rollout.engine import Rollout
 from v05.rollout.hf import TransformersEngine
-from v05.tasks.data import BENCHMARKS, Source, digest, read_data
+from v05.tasks.data import BENCHMARKS, Source, columns_digest, digest, read_data
 from v05.tasks.pool import RewardPool
 
 
@@ -223,6 +224,12 @@ def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:
 
 def test_digests_change_with_what_they_name(tmp_path: Path) -> None:
     assert digest(RECORDS) != digest(RECORDS[::-1])
+    columns = [{"hint": 1}, {"hint": 2}, {"hint": b"1"}, {"hint": {"at": [datetime.date(2026, 1, 2)]}}, {}]
+    assert len({columns_digest([*RECORDS, RECORDS[0] | more]) for more in columns}) == len(columns)
+    turned = dict(reversed((RECORDS[0] | columns[0]).items()))
+    assert columns_digest([turned]) == columns_digest([RECORDS[0] | columns[0]])
+    images = [[RECORDS[0] | {"image": object()}] for _ in range(2)]  # whose name is its address
+    assert columns_digest(images[0]) == columns_digest(images[1])
     (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
     before = fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
@@ -263,6 +270,10 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, command)
         assert message in str(result.exception or "")
         assert (result.exit_code == 0) is not bool(message)
+    mine.write_text("def score(prompt, completion, record):\n    return 1.0\n")
+    data.write_text(data.read_text().replace("{", '{"hint": 1, '))
+    assert CliRunner().invoke(app, [*command, "--verifier", "exact", "--output", str(tmp_path / "out")]).exit_code == 0
+    assert "columns is" in str(CliRunner().invoke(app, command).exception)  # which a verifier of one's own may read
 
 
 def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -232,6 +234,34 @@ def test_standard_input_in_a_process_of_its_own():
     assert json.loads(done.stdout)["prompt"] == "é"
     assert json.loads(done.stdout)["planned"] == 4
     assert "prompts" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["fuse", "predict"])
+def test_a_signal_leaves_what_was_there_and_no_more(command, tmp_path):
+    output, bad = tmp_path / "out.jsonl", tmp_path / "out.bad.jsonl"
+    output.write_text("old\n")
+    start = [sys.executable, "-c", "from v05.cli import main; main()", command, "--output", output, "--skip-bad"]
+    if command == "predict":
+        context = write(tmp_path / "done.jsonl", *({"prompt": str(n), "score": (-1) ** n} for n in range(20)))
+        start += ["--context", context, "--prompts", "-", "--cache", tmp_path / "cache.sqlite"]
+    else:
+        start += ["-"]
+    statuses = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdin.write(b"nonsense\n" * 8192)
+        process.stdin.flush()
+        while process.poll() is None and not list(tmp_path.glob(".out.bad.*.part")):
+            time.sleep(0.01)
+        assert list(tmp_path.glob(".out.jsonl.*.part"))
+        process.send_signal(number)
+        errors = process.communicate()[1].decode()
+        statuses.append(process.returncode)
+        assert "Traceback" not in errors
+        assert not list(tmp_path.glob(".*.part"))
+        assert output.read_text() == "old\n"
+        assert not bad.exists()
+    assert statuses[0] == statuses[1] != 0
 
 
 def test_command_line_errors_exit_with_two(tmp_path, capsys, monkeypatch):

@@ -170,6 +170,9 @@ def test_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
         ("--cache-gib", "inf"),
         ("--cache", context / "cache"),
         ("--background", tmp_path),
+        ("--device", "cuda"),
         ("--output", context / "out.jsonl"),
     ):
         assert run(capsys, monkeypatch, *arguments, *wrong)[0] == 2, wrong
+    message = " ".join(run(capsys, monkeypatch, *arguments, "--device", "cuda")[2].split())
+    assert "--device is cuda without --checkpoint; allowed: cpu, where the embedded V0 runs" in message

@@ -72,6 +72,19 @@ def test_the_models_rank_what_can_be_ranked_and_no_noise() -> None:
     assert 0.25 < scores.of(EMBEDDED)[0].mean() < 0.75
 
 
+@pytest.mark.parametrize("texts", [[*"abcdefgh"], [f"w{number}" for number in range(8)], ["", " ", *"!?+-*/"]])
+def test_prompts_without_a_word_in_common_are_judged_by_their_sentence_vectors(texts: list[str]) -> None:
+    def embed(given: Sequence[str]) -> np.ndarray:
+        return np.array([[float(texts.index(text)), 1.0] for text in given]).reshape(-1, 2)
+
+    rows = [Scored(text, number % 3 - 1.0, "a", "m", 0) for number, text in enumerate(texts)]
+    data = outcomes_of(rows, (-1.0, 1.0), 2, 0)
+    models = predictors_of(V0.embedded(embedder=LettersEmbedder()), embed, alone=False)
+    found = cross_predict(data, {name: models[name] for name in models if name != EMBEDDED})
+    assert np.array_equal(found["ridge, embedder + TF-IDF"], found["ridge, embedder"])
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
 def test_the_bootstrap_draws_prompts_and_pairs_models() -> None:
     data = outcomes_of(ROWS, (-1.0, 1.0), 5, 0)
     rng = np.random.default_rng(0)

@@ -221,6 +221,7 @@ def test_algorithm_names() -> None:
         ("v05:17", "allowed: 1 to 16"),
         ("v05:x", "k is 'x'"),
         ("v05:8-4", "1 <= k <= k_max"),
+        ("v05:4-2147483648", "a k_max of 2147483647 or less"),
         ("grpo:4-16", "allowed: 2 or more"),
         ("v05@0", "a number above 0"),
     ):

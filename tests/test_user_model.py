@@ -262,9 +262,10 @@ def test_a_users_run_learns_and_goes_on_bit_for_bit(loss: str, data: Path, tmp_p
         with pytest.raises(InputError, match=message):
             train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=other)
     lines = data.read_text()
-    data.write_text(lines.replace("one plus two", "five plus two"))
-    with pytest.raises(InputError, match="has changed since the run"):
-        train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=model)
+    for changed in (lines.replace("one plus two", "five plus two"), lines.replace("{", '{"hint": 1, ', 1)):
+        data.write_text(changed)
+        with pytest.raises(InputError, match="has changed since the run"):
+            train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=model)
     data.write_text(lines)
     with pytest.raises(InputError, match="allowed when resuming"):
         train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True)

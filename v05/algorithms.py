@@ -12,6 +12,7 @@ from torch import Tensor
 from v05.batch import Groups
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
+from v05.kernels.shrinkage.rules import LARGEST
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def _sizes(size: str, algorithm: Algorithm, smallest: int, text: str) -> tuple[i
     if not (first.isdecimal() and largest.isdecimal() and smallest <= int(first) <= int(largest)):
         limit = "k-k_max, 1 <= k <= k_max" if dash else f"{smallest} to {algorithm.k_max}, or k-k_max"
         raise InputError(f"k is {size!r} in {text!r}; allowed: {limit}")
+    if int(largest) > LARGEST:
+        raise InputError(f"k is {size!r} in {text!r}; allowed: a k_max of {LARGEST} or less")
     return int(first), int(largest)
 
 

@@ -1,8 +1,9 @@
 """A small policy of the Qwen3 architecture, with a tokenizer of single characters."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -42,11 +43,13 @@ class Policy:
         model: the model; its parameters are what is trained.
         tokenizer: its tokenizer; one with a chat template makes a user's turn of every prompt.
         dtype: of the products in a forward pass; the parameters keep theirs.
+        put_to_zero: configurations, names and values of the model's settings that are 0 here but not where it is saved.
     """
 
     model: Any
     tokenizer: Any
     dtype: torch.dtype = torch.float32
+    put_to_zero: tuple[tuple[Any, str, float], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -173,6 +176,16 @@ class Policy:
         column = torch.arange(len(tokens)) - sequence_offsets[sequence] + starts[sequence]
         return padded.to(self.device), sequence.to(self.device), column.to(self.device)
 
+    @contextlib.contextmanager
+    def _with_its_own_settings(self) -> Iterator[None]:
+        try:
+            for config, name, value in self.put_to_zero:
+                setattr(config, name, value)
+            yield
+        finally:
+            for config, name, _ in self.put_to_zero:
+                setattr(config, name, 0.0)
+
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the model and the tokenizer so that transformers can load them from `folder`.
 
@@ -181,7 +194,7 @@ class Policy:
             weights: by parameter name, whole; None for the model's own.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with without_bars():
+        with without_bars(), self._with_its_own_settings():
             self.model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(folder)
 

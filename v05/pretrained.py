@@ -58,11 +58,11 @@ def load_policy(
         raise InputError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}; allowed: a whole model")
     if model.get_output_embeddings() is None:
         raise InputError(f"model {name!r} has no output layer; allowed: a causal language model")
-    without_dropout(model)
+    before = without_dropout(model)
     model.to(place).train(train).requires_grad_(train)
     if gradient_checkpointing and train:
         keep_no_activations(model)
-    policy = Policy(model, tokenizer, DTYPES[dtype])
+    policy = Policy(model, tokenizer, DTYPES[dtype], tuple(before))
     if not policy.end_ids:
         raise InputError(f"model {name!r} has no end token; allowed: a tokenizer or generation settings with one")
     return policy
@@ -94,12 +94,19 @@ def check_device(device: str) -> torch.device:
     return chosen
 
 
-def without_dropout(model: Any) -> None:
-    """Set to 0 all that makes a forward pass in training random: dropout, dropped layers, a router's jitter."""
+def without_dropout(model: Any) -> list[tuple[Any, str, float]]:
+    """Set to 0 all that makes a forward pass in training random: dropout, dropped layers, a router's jitter.
+
+    Returns:
+        What was set in configurations: each with the name and the value that it had.
+    """
+    before: list[tuple[Any, str, float]] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for owner in (module, getattr(module, "config", None)):
             for name, value in vars(owner).items() if owner is not None else ():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                if isinstance(value, float) and value and ("drop" in name or "jitter" in name):
                     setattr(owner, name, 0.0)
+                    before += [] if owner is module else [(owner, name, value)]
+    return before

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -206,7 +206,8 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        with suppress(FileNotFoundError):  # a signal between the last two lines
+            os.unlink(name)
         raise
 
 

@@ -21,7 +21,7 @@ from v05.plots.training import plot_run
 from v05.priors import make_prior
 from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine
-from v05.run_folder import alone_in, prepare_folder, read_summary, remove_run
+from v05.run_folder import alone_in, prepare_folder, read_summary, remove_files
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
 from v05.stream_config import BATCHES, StreamConfig
@@ -101,7 +101,7 @@ def train_run(
                 trainer = make_user_trainer(config, model, folder, stream, ranks)
             except InputError:
                 if ranks.leads and not (folder / "checkpoints").exists():
-                    remove_run(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+                    remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
                 raise
         try:
             return _train(trainer, folder, stop, report)
@@ -157,9 +157,10 @@ def make_user_trainer(
 ) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
-    file, found = folder / "data.json", {"problems": len(task), "digest": task.digest}
+    file = folder / "data.json"
+    found = {"problems": len(task), "digest": task.digest, "columns": task.columns}
     before = ranks.broadcast(read_settings(file) if file.exists() else found)
-    if before != found:
+    if found | before != found:  # an older run did not note columns
         raise InputError(f"{model.data} has changed since the run in {folder} began; allowed: the same problems")
     if ranks.leads:
         write_text(file, json.dumps(found) + "\n")

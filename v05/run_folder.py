@@ -89,11 +89,16 @@ def remove_run(folder: Path) -> None:
         InputError: another process is at work in it.
     """
     with alone_in(folder):
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in FOLDERS:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
+        remove_files(folder)
+
+
+def remove_files(folder: Path) -> None:
+    """Do the same where this process holds the folder: a lock taken twice is let go of with the first of the two."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

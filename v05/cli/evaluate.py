@@ -19,9 +19,9 @@ from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
 from v05.model_config import is_object
 from v05.records import check_range
-from v05.tasks.data import BENCHMARKS, Source, read_data
+from v05.tasks.data import BENCHMARKS, Source, columns_digest, read_data
 from v05.tasks.pool import RewardPool
-from v05.tasks.verifiers import make_verifier, needs_answer
+from v05.tasks.verifiers import VERIFIERS, make_verifier, needs_answer
 
 PATIENCE: Final = ("timeout", "startup_timeout")  # options of a server that change nothing but what is waited for
 
@@ -87,6 +87,8 @@ def run(
     place = judging["verifier"].rpartition(":")[0]
     if place.endswith(".py"):
         settings["verifier_text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16]
+    if judging["verifier"] not in VERIFIERS:
+        settings["columns"] = columns_digest(records)
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.fuse import FuseConfig, Summary, fuse_file
 from v05.kernels.advantage.estimators import SCALES
@@ -47,7 +48,7 @@ def summary_table(summary: Summary, config: FuseConfig) -> Table:
 def _run(records: str, output: Path | None, config: FuseConfig, console: Console) -> Summary:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     size = Path(records).stat().st_size if records != "-" and Path(records).is_file() else None
-    with Progress(*columns, console=console, transient=True) as progress:
+    with terminated_like_interrupted(), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("fuse", total=size)
         return fuse_file(records, output, config, lambda read: progress.update(task, completed=read))
 

@@ -38,12 +38,14 @@ def make_model(
     """Return the published V0 where its checkpoint is given, the embedded one otherwise.
 
     Raises:
-        InputError: a head or a backbone without a checkpoint, or what the model itself raises.
+        InputError: a head, a backbone or a device without a checkpoint, or what the model itself raises.
     """
     file, limit = cache_file(cache), cache_limit(cache_gib)
     if checkpoint is None:
         if backbone is not None or head is not None:
             raise InputError("--backbone or --head is given without --checkpoint; allowed: with it")
+        if device != "cpu":
+            raise InputError(f"--device is {device} without --checkpoint; allowed: cpu, where the embedded V0 runs")
         return V0.embedded(background or [], reward_range=reward_range, cache=file, cache_limit=limit)
     if background:
         raise InputError("--background is for the embedded V0; allowed: without --checkpoint")

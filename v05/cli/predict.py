@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from v05.cli.models import make_model
+from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.predict import Prediction, predict_file
 from v05.records import bad_path
@@ -46,7 +47,7 @@ def predict(
     checkpoint: Annotated[Path | None, typer.Option(help="V0's adapter; without it the embedded V0 runs.")] = None,
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; without it kernel regression.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Language model, folder or name, with --checkpoint.")] = None,
-    device: Annotated[str, typer.Option(help="Where backbone, adapter and head run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where backbone, adapter and head run; with --checkpoint.")] = "cpu",
     background: Annotated[Path | None, typer.Option(help="Scored records of other policies, embedded V0.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
@@ -59,7 +60,7 @@ def predict(
     model = make_model(checkpoint, head, backbone, device, cache, cache_gib, others, reward_range)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     size = Path(prompts).stat().st_size if prompts != "-" and Path(prompts).is_file() else None
-    with Progress(*columns, console=progress_console, transient=True) as progress:
+    with terminated_like_interrupted(), Progress(*columns, console=progress_console, transient=True) as progress:
         task = progress.add_task("predict", total=size)
         summary = predict_file(
             model, context, prompts, output, reward_range, skip_bad, lambda read: progress.update(task, completed=read)

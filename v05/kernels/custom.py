@@ -62,7 +62,7 @@ class _WithInputs:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient within torch.func, of which there is no derivative by what it was made of."""
+    """A gradient of which there is no derivative by what it was made of."""
 
     generate_vmap_rule = True
 
@@ -77,6 +77,31 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> None:
         _no_more(ctx.name)
+
+
+def once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes of a backward one whose gradients refuse to be derived again, where autograd keeps a graph of them.
+
+    What it saves must include an input or an output with a derivative, through which a second one would be reached.
+    """
+
+    def refused(gradient: Any, given: Sequence[Tensor]) -> Any:
+        if isinstance(gradient, list | tuple):
+            return type(gradient)(refused(part, given) for part in gradient)
+        return None if gradient is None else _Once.apply(name, gradient, *given)
+
+    def refusing(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def derived(ctx: Any, *gradients: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            given = [value for value in (*ctx.saved_tensors, *gradients) if value is not None]
+            with torch.no_grad():
+                made = backward(ctx, *gradients)
+            return refused(made, given)
+
+        return derived
+
+    return refusing
 
 
 class CustomOp:
@@ -100,8 +125,10 @@ class CustomOp:
         self.register_fake = self._definition.register_fake
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """Registers the derivative, as `register_autograd` of a torch custom op does."""
-        self._definition.register_autograd(backward, setup_context=setup_context)
+        """Registers the first derivative, as `register_autograd` of a torch custom op does; see `once`."""
+        name = self._overload._opname
+        first = once(name)(backward)
+        self._definition.register_autograd(first, setup_context=setup_context)
 
         def inputs_of(flat: tuple[Any, ...]) -> tuple[Any, ...]:
             return (*flat[: self._alone], list(flat[self._alone :])) if self._listed else flat
@@ -113,10 +140,9 @@ class CustomOp:
             return output
 
         def flat_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-            made = backward(ctx, *gradients)
+            made = (first if torch.is_grad_enabled() else backward)(ctx, *gradients)
             return (*made[:-1], *made[-1]) if self._listed else made
 
-        name = self._overload._opname
         methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
         function = type(name, (torch.autograd.Function,), methods)
         # Function.apply itself prepares for functorch, which is not at work in an eager call.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
+from v05.kernels.shrinkage.rules import make_budget
 
 
 class Ask(NamedTuple):
@@ -99,9 +100,10 @@ class LookAhead:
     state: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes that are not allowed."""
+        """Raise ValueError for what `shrinkage` does not allow."""
         _at_least("k_init", self.k_init, 1)
         _at_least("k_max", self.k_max, self.k_init)
+        make_budget(self.reward_range, self.cost, self.k_init, self.k_max)
 
     def first(self, prior: Tensor) -> Tensor:
         """Return `k_init` for every prompt."""

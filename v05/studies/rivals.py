@@ -50,14 +50,21 @@ def ridge_pooled(
 def describer(
     training: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray], words: bool
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """Return prompts-to-features; the vocabulary of TF-IDF is that of the training prompts alone."""
+    """Return prompts-to-features; the vocabulary of TF-IDF is that of the training prompts alone.
+
+    Where they have no word of two letters or more in common, there is none, and sentence vectors are all.
+    """
     if not words:
         return embed
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise InputError("the rivals need the package scikit-learn; install it: pip install v05[v0]") from None
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit(sorted(set(training)))
+    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    try:
+        vectors.fit(sorted(set(training)))
+    except ValueError:  # an empty vocabulary, the one thing that it refuses of texts
+        return embed
     return lambda prompts: np.hstack([embed(prompts), vectors.transform(prompts).toarray()])
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
@@ -84,6 +85,18 @@ def digest(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a name that changes with any prompt or answer, or their order."""
     text = json.dumps([[record["prompt"], record.get("answer")] for record in records])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def columns_digest(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a name that changes with any column, in order; of a value such as an image, only with its type."""
+
+    def plain(value: Any) -> str:
+        return repr(value) if isinstance(value, bytes | date | timedelta | Decimal) else type(value).__name__
+
+    found = hashlib.sha256()
+    for record in records:
+        found.update(json.dumps(record, sort_keys=True, default=plain).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 def _record(row: Mapping[str, Any], source: Source, needs_answer: bool, where: str) -> dict[str, Any]:

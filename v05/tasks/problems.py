@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from v05.errors import InputError
-from v05.tasks.data import digest
-from v05.tasks.verifiers import make_verifier
+from v05.tasks.data import columns_digest, digest
+from v05.tasks.verifiers import VERIFIERS, make_verifier
 
 
 class Problems:
@@ -16,6 +16,7 @@ class Problems:
     Attributes:
         name, reward_range, max_answer_length: see `v05.tasks.Task`.
         digest: changes with any prompt or answer.
+        columns: changes with any column, where the verifier is one of the user's own, which may read it; else empty.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Problems:
             raise InputError(f"{name} has {len(records)} problems; allowed: 2 or more, one of them to be held out")
         self.name, self.reward_range, self.max_answer_length = name, reward_range, max_answer_length
         self.digest = digest(records)
+        self.columns = "" if verifier in VERIFIERS else columns_digest(records)
         self._verify = make_verifier(verifier, reward_range)
         self._records = {str(record["prompt"]): record for record in records}
         ordered = sorted(self._records, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from v05.errors import InputError
 from v05.kernels import segments
 from v05.quiet import without_bars
 from v05.value.cache import EmbeddingCache, content_key
+from v05.value.fingerprint import fingerprint
 
 QWEN: Final = "Qwen/Qwen3-Embedding-0.6B"
 MAX_TOKENS: Final = 2048
@@ -262,13 +262,3 @@ def join(rows: Sequence[Tensor], width: int, truncated: int) -> TokenStates:
     """Return the states of several prompts as one batch."""
     states = torch.cat(list(rows)) if rows else torch.zeros(0, width)
     return TokenStates(states, offsets_from_lengths([len(row) for row in rows]), truncated)
-
-
-def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Return 16 hexadecimal digits that depend on configuration, tokenizer, and samples of every weight."""
-    digest = hashlib.sha256(model.config.to_json_string().encode() + tokenizer.backend_tokenizer.to_str().encode())
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(name.encode() + str(tuple(value.shape)).encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

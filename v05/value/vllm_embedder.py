@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import urandom
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from v05.errors import InputError
 from v05.value.embedder import MAX_TOKENS, QWEN, TokenStates, join
+from v05.value.fingerprint import folder_fingerprint
 
 
 class VllmEmbedder:
@@ -51,7 +53,8 @@ class VllmEmbedder:
         self.max_tokens = max_tokens
         config = self.engine.llm_engine.model_config
         self.width = int(config.get_hidden_size())
-        self.name = f"vllm/{source}/{dtype}/{max_tokens}"
+        options = sorted((engine_options or {}).items())
+        self.name = f"vllm/{weights_of(source, (engine_options or {}).get('revision'))}/{dtype}/{max_tokens}/{options}"
 
     def embed(self, prompts: Sequence[str]) -> TokenStates:
         """Return the token states of each prompt, [T, D] on the CPU; see `TransformersEmbedder.embed`."""
@@ -64,3 +67,20 @@ class VllmEmbedder:
         outputs = self.engine.encode(tokens, pooling_task="token_embed", use_tqdm=False)
         rows = [torch.as_tensor(output.outputs.data).cpu() for output in outputs]
         return join(rows, self.width, cut)
+
+
+def weights_of(source: str | Path, revision: str | None = None) -> str:
+    """Return a name of the weights in a folder, or of those in the local cache under a hub's name.
+
+    Where they are not found, such as in another download folder, it is a new one each time: nothing kept is reused.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(str(source), "config.json", revision=revision)
+        except ValueError:  # no name of a hub, such as a file
+            cached = None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder_fingerprint(folder) or urandom(8).hex()

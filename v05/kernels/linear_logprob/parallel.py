@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import dispatch
+from v05.kernels.custom import once
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Gradients, Needs
 from v05.kernels.linear_logprob.ranks import Ranks
@@ -61,6 +62,7 @@ class _LinearLogprob(torch.autograd.Function):
         return softmax.logprob, softmax.entropy
 
     @staticmethod
+    @once("linear_logprob")
     def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, temperatures, entropy, largest, log_sum = ctx.saved_tensors
         temperature, chunk, ranks, run = ctx.rest

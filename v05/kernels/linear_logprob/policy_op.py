@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
-from v05.kernels.custom import custom_op
+from v05.kernels.custom import custom_op, once
 from v05.kernels.linear_logprob import parallel, policy_pass, reference
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients
@@ -97,7 +97,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.needs, ctx.backend, ctx.inputs = inputs[16], inputs[-1], len(inputs)
     ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[1])  # but not the gradients, through which a second derivative is refused
 
 
 def _scaled(gradient: Tensor, by_loss: Tensor, backend: str) -> Tensor:
@@ -128,16 +128,18 @@ class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, given: Inputs, tokens: options.Inputs, work: Work, ranks: Ranks, *_: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         result: Result = policy_pass.compute(given, tokens, work, ranks)
         gradients = parallel.reduced(result.gradients, given, ranks)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
         ctx.backend = work.backend
         ctx.mark_non_differentiable(result.metrics)
-        return result.loss, result.metrics
+        return result.loss, result.metrics, *gradients  # as `_save` has it
 
     @staticmethod
-    def backward(ctx: Any, by_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once("linear_policy_loss")
+    def backward(ctx: Any, by_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss, ctx.backend))
 
 
@@ -182,7 +184,8 @@ def _run(
         masked = policy_pass.masked(given, tokens.weights).detached()
         local, widest = parallel.localised(masked, kept, policy_pass.MASKED, "", ranks, check_values)
         rows = max(1, work.chunk // int(widest))  # at a time, the same on all
-        return _Parallel.apply(local, tokens, work._replace(chunk=rows * given.columns), ranks, *given[:3])
+        loss, metrics, *_ = _Parallel.apply(local, tokens, work._replace(chunk=rows * given.columns), ranks, *given[:3])
+        return loss, metrics
     if check_values:
         check_logits(given.detached(), kept)
     companions = (*tokens[1:], list(work.kinds), list(work.numbers), work.entropy_coef)

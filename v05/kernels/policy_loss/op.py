@@ -80,7 +80,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(output[2])  # but not the gradient, through which a second derivative is refused
     ctx.backend = inputs[-1]
 
 
@@ -107,10 +107,10 @@ def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor 
     if type(grad_loss) is not Tensor or torch.compiler.is_compiling() or transforms() or _kept():
         return None
     if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-        return gradient
+        return gradient.detach()
     if backend not in ("cuda", "triton"):
         return None
-    return dispatch.implementation("policy_loss", backend).scale_(gradient, grad_loss)
+    return dispatch.implementation("policy_loss", backend).scale_(gradient.detach(), grad_loss)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_save)

@@ -109,7 +109,7 @@ def shrinkage(
         reward_range: the smallest and the largest reward possible; for half rewards, both as their dtype rounds them.
         cost: of one rollout, in units of the largest variance a reward in that range can have.
         k_init: rollouts a group needs before its first test; a smaller group plans exactly these.
-        k_max: rollouts a group gets at most.
+        k_max: rollouts a group gets at most, below 2^31.
         fusion: `"v05"`, the paper's rule, or `"calibrated"`: the posterior mean under a mixture that is fitted to the
             batch, of beta-binomials for rewards of two values, of Gaussians with the largest variance for graded ones.
         leave_one_out: also return the baseline of each rollout that does not see its own reward.

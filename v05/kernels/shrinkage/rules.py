@@ -12,6 +12,7 @@ from v05.kernels import segments
 
 Some = TypeVar("Some", Tensor, Tensor | None)
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
+LARGEST = 2**31 - 1  # k_max: the square of far larger counts, which the test needs, is infinite in float32
 PLAN_SLACK = 2  # rollouts: how far rounding may push a plan
 
 
@@ -38,7 +39,7 @@ def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_m
     """Builds a checked `Budget`.
 
     Raises:
-        ValueError: an empty or infinite range, a negative cost, or not 1 <= k_init <= k_max.
+        ValueError: an empty or infinite range, a negative cost, or not 1 <= k_init <= k_max <= `LARGEST`.
     """
     low, high = float(reward_range[0]), float(reward_range[1])
     if not -math.inf < low < high < math.inf:
@@ -47,6 +48,8 @@ def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_m
         raise ValueError(f"cost is {cost}; allowed: a finite number, 0 or above")
     if not 1 <= k_init <= k_max:
         raise ValueError(f"k_init is {k_init} and k_max {k_max}; allowed: 1 <= k_init <= k_max")
+    if k_max > LARGEST:
+        raise ValueError(f"k_max is {k_max}; allowed: {LARGEST} or less")
     return Budget(low, high, float(cost), int(k_init), int(k_max))
 
 
