@@ -15,7 +15,7 @@ help:
 	@echo "make test-verl   advantages, losses and rollouts in verl and Ray on the CPU, in an environment of its own (1.9 GB)"
 	@echo "make test-vllm   runs vLLM on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint        ruff, mypy and clang-format"
-	@echo "make sanitize    the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize    CPU kernels, and CUDA kernels over an emulation, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench       times every op beside its rivals; rows go to benchmarks/results.csv, tables to RESULTS.md"
 	@echo "make gpu         builds for the present GPU without network, then tests and benchmarks on it"
 	@echo "make clean       removes what was built"
@@ -117,17 +117,20 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy; torch's own leaks do not count.
+# The CPU kernels, and the CUDA kernels over the emulation, under AddressSanitizer and UndefinedBehaviorSanitizer, in a
+# copy; torch's own leaks do not count.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
+SANITIZED := ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c ../../pyproject.toml --rootdir .
 sanitize: $(VENV)/.tests
-	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r v05 tests build/sanitize
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r v05 tests csrc build/sanitize
 	rm -f build/sanitize/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext -b build/sanitize -t build/sanitize/objects
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c ../../pyproject.toml --rootdir . -k "not compile and not memory" \
+	V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python build/sanitize/tests/emulator/build.py
+	cd build/sanitize && $(SANITIZED) -k "not compile and not memory" \
 	  $(addprefix tests/test_,shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py linear_logprob.py linear_policy_loss.py \
 	    query_attention.py)
+	cd build/sanitize && V05_EMULATED=1 $(SANITIZED) -m "not large" -k "not every_time and not many_tiles" tests/gpu
 
 # Beside TRL and verl, hence in their environment.
 bench: .venv-peers/.installed
