@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+EMULATOR := $(shell find tests/emulator -name '*.h' -o -name '*.cu*')
+
 .PHONY: help setup demo test test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
 
 help:
@@ -50,7 +52,7 @@ demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 # The CUDA kernels for the processor, over an emulation of blocks and warps.
-build/emulated/.built: $(VENV)/.tests $(NATIVE) $(wildcard tests/emulator/*.py tests/emulator/include/*.h tests/emulator/include/cuda/*)
+build/emulated/.built: $(VENV)/.tests $(NATIVE) $(EMULATOR) tests/emulator/build.py
 	$(BIN)/python tests/emulator/build.py
 	@touch $@
 
@@ -115,7 +117,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR)
 
 # The CPU kernels, and the CUDA kernels over the emulation, under AddressSanitizer and UndefinedBehaviorSanitizer, in a
 # copy; torch's own leaks do not count.
