@@ -155,6 +155,19 @@ def test_bad_options(tmp_path, options, message):
         V05Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
+@pytest.mark.parametrize("estimator", ["v05", "grpo"])
+def test_messages_without_content(folder, tmp_path, estimator):
+    """Calls of a tool have none; the data set holds None for it."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    asked = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    trainer = make_trainer(folder, tmp_path, estimator=estimator)
+    trainer.processing_class.chat_template = "{% for m in messages %}{{ m['content'] or 'b' }} {% endfor %}"
+    trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)]
+    trainer.model.train()
+    rows = [{"prompt": [*asked, {"role": "tool", "name": "f", "content": "c"}]} for _ in range(8)]
+    assert len(trainer._generate_and_score_completions(rows)["advantages"]) >= 8
+
+
 def test_trl_s_own_config_is_refused(folder, tmp_path):
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="args is GRPOConfig; allowed: V05Config"):
@@ -175,3 +188,7 @@ def test_prompts_as_text():
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     assert prompt_text("2 + 2 =") == "2 + 2 ="
     assert prompt_text(talk) == "system: Be brief.\nuser: What is it?"
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
+    talk = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "assistant", "tool_calls": calls}]
+    assert prompt_text([*talk, {"role": "tool", "content": "3"}]) == "assistant: \nassistant: \ntool: 3"
+    assert prompt_text([{"role": "user", "content": [{"type": "text", "text": None}]}]) == "user: "

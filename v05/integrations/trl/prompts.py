@@ -37,9 +37,9 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         return prompt
     lines = []
     for message in prompt:
-        content = message["content"]
+        content = message.get("content") or ""  # None where tools are called
         if not isinstance(content, str):
-            content = " ".join(part["text"] for part in content if part.get("type") == "text")
+            content = " ".join(part["text"] or "" for part in content if part.get("type") == "text")
         lines.append(f"{message['role']}: {content}")
     return "\n".join(lines)
 
