@@ -168,6 +168,19 @@ def test_messages_without_content(folder, tmp_path, estimator):
     assert len(trainer._generate_and_score_completions(rows)["advantages"]) >= 8
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "gpg", "opo", "reinforce_plus_plus", "james_stein"])
+def test_without_a_prior_rewards_may_lie_anywhere(folder, tmp_path, estimator):
+    def rewards(completions, **_):
+        return [float(place % 4) - 1 for place in range(len(completions))]
+
+    trainer = make_trainer(folder, tmp_path, rewards, estimator=estimator, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    wide = make_trainer(folder, tmp_path, rewards, estimator=estimator, max_steps=1, reward_range=[-1.0, 2.0])
+    wide.train()
+    assert trainer.state.log_history[0]["v05/advantage_std"] == wide.state.log_history[0]["v05/advantage_std"]
+
+
 def test_trl_s_own_config_is_refused(folder, tmp_path):
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="args is GRPOConfig; allowed: V05Config"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.batch import offsets_from_lengths
+from v05.integrations.reward_range import widened
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.prompts import Predictor, expected_rewards, within
 from v05.kernels import group_advantage, shrinkage
@@ -114,7 +115,7 @@ class Estimation:
             prior=prior if args.fused else None,
             scale=args.advantage_scale,
             eps=EPSILON,
-            reward_range=args.bounds,
+            reward_range=args.bounds if args.fused else widened(args.bounds, values),
         )
         return found
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v05.integrations.reward_range import widened
 from v05.integrations.verl.settings import OTHERS, Settings, load_prior
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.advantage.estimators import resolve
@@ -167,10 +168,7 @@ class Advantage:
 
 def _reward_range(rewards: Tensor, settings: Settings, fused: bool) -> tuple[float, float]:
     """Return the range to compute with; estimators without a prior take any rewards."""
-    if not len(rewards):
-        return settings.reward_range
-    smallest, largest = (float(end) for end in rewards.aminmax())
-    low, high = settings.reward_range
+    smallest, largest = widened(settings.reward_range, rewards)
     if not fused:
         return min(low, smallest), max(high, largest)
     if smallest < low or largest > high:
