@@ -31,6 +31,13 @@ def make_prior(name: str, reward_range: tuple[float, float]) -> Prior:
     return RunningMean(reward_range) if name == "running_mean" else Middle(reward_range)
 
 
+def check_prior(prior: Any) -> None:
+    """Raise TypeError where `prior` cannot predict."""
+    if isinstance(prior, type) or not callable(getattr(prior, "predict", None)):
+        given = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
+        raise TypeError(f"prior is {given}; allowed: an object with predict(prompts), or None")
+
+
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return a prompt as one text: of a conversation, each message's role and text, images left out."""
     if isinstance(prompt, str):
