@@ -35,6 +35,30 @@ class FromUid:
 
 
 class Keeper(FromUid):
+class AsList(FromUid):
+    """The same as a list."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).tolist()
+
+
+class AsArray(FromUid):
+    """The same as an array."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).numpy()
+
+
+class AsModule(FromUid):
+    """The same with a gradient, as a network's."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).requires_grad_()
+
+
     """It keeps the state of calibrated fusion too, as the job's memory does."""
 
     states: ClassVar[list[torch.Tensor]] = []
@@ -121,6 +145,15 @@ def test_a_column_a_class_and_a_range():
 
 
 @pytest.mark.parametrize("name", ["v05_calibrated", "v05_calibrated_loo"])
+@pytest.mark.parametrize("kind", ["AsList", "AsArray", "AsModule"])
+def test_a_prior_may_return_a_list_an_array_or_what_has_a_gradient(kind):
+    batch = random_batch(4)
+    expected = advantages("v05", batch, {"v05": {"prior": f"{__name__}.FromUid"}})
+    found = advantages("v05", batch, {"v05": {"prior": f"{__name__}.{kind}"}})
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("scale", ["none", "batch"])
 def test_calibrated_fusion_goes_on_from_batch_to_batch(name, scale, monkeypatch):
     monkeypatch.setattr(Keeper, "states", [])

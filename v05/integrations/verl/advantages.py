@@ -135,8 +135,8 @@ class Advantage:
             return mean_of_other_groups(rewards, groups.offsets, settings.reward_range)
         if settings.prior not in self.priors:
             self.priors[settings.prior] = load_prior(settings.prior)
-        predicted: Tensor = self.priors[settings.prior].predict(groups.uids)
-        return predicted.to(rewards)
+        predicted = self.priors[settings.prior].predict(groups.uids)
+        return torch.as_tensor(predicted, dtype=rewards.dtype, device=rewards.device).detach()
 
     def _calibrated(self, rewards: Tensor, groups: GroupsByUid, prior: Tensor, settings: Settings) -> Tensor | None:
         """Go on with calibrated fusion where the prior keeps its state.

@@ -19,8 +19,8 @@ class GroupPrior(Protocol):
     One that has `mixture()` and `learn(mixture)` too keeps the state of calibrated fusion from batch to batch.
     """
 
-    def predict(self, uids: list[str]) -> Tensor:
-        """Return the expected reward of each group, [G] float32, inside the reward range."""
+    def predict(self, uids: list[str]) -> Any:
+        """Return the expected reward of each group, [G] inside the reward range: a tensor, an array or a list."""
         ...
 
 
