@@ -170,8 +170,10 @@ def _reward_range(rewards: Tensor, settings: Settings, fused: bool) -> tuple[flo
     """Return the range to compute with; estimators without a prior take any rewards."""
     smallest, largest = widened(settings.reward_range, rewards)
     if not fused:
-        return min(low, smallest), max(high, largest)
+        return smallest, largest
+    low, high = settings.reward_range
     if smallest < low or largest > high:
+        smallest, largest = (float(end) for end in rewards.aminmax())
         raise ValueError(
             f"rewards lie between {smallest:g} and {largest:g}, and algorithm.v05.reward_range is [{low:g}, {high:g}]; "
             "set it to the smallest and largest reward a rollout can have (a KL penalty belongs into the loss: "
