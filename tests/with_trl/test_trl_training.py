@@ -130,7 +130,7 @@ def test_a_prior_without_a_state(folder, tmp_path):
 
     options = dict(save_strategy="steps", save_steps=1, max_steps=1, extra=dict(prior=Half()))
     make_trainer(folder, tmp_path, **options).train()
-    assert load_file(tmp_path / "checkpoint-1/v05_state.safetensors") == {}
+    assert load_file(tmp_path / "checkpoint-1/v05_state.safetensors").keys() == {"prior_class"}
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,23 @@ def test_a_prior_without_a_state(folder, tmp_path):
         (dict(estimator="grpo", advantage_scale="batch"), "grpo is defined with 'group'"),
         (dict(reward_range=(1.0, 0.0)), "reward_range is"),
         (dict(reward_range=[1.0]), "reward_range is"),
+        (dict(reward_range=None), "reward_range is None; allowed: two finite numbers, the smaller one first"),
+        (dict(reward_range=1.0), "reward_range is 1.0; allowed: two finite"),
+        (dict(reward_range=[0.0, math.inf]), r"reward_range is \[0.0, inf\]; allowed: two finite"),
+        (dict(reward_range=["low", "high"]), "reward_range is .*; allowed: two finite"),
         (dict(prior="v0"), "prior is 'v0'; allowed: 'history', 'running_mean', 'middle'"),
         (dict(prior_gives="odds"), "prior_gives is 'odds'"),
         (dict(loss_backend="liger"), "loss_backend is 'liger'"),
-        (dict(k_max=0), "k_max is 0; allowed: 1 or more"),
-        (dict(cost=-1.0), "cost is -1.0; allowed: 0 or more"),
+        (dict(k_max=0), "k_max is 0; allowed: a whole number from 1"),
+        (dict(k_max=None), "k_max is None; allowed: a whole number from 1 to 2147483647"),
+        (dict(k_max="many"), "k_max is 'many'; allowed: a whole number"),
+        (dict(k_max=2**31), "k_max is 2147483648; allowed: a whole number from 1 to 2147483647"),
+        (dict(extra_rounds=None), "extra_rounds is None; allowed: a whole number, 0 or more"),
+        (dict(extra_rounds=1.5), "extra_rounds is 1.5; allowed: a whole number, 0 or more"),
+        (dict(max_extra_rollouts="all"), "max_extra_rollouts is 'all'; allowed: None, or a whole number, 0 or more"),
+        (dict(cost=-1.0), "cost is -1.0; allowed: a finite number, 0 or more"),
+        (dict(cost=None), "cost is None; allowed: a finite number, 0 or more"),
+        (dict(cost=math.inf), "cost is inf; allowed: a finite number, 0 or more"),
         (dict(max_extra_rollouts=-1), "max_extra_rollouts is -1"),
         (dict(multi_objective_aggregation="normalize_then_sum"), "multi_objective_aggregation"),
     ],
@@ -153,6 +165,32 @@ def test_a_prior_without_a_state(folder, tmp_path):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         V05Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize("estimator", ["v05", "grpo"])
+def test_messages_without_content(folder, tmp_path, estimator):
+    """Calls of a tool have none; the data set holds None for it."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    asked = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    trainer = make_trainer(folder, tmp_path, estimator=estimator)
+    trainer.processing_class.chat_template = "{% for m in messages %}{{ m['content'] or 'b' }} {% endfor %}"
+    trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)]
+    trainer.model.train()
+    rows = [{"prompt": [*asked, {"role": "tool", "name": "f", "content": "c"}]} for _ in range(8)]
+    assert len(trainer._generate_and_score_completions(rows)["advantages"]) >= 8
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "gpg", "opo", "reinforce_plus_plus", "james_stein"])
+def test_without_a_prior_rewards_may_lie_anywhere(folder, tmp_path, estimator):
+    def rewards(completions, **_):
+        return [float(place % 4) - 1 for place in range(len(completions))]
+
+    trainer = make_trainer(folder, tmp_path, rewards, estimator=estimator, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    wide = make_trainer(folder, tmp_path, rewards, estimator=estimator, max_steps=1, reward_range=[-1.0, 2.0])
+    wide.train()
+    assert trainer.state.log_history[0]["v05/advantage_std"] == wide.state.log_history[0]["v05/advantage_std"]
 
 
 def test_trl_s_own_config_is_refused(folder, tmp_path):
@@ -175,3 +213,7 @@ def test_prompts_as_text():
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     assert prompt_text("2 + 2 =") == "2 + 2 ="
     assert prompt_text(talk) == "system: Be brief.\nuser: What is it?"
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
+    talk = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "assistant", "tool_calls": calls}]
+    assert prompt_text([*talk, {"role": "tool", "content": "3"}]) == "assistant: \nassistant: \ntool: 3"
+    assert prompt_text([{"role": "user", "content": [{"type": "text", "text": None}]}]) == "user: "

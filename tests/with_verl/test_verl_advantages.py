@@ -1,5 +1,6 @@
 """Our estimators through verl's own `compute_advantage`: ragged groups by uid, priors, and verl's padding rows."""
 
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,30 @@ class FromUid:
     def predict(self, uids):
         """Expected rewards of the groups."""
         return torch.tensor([int(uid.rsplit("-", 1)[1]) / 10 for uid in uids])
+
+
+class AsList(FromUid):
+    """The same as a list."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).tolist()
+
+
+class AsArray(FromUid):
+    """The same as an array."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).numpy()
+
+
+class AsModule(FromUid):
+    """The same with a gradient, as a network's."""
+
+    def predict(self, uids):
+        """Expected rewards of the groups."""
+        return super().predict(uids).requires_grad_()
 
 
 class Keeper(FromUid):
@@ -120,6 +145,15 @@ def test_a_column_a_class_and_a_range():
     torch.testing.assert_close(advantages("v05", batch, section), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["AsList", "AsArray", "AsModule"])
+def test_a_prior_may_return_a_list_an_array_or_what_has_a_gradient(kind):
+    batch = random_batch(4)
+    expected = advantages("v05", batch, {"v05": {"prior": f"{__name__}.FromUid"}})
+    found = advantages("v05", batch, {"v05": {"prior": f"{__name__}.{kind}"}})
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["v05_calibrated", "v05_calibrated_loo"])
 @pytest.mark.parametrize("scale", ["none", "batch"])
 def test_calibrated_fusion_goes_on_from_batch_to_batch(name, scale, monkeypatch):
@@ -174,8 +208,11 @@ def test_what_is_not_allowed_is_named():
         advantages("v05", batch)
     with pytest.raises(ValueError, match=r"algorithm.v05 has rewards; allowed: reward_range, prior, scale"):
         advantages("v05", batch, {"v05": {"rewards": [-1, 1]}})
-    with pytest.raises(ValueError, match=r"algorithm.v05.reward_range is \[1.0\]; allowed: \[smallest, largest\]"):
+    with pytest.raises(ValueError, match=r"algorithm.v05.reward_range is \[1\]; allowed: two finite numbers"):
         advantages("v05", batch, {"v05": {"reward_range": [1]}})
+    for given in (1, None, "wide", [0, math.inf], [0, None]):
+        with pytest.raises(ValueError, match=r"algorithm.v05.reward_range is .*; allowed: two finite numbers, the sm"):
+            advantages("v05", batch, {"v05": {"reward_range": given}})
     with pytest.raises(ValueError, match=r"algorithm.v05.prior is 'mine'"):
         advantages("v05", batch, {"v05": {"reward_range": [-1, 1], "prior": "mine"}})
     with pytest.raises(ValueError, match="the batch has no uid"):

@@ -1,6 +1,7 @@
 """One prompt's look-ahead, and the memory of priors, without Ray."""
 
 import asyncio
+import logging
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_calibrated_numbers():
     assert more([-1.0] * 4, 0.6, SETTINGS, known) == 12, "the paper's rule has no state"
 
 
-def test_memory_goes_on_from_what_it_knew():
+def test_memory_goes_on_from_what_it_knew(caplog):
     memory, again = Memory(SETTINGS), Memory(SETTINGS)
     for prompt, reward in (("easy", 1.0), ("hard", -1.0)) * 3:
         memory.start(f"{prompt}-{reward}", prompt)
@@ -89,6 +90,11 @@ def test_memory_goes_on_from_what_it_knew():
     expected, mixture = again.start("c", "easy")
     assert expected == memory.start("c", "easy")[0] != 0.0
     assert mixture.tolist() == [0.0, 1.0, 2.0]
+    other = Memory(Settings(reward_range=(-1.0, 1.0), memory="v05.value.prior.RunningMean"))
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(memory.state_dict())
+    assert "holds the state of prior WithPast, not of RunningMean, which starts anew" in caplog.text
+    assert other.start("d", "easy") == (0.0, None)
     fresh = Memory(SETTINGS)
     fresh.load_state_dict(Memory(SETTINGS).state_dict())
     assert fresh.start("a", "easy") == (0.0, None)

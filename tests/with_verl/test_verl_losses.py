@@ -132,6 +132,9 @@ def test_what_is_not_allowed_is_named():
     batch = random_batch(13)
     with pytest.raises(ValueError, match=r"loss_agg_mode is 'mean'; allowed: token-mean, token-sum"):
         run("v05_ppo", batch, "mean", actor_config())
+    for given in (None, 1.0, "3", float("inf")):
+        with pytest.raises(ValueError, match=r"clip_ratio_c is .*; allowed: a finite number above 1"):
+            run("v05_ppo", batch, "token-mean", actor_config(clip_ratio_c=given))
     with pytest.raises(ValueError, match="config is None"):
         run("v05_ppo", batch, "token-mean", None)
     config = actor_config()

@@ -1,10 +1,14 @@
 """The few options that V0.5 adds to TRL's."""
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from trl import GRPOConfig
 
+from v05.integrations.reward_range import parsed_range
 from v05.kernels.advantage.estimators import ESTIMATORS, resolve
+from v05.kernels.shrinkage.rules import LARGEST
 
 PRIORS = ("history", "running_mean", "middle")
 LOSSES = ("policy_loss", "linear_policy_loss", "trl")
@@ -52,23 +56,32 @@ class V05Config(GRPOConfig):
         """
         super().__post_init__()
         resolve(self.estimator, self.advantage_scale)
-        if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
-            raise ValueError(f"reward_range is {self.reward_range}; allowed: two numbers, the smaller one first")
+        parsed_range("reward_range", self.reward_range)
         for name, allowed in (("prior", PRIORS), ("prior_gives", ("reward", "probability")), ("loss_backend", LOSSES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
-        for name in ("k_max", "cost", "extra_rounds", "max_extra_rollouts"):
-            value, least = getattr(self, name), 1 if name == "k_max" else 0
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}; allowed: {least} or more")
+        self._check_numbers()
         if self.multi_objective_aggregation != "sum_then_normalize":
             given = self.multi_objective_aggregation
             raise ValueError(f"multi_objective_aggregation is {given!r}; allowed with V0.5: 'sum_then_normalize'")
 
+    def _check_numbers(self) -> None:
+        for name in ("k_max", "extra_rounds", "max_extra_rollouts"):
+            value, optional = getattr(self, name), name == "max_extra_rollouts"
+            least, most = (1, LARGEST) if name == "k_max" else (0, math.inf)
+            if optional and value is None:
+                continue
+            if not (isinstance(value, Integral) and least <= int(value) <= most):
+                allowed = f"from 1 to {LARGEST}" if name == "k_max" else ", 0 or more"
+                number = f"{'None, or ' if optional else ''}a whole number {allowed}".replace(" ,", ",")
+                raise ValueError(f"{name} is {value!r}; allowed: {number}")
+        if not (isinstance(self.cost, Real) and 0 <= float(self.cost) < math.inf):
+            raise ValueError(f"cost is {self.cost!r}; allowed: a finite number, 0 or more")
+
     @property
     def bounds(self) -> tuple[float, float]:
         """Smallest and largest reward."""
-        return float(self.reward_range[0]), float(self.reward_range[1])
+        return parsed_range("reward_range", self.reward_range)
 
     @property
     def fused(self) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from v05.batch import offsets_from_lengths
+from v05.integrations.prior_state import prior_tensors, restore_prior
+from v05.integrations.reward_range import widened
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.prompts import Predictor, expected_rewards, within
 from v05.kernels import group_advantage, shrinkage
@@ -114,7 +116,7 @@ class Estimation:
             prior=prior if args.fused else None,
             scale=args.advantage_scale,
             eps=EPSILON,
-            reward_range=args.bounds,
+            reward_range=args.bounds if args.fused else widened(args.bounds, values),
         )
         return found
 
@@ -129,13 +131,10 @@ class Estimation:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the prior, where it has one, and of the calibration."""
         state = {} if self.mixture is None else {"mixture": self.mixture.cpu().clone()}
-        own: Mapping[str, Tensor] = self.prior.state_dict() if hasattr(self.prior, "state_dict") else {}
-        return state | {f"prior.{name}": value.cpu().contiguous() for name, value in own.items()}
+        return state | prior_tensors(self.prior)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from a state that `state_dict` returned."""
-        self.mixture = state["mixture"].to(device) if "mixture" in state else None
-        if hasattr(self.prior, "load_state_dict"):
-            prefix = "prior."
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            self.prior.load_state_dict(own)
+        """Go on from a state that `state_dict` returned; one of another prior is left alone, with a warning."""
+        same = restore_prior(self.prior, state)
+        kept = same and self.args.fusion == "calibrated" and "mixture" in state
+        self.mixture = state["mixture"].to(device) if kept else None

@@ -31,15 +31,22 @@ def make_prior(name: str, reward_range: tuple[float, float]) -> Prior:
     return RunningMean(reward_range) if name == "running_mean" else Middle(reward_range)
 
 
+def check_prior(prior: Any) -> None:
+    """Raise TypeError where `prior` cannot predict."""
+    if isinstance(prior, type) or not callable(getattr(prior, "predict", None)):
+        given = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
+        raise TypeError(f"prior is {given}; allowed: an object with predict(prompts), or None")
+
+
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return a prompt as one text: of a conversation, each message's role and text, images left out."""
     if isinstance(prompt, str):
         return prompt
     lines = []
     for message in prompt:
-        content = message["content"]
+        content = message.get("content") or ""  # None where tools are called
         if not isinstance(content, str):
-            content = " ".join(part["text"] for part in content if part.get("type") == "text")
+            content = " ".join(part["text"] or "" for part in content if part.get("type") == "text")
         lines.append(f"{message['role']}: {content}")
     return "\n".join(lines)
 

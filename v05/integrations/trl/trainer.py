@@ -18,7 +18,7 @@ from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.loss_trainer import KernelLossTrainer
 from v05.integrations.trl.metrics import batch_metrics
-from v05.integrations.trl.prompts import Predictor, make_prior, prompt_text
+from v05.integrations.trl.prompts import Predictor, check_prior, make_prior, prompt_text
 from v05.integrations.trl.rollouts import Rollouts, merged_lengths, split_rows, with_fields
 
 logger = get_logger(__name__)
@@ -57,12 +57,14 @@ class V05Trainer(KernelLossTrainer):
                 asks it. None for the one that `args.prior` names.
 
         Raises:
-            TypeError: `args` are not a `V05Config`.
+            TypeError: `args` are not a `V05Config`, or `prior` has no `predict`.
             ValueError: whatever TRL does not allow.
         """
         args = V05Config() if args is None else args
         if not isinstance(args, V05Config):
             raise TypeError(f"args is {type(args).__name__}; allowed: V05Config, which takes the same options")
+        if prior is not None:
+            check_prior(prior)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v05.integrations.reward_range import widened
 from v05.integrations.verl.settings import OTHERS, Settings, load_prior
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.advantage.estimators import resolve
@@ -134,8 +135,8 @@ class Advantage:
             return mean_of_other_groups(rewards, groups.offsets, settings.reward_range)
         if settings.prior not in self.priors:
             self.priors[settings.prior] = load_prior(settings.prior)
-        predicted: Tensor = self.priors[settings.prior].predict(groups.uids)
-        return predicted.to(rewards)
+        predicted = self.priors[settings.prior].predict(groups.uids)
+        return torch.as_tensor(predicted, dtype=rewards.dtype, device=rewards.device).detach()
 
     def _calibrated(self, rewards: Tensor, groups: GroupsByUid, prior: Tensor, settings: Settings) -> Tensor | None:
         """Go on with calibrated fusion where the prior keeps its state.
@@ -167,13 +168,12 @@ class Advantage:
 
 def _reward_range(rewards: Tensor, settings: Settings, fused: bool) -> tuple[float, float]:
     """Return the range to compute with; estimators without a prior take any rewards."""
-    if not len(rewards):
-        return settings.reward_range
-    smallest, largest = (float(end) for end in rewards.aminmax())
-    low, high = settings.reward_range
+    smallest, largest = widened(settings.reward_range, rewards)
     if not fused:
-        return min(low, smallest), max(high, largest)
+        return smallest, largest
+    low, high = settings.reward_range
     if smallest < low or largest > high:
+        smallest, largest = (float(end) for end in rewards.aminmax())
         raise ValueError(
             f"rewards lie between {smallest:g} and {largest:g}, and algorithm.v05.reward_range is [{low:g}, {high:g}]; "
             "set it to the smallest and largest reward a rollout can have (a KL penalty belongs into the loss: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -113,7 +115,7 @@ class Loss:
             surrogate=self.kind.surrogate, level=self.kind.level, clip_low=low, clip_high=high
         )
         if self.kind.dual:
-            options["dual_clip"] = float(config.get("clip_ratio_c", 3.0))
+            options["dual_clip"] = _dual_clip(config.get("clip_ratio_c", 3.0))
         if self.kind.surrogate == "sapo":
             options |= dict(sapo_tau_pos=float(config.tau_pos), sapo_tau_neg=float(config.tau_neg))
         if self.kind.surrogate == "kl_cov":
@@ -138,6 +140,12 @@ class Loss:
 def _clip(config: Any) -> tuple[float, float]:
     low, high = config.clip_ratio_low, config.clip_ratio_high
     return float(config.clip_ratio if low is None else low), float(config.clip_ratio if high is None else high)
+
+
+def _dual_clip(given: Any) -> float:
+    if not (isinstance(given, Real) and 1 < float(given) < math.inf):
+        raise ValueError(f"clip_ratio_c is {given!r}; allowed: a finite number above 1")
+    return float(given)
 
 
 def _without_empty(layout: Layout) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from v05.integrations.prior_state import prior_tensors, restore_prior
 from v05.integrations.verl.settings import Settings, load
 from v05.value.context import pack_text, unpack_text
 from v05.value.history import HistoryPrior
@@ -84,16 +85,14 @@ class Memory:
         expected = torch.tensor(list(self.expected.values()), dtype=torch.float64)
         own = {"uids": text, "lengths": lengths, "expected": expected}
         found = {} if self.calibration is None else {"mixture": self.calibration}
-        return own | found | {f"prior.{name}": value.contiguous() for name, value in self.prior.state_dict().items()}
+        return own | found | prior_tensors(self.prior)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state that `state_dict` returned."""
-        prefix = "prior."
-        prior = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        self.prior.load_state_dict(prior)
+        """Go on from a state that `state_dict` returned; one of another prior is left alone, with a warning."""
+        same = restore_prior(self.prior, state)
         uids = unpack_text(state["uids"], state["lengths"])
         self.expected = dict(zip(uids, state["expected"].tolist(), strict=True))
-        self.calibration = state.get("mixture")
+        self.calibration = state.get("mixture") if same else None
 
 
 def start_memory(settings: Settings) -> Any:

@@ -6,8 +6,7 @@ import importlib
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from torch import Tensor
-
+from v05.integrations.reward_range import parsed_range
 from v05.kernels.shrinkage.op import FUSIONS
 
 OTHERS = "others"
@@ -19,8 +18,8 @@ class GroupPrior(Protocol):
     One that has `mixture()` and `learn(mixture)` too keeps the state of calibrated fusion from batch to batch.
     """
 
-    def predict(self, uids: list[str]) -> Tensor:
-        """Return the expected reward of each group, [G] float32, inside the reward range."""
+    def predict(self, uids: list[str]) -> Any:
+        """Return the expected reward of each group, [G] inside the reward range: a tensor, an array or a list."""
         ...
 
 
@@ -52,7 +51,7 @@ class Settings:
         """Return the settings in verl's `algorithm` section, a mapping or None.
 
         Raises:
-            ValueError: an unknown key or fusion, or a reward range that is not two ascending numbers.
+            ValueError: an unknown key or fusion, or a reward range that is not two finite, ascending numbers.
         """
         section = None if config is None else config.get("v05", None)
         given = {} if section is None else dict(section)
@@ -60,14 +59,12 @@ class Settings:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"algorithm.v05 has {', '.join(unknown)}; allowed: {', '.join(known)}")
-        ends = tuple(float(end) for end in given.pop("reward_range", cls.reward_range))
-        if len(ends) != 2 or not ends[0] < ends[1]:
-            raise ValueError(f"algorithm.v05.reward_range is {list(ends)}; allowed: [smallest, largest]")
+        ends = parsed_range("algorithm.v05.reward_range", given.pop("reward_range", cls.reward_range))
         estimator = "" if config is None else str(config.get("adv_estimator", ""))
         fusion = given.pop("fusion", "calibrated" if estimator.startswith("v05_calibrated") else cls.fusion)
         if fusion not in FUSIONS:
             raise ValueError(f"algorithm.v05.fusion is {fusion!r}; allowed: {', '.join(FUSIONS)}")
-        return cls(reward_range=(ends[0], ends[1]), fusion=fusion, **given)
+        return cls(reward_range=ends, fusion=fusion, **given)
 
 
 def load(key: str, name: str) -> Any:
