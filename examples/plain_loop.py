@@ -29,6 +29,7 @@ def train(name: str, steps: int = 30, lr: float = 1e-6, length: int = 8) -> list
     """Train the model of this name and return the mean reward of every step."""
     model, prior = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), torch.full((len(PROMPTS),), 0.5)
     tokenizer, optimiser, curve = AutoTokenizer.from_pretrained(name), torch.optim.AdamW(model.parameters(), lr=lr), []
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # batches need one; what it fills up is masked
     for _ in range(steps):  # small ones, which bfloat16 weights would lose
         groups, wanted = [[] for _ in PROMPTS], torch.full((len(PROMPTS),), 4)
         while wanted.sum():  # the look-ahead: ask, test, ask again where prior and rewards conflict
@@ -56,4 +57,6 @@ def train(name: str, steps: int = 30, lr: float = 1e-6, length: int = 8) -> list
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/plain_loop.py MODEL, a folder or a name such as Qwen/Qwen3-0.6B")
     print(*(f"{value:.2f}" for value in train(sys.argv[1])))

@@ -129,6 +129,9 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     write_lines(bad, [{"prompt": str(number), "answer": value} for number, value in enumerate(values)])
     found = [record["answer"] for record in read_data(Source(str(bad)))]
     assert found == ["7", "7", "0.5", "0.000015", str(int(-2.5e22)), "1, 2", "x"]
+    bad.write_text('\n{"prompt": "a", "answer": 1}\n\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl:4: key 'answer' is missing"):
+        read_data(Source(str(bad)))
     for source, message in (
         (Source("missing.jsonl"), "No such file"),
         (Source("missing.parquet"), "no such file"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_qwen3
+from tiny_models import LETTERS, make_tokenizer, write_qwen3
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -22,11 +22,23 @@ def test_it_runs_as_a_script(name, capsys):
 
 
 def test_the_plain_loop_earns_more_reward(tmp_path):
-    assert (EXAMPLES / "plain_loop.py").read_text(encoding="utf-8").count("\n") < 60
+    lines = (EXAMPLES / "plain_loop.py").read_text(encoding="utf-8").count("\n")
+    assert f"plain_loop.py) is {lines} lines" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     torch.manual_seed(0)
     curve = load("plain_loop")["train"](str(write_qwen3(tmp_path)), steps=16, lr=3e-3, length=4)
     first, last = sum(curve[:4]) / 4, sum(curve[-4:]) / 4
     assert last > first + 0.1, curve
+
+
+def test_the_plain_loop_takes_tokenizers_without_a_pad_token(tmp_path):
+    make_tokenizer(["<pad>", "<eos>", *LETTERS], pad_token=None).save_pretrained(write_qwen3(tmp_path))
+    assert len(load("plain_loop")["train"](str(tmp_path), steps=1, length=2)) == 1
+
+
+def test_the_plain_loop_without_a_model_says_how_it_is_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plain_loop.py"])
+    with pytest.raises(SystemExit, match=r"usage: python examples/plain_loop.py MODEL"):
+        runpy.run_path(str(EXAMPLES / "plain_loop.py"), run_name="__main__")
 
 
 def test_the_plain_loop_takes_small_steps_of_a_bfloat16_model(tmp_path, monkeypatch):

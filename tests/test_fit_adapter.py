@@ -156,6 +156,13 @@ def test_the_command_and_what_it_writes_is_used_by_predict(tmp_path: Path, capsy
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
 
+    monkeypatch.setattr("v05.cli.fit_adapter.make_embedder", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(sys, "argv", ["v05", *map(str, commands[0])])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "has a run already; go on with --resume" in capsys.readouterr().err
+
 
 def test_what_nothing_can_be_learnt_from_is_refused(tmp_path: Path) -> None:
     rows = [Scored(str(number), 1.0) for number in range(20)]

@@ -581,3 +581,14 @@ def test_compiles_whole_forward_and_backward():
                 loss.backward()
                 results.append((loss.detach(), ratio, logprobs.grad))
             torch.testing.assert_close(*results)
+
+
+def test_compiles_for_batches_that_shrink_to_one_sequence():
+    def step(data):
+        rest = (data.old_logprobs, data.advantages, data.weights)
+        return policy_loss(data.logprobs, *rest, sequence_offsets=data.sequence_offsets).loss
+
+    compiled = torch.compile(step, fullgraph=True)
+    for sequences in (4, 3, 1):
+        data = ragged_tokens(sequences, 2, 9, seed=sequences)
+        torch.testing.assert_close(compiled(data), step(data))

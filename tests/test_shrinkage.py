@@ -243,7 +243,8 @@ def test_against_numpy_written_from_the_paper():
     [
         (dict(rewards=[1, math.nan, 1, 1]), r"rewards\[1\] is nan \(group 0\); allowed: -1 to 1"),
         (dict(rewards=[1, 1, 1, 1.5]), r"rewards\[3\] is 1.5 \(group 1\)"),
-        (dict(prior=[0.5, 1.5]), r"prior\[1\] is 1.5; allowed: -1 to 1"),
+        (dict(prior=[0.5, 1.5]), r"prior\[1\] is 1.5; allowed: -1 to 1$"),
+        (dict(reward_range=(0, 1)), r"rewards\[2\] is -1 \(group 1\); allowed: 0 to 1$"),
         (dict(prior=[math.inf, 0.5]), r"prior\[0\] is inf"),
         (dict(prior=[0.5]), "prior has 1 elements; allowed: 2"),
         (dict(offsets=[1, 2, 4]), r"offsets\[0\] is 1; allowed: 0"),

@@ -114,7 +114,7 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
         simulate(*SMALL, "--lengths", tmp_path / "lengths")
     with pytest.raises(InputError, match="is a folder; allowed: a file"):
         simulate(*SMALL, "--output", tmp_path)
-    with pytest.raises(InputError, match=r"--plot .*nonsense: Format 'nonsense' is not supported"):
+    with pytest.raises(InputError, match=r"--plot .*nonsense: the format 'nonsense' is unknown; allowed"):
         simulate(*SMALL, "--plot", tmp_path / "out.nonsense")
     with pytest.raises(InputError, match="--slots is 0; allowed: 1 or more"):
         simulate("--slots", 0)

@@ -143,6 +143,12 @@ def fit_adapter(
     return metrics[-1]
 
 
+def check_new(folder: Path, resume: bool) -> None:
+    """Raise InputError where the folder has a run that is not to be gone on with."""
+    if (folder / "config.json").exists() and not resume:
+        raise InputError(f"{folder} has a run already; go on with --resume, or name another folder")
+
+
 def prepare(config: FitConfig, records: Records, folder: Path, resume: bool) -> None:
     """Make the folder, or check that the run in it is the one to resume."""
     settings = {**asdict(config), "source": records.source}
@@ -151,8 +157,7 @@ def prepare(config: FitConfig, records: Records, folder: Path, resume: bool) -> 
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(settings, indent=2) + "\n")
         return
-    if not resume:
-        raise InputError(f"{folder} has a run already; go on with --resume, or name another folder")
+    check_new(folder, resume)
     saved = json.loads(file.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if value != saved.get(name):

@@ -13,11 +13,14 @@ import torch
 
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
+from v05.kernels.segments import choice
+from v05.kernels.shrinkage.op import FUSIONS
 from v05.kernels.shrinkage.rules import make_budget
 from v05.records import aside, bad_path, read_blocks, whole_output, write_line
 
 BLOCK = 8192  # lines at once
 PLOT_POINTS = 20_000
+ESTIMATORS = {"v05": "v05", "calibrated": "v05_calibrated"}  # whose advantages go with each fusion
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class FuseConfig:
         scale: of the advantages, as `group_advantage` takes it; the batch is the whole file, which `batch` keeps in
             memory.
         skip_bad: set malformed lines aside instead of stopping.
+        fusion: "v05", or "calibrated", which learns from the whole file how far priors can be trusted, and keeps it in
+            memory.
     """
 
     reward_range: tuple[float, float] = (-1.0, 1.0)
@@ -39,10 +44,12 @@ class FuseConfig:
     k_max: int = 16
     scale: str = "none"
     skip_bad: bool = False
+    fusion: str = "v05"
 
     def __post_init__(self) -> None:
         """Raises InputError where a setting is not allowed."""
         try:
+            choice("fusion", self.fusion, FUSIONS)
             make_budget(self.reward_range, self.cost, self.k_init, self.k_max)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -112,8 +119,16 @@ class Decisions:
             cost=config.cost,
             k_init=config.k_init,
             k_max=config.k_max,
+            fusion=config.fusion,
         )
-        self.advantages = group_advantage(rewards, offsets, prior=self.prior, scale=config.scale, reward_range=ranges)
+        self.advantages = group_advantage(
+            rewards,
+            offsets,
+            estimator=ESTIMATORS[config.fusion],
+            prior=self.prior,
+            scale=config.scale,
+            reward_range=ranges,
+        )
         self.bounds = offsets.tolist()
 
     def write(self, records: list[dict[str, Any]], out: IO[str]) -> None:
@@ -158,7 +173,7 @@ def fuse_file(
     config = config or FuseConfig()
     summary = Summary()
     with whole_output(output) as out, aside(bad_path(source, output)) as set_aside:
-        size = sys.maxsize if config.scale == "batch" else BLOCK
+        size = sys.maxsize if config.scale == "batch" or config.fusion == "calibrated" else BLOCK
         for block in read_blocks(source, *config.reward_range, skip_bad=config.skip_bad, size=size):
             if block.records:
                 decisions = Decisions(block.records, config)

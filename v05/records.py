@@ -22,9 +22,10 @@ from v05.errors import BadLine, InputError
 
 @dataclass
 class Block:
-    """Consecutive records: the parsed objects, the bad lines met among them, and the bytes read so far."""
+    """Consecutive records: the parsed objects, the lines they were on, the bad lines among them, bytes read so far."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
     bad: list[tuple[BadLine, bytes]] = field(default_factory=list)
     bytes_read: int = 0
 
@@ -78,6 +79,20 @@ def check_prompt(record: dict[str, Any]) -> None:
         raise ValueError(f"prompt is {json.dumps(record['prompt'])[:40]}; allowed: a string")
 
 
+def check_finite(record: dict[str, Any]) -> None:
+    """Raises ValueError where a value, however deep, is a float that JSON cannot write."""
+    for key, value in record.items():
+        pending = [value]
+        while pending:
+            inner = pending.pop()
+            if isinstance(inner, dict):
+                pending += inner.values()
+            elif isinstance(inner, list):
+                pending += inner
+            elif isinstance(inner, float) and not math.isfinite(inner):
+                raise ValueError(f"{key} holds {inner}; allowed: finite numbers, for JSON has no others")
+
+
 def check_keys(record: dict[str, Any], keys: tuple[str, ...]) -> None:
     """Raises ValueError naming the first key that a record lacks."""
     for key in keys:
@@ -103,6 +118,7 @@ def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
     for i, reward in enumerate(record["rewards"]):
         check_number(reward, f"rewards[{i}]", low, high)
     check_number(record["prior"], "prior", low, high)
+    check_finite(record)
     return record
 
 
@@ -127,7 +143,7 @@ def read_blocks(
     size: int = 8192,
     parse: Callable[[bytes, float, float], dict[str, Any]] = parse_record,
 ) -> Iterator[Block]:
-    """Reads records in blocks of at most `size` lines, so that memory does not grow with the file.
+    """Reads records in blocks of at most `size` lines, so that memory does not grow with the file; skips blank lines.
 
     Raises:
         BadLine: at the first malformed line, unless `skip_bad` collects them in the block.
@@ -138,7 +154,9 @@ def read_blocks(
         for number, text in enumerate(handle, 1):
             block.bytes_read += len(text)
             try:
-                block.records.append(parse(text, low, high))
+                if not text.isspace():
+                    block.records.append(parse(text, low, high))
+                    block.lines.append(number)
             except ValueError as error:
                 bad = BadLine(path, number, str(error))
                 if not skip_bad:
@@ -187,13 +205,23 @@ def aside(path: Path) -> Iterator[Callable[[Block], int]]:
         yield put
 
 
+def check_file(path: Path) -> Path:
+    """Returns the path without links, and raises InputError where no file can be there."""
+    path = path.resolve()  # a link stays, and what it leads to is written
+    rule = "allowed: a file in a folder that can be written"
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; {rule}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: No such file or directory; {rule}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: Permission denied; {rule}")
+    return path
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Opens a file for writing that appears under its name only when everything was written."""
-    path = path.resolve()  # a link stays, and what it leads to is written
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "a device or a pipe"
-        raise InputError(f"{path} is {kind}; allowed: a file in a folder that can be written")
+    path = check_file(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:

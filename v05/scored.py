@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from v05.errors import InputError
-from v05.records import check_keys, check_number, check_prompt, check_text, parse_object, read_blocks
+from v05.records import check_finite, check_keys, check_number, check_prompt, check_text, parse_object, read_blocks
 from v05.value.model import Record
 
 LAST_STEP: Final = 1e15
@@ -61,6 +61,7 @@ def parse_prompt(text: bytes, low: float, high: float) -> dict[str, Any]:
     check_text(record["prompt"], "prompt")
     if record.get("score") is not None:
         check_number(record["score"], "score", low, high)
+    check_finite(record)
     return record
 
 

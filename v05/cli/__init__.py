@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -101,8 +102,18 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"v05: {error}", err=True)
         sys.exit(2)
-    except OSError as error:  # a folder that cannot be written, and the like
-        if error.filename is None:
+    except OSError as error:  # a folder that cannot be written, a full disk, and the like
+        if error.strerror is None:
             raise
-        typer.echo(f"v05: {error.filename}: {error.strerror}", err=True)
+        place = "" if error.filename is None else f"{error.filename}: "
+        typer.echo(f"v05: {place}{error.strerror}", err=True)
+        _drop_unwritten()
         sys.exit(2)
+
+
+def _drop_unwritten() -> None:
+    """Where standard output takes no more, leave nothing in it that the interpreter's end would stumble over."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -50,12 +50,13 @@ def fit_adapter(
 ) -> None:
     """Train V0's adapter, which `v05 predict --checkpoint` then uses with the same --backbone."""
     from v05.checkpoint import StopRequest
-    from v05.fit_adapter import FitConfig, Records
+    from v05.fit_adapter import FitConfig, Records, check_new
     from v05.fit_adapter import fit_adapter as fit
     from v05.value.adapter_training import embedded_head
     from v05.value.tabpfn_head import differentiable_head
 
     config = FitConfig(steps, learning_rate, context, pairs, queries, seed, eval_every)
+    check_new(output, resume)
     low, high = reward_range
     check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from v05.cli.outputs import check_outputs
 from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.fuse import FuseConfig, Summary, fuse_file
@@ -61,13 +62,17 @@ def fuse(
     k_init: Annotated[int, typer.Option(help="Rollouts before the first test.")] = 4,
     k_max: Annotated[int, typer.Option(help="Rollouts at most.")] = 16,
     scale: Annotated[str, typer.Option(help=f"Scale of the advantages: {', '.join(SCALES)}.")] = "none",
+    fusion: Annotated[
+        str, typer.Option(help="v05, or calibrated: learn from all lines how far the priors can be trusted.")
+    ] = "v05",
     plot: Annotated[Path | None, typer.Option(help="Draw prior against observed mean to this image.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set malformed lines aside and go on.")] = False,
 ) -> None:
     """Turn rollout records into baselines, conflicts, plans and advantages, a line for a line."""
     if scale not in SCALES:
         raise InputError(f"--scale is {scale!r}; allowed: {', '.join(SCALES)}")
-    config = FuseConfig(reward_range, cost, k_init, k_max, scale, skip_bad)
+    config = FuseConfig(reward_range, cost, k_init, k_max, scale, skip_bad, fusion)
+    check_outputs(output, plot)
     console = Console(stderr=output is None)
     summary = _run(records, output, config, Console(stderr=True))
     console.print(summary_table(summary, config))

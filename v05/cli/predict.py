@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from v05.cli.models import make_model
+from v05.cli.outputs import check_outputs
 from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.predict import Prediction, predict_file
@@ -55,6 +56,7 @@ def predict(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set malformed lines aside and go on.")] = False,
 ) -> None:
     """Add to each prompt the probability that the policy behind the context succeeds."""
+    check_outputs(output, plot)
     others = read_background(background, reward_range)
     console, progress_console = Console(stderr=output is None), Console(stderr=True)
     model = make_model(checkpoint, head, backbone, device, cache, cache_gib, others, reward_range)

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from v05.cli.outputs import check_outputs
 from v05.cli.study_baselines import progressing
 from v05.errors import InputError
 from v05.plots.simulation import plot_simulation
@@ -36,6 +37,7 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="Draw time and error to this image.")] = None,
 ) -> None:
     """Drive the real scheduler with a simulated engine: every mode, groups of fixed size, and other budget rules."""
+    check_outputs(output, plot)
     drawn = LogNormal() if lengths is None else Observed(read_lengths(lengths))
     try:
         simulation = Simulation(prompts, slots, steps, window, prior_sd, seed, drawn)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from v05.cli import study_baselines, study_train
 from v05.cli.models import cache_file, cache_limit
+from v05.cli.outputs import check_outputs
 from v05.errors import InputError
 from v05.records import check_range, whole_file
 from v05.scored import read_scored
@@ -38,7 +39,7 @@ app.command()(study_train.train)
 
 @app.command()
 def prior(
-    records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts, see the README.")],
+    records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts; docs/commands.md has the format.")],
     prompts: Annotated[Path | None, typer.Option(help="JSON object from {dataset}_{id} to prompt.")] = None,
     reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
     folds: Annotated[int, typer.Option(help="Folds over prompts.")] = 5,
@@ -55,6 +56,7 @@ def prior(
     from v05.value.embedder import CachedEmbedder, sentence_embedder
     from v05.value.model import V0, EmbeddingCache
 
+    check_outputs(output, plot)
     low, high = reward_range
     check_range(low, high)
     found = read_scored(records, prompts, low, high)[:limit]

@@ -30,7 +30,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")] = Path("runs/train"),
     algorithm: Annotated[
         str | None,
-        typer.Option(help="Name[:k], k rollouts to start with: v05, grpo, dr_grpo, rloo, dapo, spo, reinforce."),
+        typer.Option(help="Name[:k], k rollouts to start with: v05_from_one (the default), v05, grpo, rloo, spo, ..."),
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,

@@ -101,11 +101,11 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
 
 
 def check_range(
-    name: str, values: Tensor, low: float, high: float, offsets: Tensor | None = None, unit: str = "group"
+    name: str, values: Tensor, low: float, high: float, offsets: Tensor | None = None, slack: float = 0.0
 ) -> None:
-    """Raises at the first value that is NaN or outside [low, high], saying where; waits for the device."""
-    outside = (~((values >= low) & (values <= high))).nonzero()
+    """Raises at the first value that is NaN or further than slack outside [low, high]; waits for the device."""
+    outside = (~((values >= low - slack) & (values <= high + slack))).nonzero()
     if outside.numel():
         i = int(outside[0])
-        where = "" if offsets is None else f" ({unit} {int(torch.searchsorted(offsets, i, right=True)) - 1})"
+        where = "" if offsets is None else f" (group {int(torch.searchsorted(offsets, i, right=True)) - 1})"
         raise ValueError(f"{name}[{i}] is {float(values[i]):g}{where}; allowed: {low:g} to {high:g}")

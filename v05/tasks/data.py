@@ -70,7 +70,7 @@ def read_data(source: Source, needs_answer: bool = True) -> list[dict[str, Any]]
     if "{prompt}" not in source.template:
         raise InputError(f"template is {source.template!r}; allowed: text with {{prompt}} in it")
     records: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(_rows(source), 1):
+    for number, row in _rows(source):
         record = _record(row, source, needs_answer, f"{source.place}:{number}")
         before = records.setdefault(record["prompt"], record)
         if before.get("answer") != record.get("answer"):
@@ -139,23 +139,23 @@ def _text(answer: Any) -> str:
     return str(answer).strip()
 
 
-def _rows(source: Source) -> Iterable[Mapping[str, Any]]:
-    """Yield the rows of a source as they are."""
+def _rows(source: Source) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """Yield the rows of a source as they are, with their numbers from 1."""
     suffix = Path(source.place).suffix
     if suffix in (".jsonl", ".json"):
         return _lines(source.place, source.prompt_key)
     if suffix == ".parquet" and not Path(source.place).is_file():
         raise InputError(f"{source.place}: no such file")
     rows: Iterable[Mapping[str, Any]] = _load(source, suffix)
-    return rows
+    return enumerate(rows, 1)
 
 
-def _lines(path: str, key: str) -> Iterable[Mapping[str, Any]]:
+def _lines(path: str, key: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
     def parse(text: bytes, low: float, high: float) -> dict[str, Any]:
         return parse_object(text, key)
 
     for block in read_blocks(path, 0.0, 1.0, parse=parse):
-        yield from block.records
+        yield from zip(block.lines, block.records, strict=True)
 
 
 def _load(source: Source, suffix: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from v05.kernels import dispatch
 from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, reference
+from v05.kernels.linear_logprob.autocast import as_linear
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.ranks import Ranks
@@ -146,6 +147,7 @@ def _backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _:
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
+@as_linear
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -163,6 +165,7 @@ def linear_logprob(
 
     Differentiable in hidden, weight and bias, by both outputs. Forward makes one product; backward makes it again,
     a slice of the vocabulary at a time, and two more. `linear_policy_loss` needs three products where this needs four.
+    Under autocast hidden, weight and bias are cast as `F.linear` casts them, and gradients come in their own dtypes.
 
     Args:
         hidden: `[T, H]` float32, float64, bfloat16 or float16.

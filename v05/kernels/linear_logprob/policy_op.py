@@ -12,6 +12,7 @@ from torch import Tensor
 from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op, once
 from v05.kernels.linear_logprob import parallel, policy_pass, reference
+from v05.kernels.linear_logprob.autocast import as_linear
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients
 from v05.kernels.linear_logprob.passes import Needs
@@ -193,6 +194,7 @@ def _run(
     return result[0], result[1]
 
 
+@as_linear
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -234,7 +236,7 @@ def linear_policy_loss(
     tokens than twice the features, on sm_90; and for float16, whose gradients wait for that of the loss, since a loss
     scale has to reach them before they are rounded. A selection by covariance that is not given takes a pass of its
     own. Where logits exist once, the gradient of a bfloat16 weight is summed up in a float32
-    copy of it, or made of a bfloat16 gradient of all logits where that is no larger.
+    copy of it, or made of a bfloat16 gradient of all logits where that is no larger. Under autocast, as there.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of

@@ -242,7 +242,7 @@ def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **
             segments.check_vector(name, values, logprobs, logprobs.numel())
     segments.check_vector("advantages", advantages, logprobs)
     sequences, tokens = offsets.numel() - 1, logprobs.numel()
-    if advantages.numel() not in (sequences, tokens):
+    if advantages.numel() != sequences and advantages.numel() != tokens:  # `not in` is evaluated wrongly by dynamo
         raise ValueError(
             f"advantages has {advantages.numel()} elements; "
             f"allowed: {sequences}, one per sequence, or {tokens}, one per token"

@@ -111,9 +111,9 @@ def check_group_values(rewards: Tensor, offsets: Tensor, prior: Tensor | None, l
     """Raises at the first offset, reward or prior that is not allowed; waits for the device."""
     slack = SLACK * (high - low)
     segments.check_offset_values("offsets", offsets, rewards.numel())
-    segments.check_range("rewards", rewards, low - slack, high + slack, offsets)
+    segments.check_range("rewards", rewards, low, high, offsets, slack)
     if prior is not None:
-        segments.check_range("prior", prior, low - slack, high + slack)
+        segments.check_range("prior", prior, low, high, slack=slack)
 
 
 def readable(rewards: Tensor, backend: str) -> Tensor:
