@@ -77,8 +77,8 @@ def compare(hidden, weight, targets, bias=None, slack=0.0, **options):
         results = run(hidden, weight, targets, bias, **options)
     for result, like, truth in zip(results, same, exact, strict=True):
         assert result.dtype == like.dtype
-        # two sums of the same products in other orders: now and then the one or the other is twice as far off
-        assert_as_exact_as(result, like, truth, slack + 2 * max(FLOORS[result.dtype], error_against(like, truth)))
+        # two sums of the same products in other orders: now and then the one or the other is more than twice as far off
+        assert_as_exact_as(result, like, truth, slack + 3 * max(FLOORS[result.dtype], error_against(like, truth)))
 
 
 def test_hand_computed(backend):
