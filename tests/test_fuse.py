@@ -235,6 +235,11 @@ def test_standard_input_in_a_process_of_its_own():
     assert "prompts" in done.stderr
 
 
+def not_ignored():
+    """A process started in the background may inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("command", ["fuse", "predict"])
 def test_a_signal_leaves_what_was_there_and_no_more(command, tmp_path):
     output, bad = tmp_path / "out.jsonl", tmp_path / "out.bad.jsonl"
@@ -247,7 +252,7 @@ def test_a_signal_leaves_what_was_there_and_no_more(command, tmp_path):
         start += ["-"]
     statuses = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(start, stdin=PIPE, stdout=PIPE, stderr=PIPE, preexec_fn=not_ignored)
         process.stdin.write(b"nonsense\n" * 8192)
         process.stdin.flush()
         while process.poll() is None and not list(tmp_path.glob(".out.bad.*.part")):
