@@ -52,8 +52,8 @@ demo: $(VENV)/.v0
 	$(BIN)/v05 train --output runs/demo --resume
 
 # The CUDA kernels for the processor, over an emulation of blocks and warps.
-build/emulated/.built: $(VENV)/.tests $(NATIVE) $(EMULATOR) tests/emulator/build.py
-	$(BIN)/python tests/emulator/build.py
+build/emulated/.built: $(VENV)/.tests $(NATIVE) $(EMULATOR) tests/build_emulated.py
+	$(BIN)/python tests/build_emulated.py
 	@touch $@
 
 test: $(VENV)/.tests build/emulated/.built
@@ -128,7 +128,7 @@ sanitize: $(VENV)/.tests
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r v05 tests csrc build/sanitize
 	rm -f build/sanitize/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext -b build/sanitize -t build/sanitize/objects
-	V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python build/sanitize/tests/emulator/build.py
+	V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python build/sanitize/tests/build_emulated.py
 	cd build/sanitize && $(SANITIZED) -k "not compile and not memory" \
 	  $(addprefix tests/test_,shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py linear_logprob.py linear_policy_loss.py \
 	    query_attention.py)

@@ -2,15 +2,11 @@
 
 import ctypes
 import subprocess
-import sys
 from enum import IntEnum
-from pathlib import Path
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).with_name("emulator")
-sys.path.append(str(FOLDER))
+from build_emulated import EMULATOR, FLAGS, INCLUDE
 
 
 class Kernel(IntEnum):
@@ -20,10 +16,8 @@ class Kernel(IntEnum):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs a kernel of kernels.cu in its right or its wrong form; gives what it wrote, or the error."""
-    from build import FLAGS, INCLUDE
-
     library = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    command = ["g++", "-x", "c++", str(FOLDER / "kernels.cu"), "-shared", "-o", str(library), *FLAGS]
+    command = ["g++", "-x", "c++", str(EMULATOR / "kernels.cu"), "-shared", "-o", str(library), *FLAGS]
     subprocess.run([*command, *(f"-I{path}" for path in INCLUDE)], check=True)
     call = ctypes.CDLL(str(library)).run
     call.restype = ctypes.c_char_p

@@ -11,29 +11,15 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 import torch
+from commands import run, write
 from records import read_lines, sparse_records, v0_folder
 
-from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.fuse import FuseConfig, fuse_file
 from v05.kernels import dispatch, group_advantage
 from v05.plots.fusion import plot_fusion
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6, "id": 7, "nested": {"a": [1, None]}}
-
-
-def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def run(capsys, monkeypatch, *arguments):
-    """The exit status, standard output and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["v05", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    return stopped.value.code or 0, captured.out, captured.err
 
 
 def test_published_records_against_numpy(tmp_path):

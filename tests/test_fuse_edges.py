@@ -1,6 +1,5 @@
 """`v05 fuse` at its edges: calibrated fusion, blank lines, what JSON lacks, and outputs that cannot be written."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,29 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import run, write
 from records import read_lines
 
 import v05.cli.fuse
 import v05.cli.simulate
-from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.fuse import FuseConfig, fuse_file
 from v05.kernels import shrinkage
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6}
-
-
-def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def run(capsys, monkeypatch, *arguments):
-    """The exit status and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["v05", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return stopped.value.code or 0, capsys.readouterr().err
 
 
 def test_calibrated_fusion_is_that_of_the_whole_file(tmp_path, capsys, monkeypatch):
@@ -98,6 +84,6 @@ def test_outputs_are_refused_before_the_work(command, option, place, said, tmp_p
     monkeypatch.setattr(v05.cli.fuse, "fuse_file", worked)
     monkeypatch.setattr(v05.cli.simulate, "compare", worked)
     given = [write(tmp_path / "in.jsonl", GOOD)] if command == "fuse" else []
-    status, errors = run(capsys, monkeypatch, command, *given, option, tmp_path / place)
+    status, _, errors = run(capsys, monkeypatch, command, *given, option, tmp_path / place)
     assert status == 2
     assert said in errors

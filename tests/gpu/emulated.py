@@ -4,13 +4,10 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import sysconfig
-from pathlib import Path
 
 from v05.kernels import device, dispatch
 
 EMULATED = os.environ.get("V05_EMULATED") == "1"
-MODULE = Path(__file__).resolve().parents[2] / "build" / "emulated" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def install() -> None:
@@ -19,8 +16,10 @@ def install() -> None:
     Raises:
         FileNotFoundError: it was not built.
     """
+    from build_emulated import MODULE
+
     if not MODULE.exists():
-        raise FileNotFoundError(f"{MODULE} is missing; `python tests/emulator/build.py` builds it")
+        raise FileNotFoundError(f"{MODULE} is missing; `python tests/build_emulated.py` builds it")
     name = "v05.kernels._cuda"
     loader = importlib.machinery.ExtensionFileLoader(name, str(MODULE))
     sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))

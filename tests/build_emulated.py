@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the processor: the same sources, with the headers of include/ in place of CUDA's."""
+"""Builds csrc/cuda for the processor: the same sources, with the headers of emulator/include in place of CUDA's."""
 
 import os
 import subprocess
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pybind11
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "emulated"
 MODULE = FOLDER / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-INCLUDE = [Path(__file__).with_name("include"), ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+EMULATOR = Path(__file__).with_name("emulator")
+INCLUDE = [EMULATOR / "include", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
 # Products are fused into additions, as nvcc fuses them.
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-pthread", "-w"]
 
