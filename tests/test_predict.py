@@ -1,16 +1,15 @@
 """`v05 predict`: lines in, lines out, bad lines, measures where scores are known, and what a user sees."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run
 from records import read_lines
 from tiny_models import LettersEmbedder
 
-from v05.cli import main
 from v05.errors import BadLine, InputError
 from v05.predict import predict_file
 from v05.value.measure import auc, correlation, grouped_auc, pair_accuracy, reliability
@@ -31,15 +30,6 @@ def write(path: Path, lines: list) -> Path:
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def run(capsys, monkeypatch, *arguments):
-    """The exit status, standard output and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["v05", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    return stopped.value.code or 0, captured.out, captured.err
 
 
 def test_measures_by_hand() -> None:
