@@ -15,10 +15,11 @@ from v05.kernels.linear_logprob import parallel, reference
 from v05.kernels.linear_logprob.autocast import as_linear
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
-from v05.kernels.linear_logprob.softmax import Softmax
+from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_of
 from v05.kernels.token_logprob.op import TokenLogprob
+from v05.kernels.token_logprob.ranks import check_backend
+from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.softmax import Softmax
 
 
 def check_given(given: Inputs, ignore_index: int) -> None:
@@ -203,12 +204,12 @@ def linear_logprob(
         scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
         chosen = dispatch.backend_for("linear_logprob", hidden, backend)
         if group is not None:
-            parallel.check_backend(chosen)
+            check_backend(chosen)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
         return given, chunk_of(chunk, hidden.device.type), chosen
 
     if group is not None:
-        ranks = Ranks(group, check_values, hidden)
+        ranks = parallel.ranks_of(group, check_values, hidden)
         given, chunk, chosen = ranks.alike(described)
         return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, ranks, check_values, chosen))
     given, chunk, chosen = described()

@@ -5,21 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch
 from v05.kernels.custom import once
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Gradients, Needs
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.rules import check_logits, check_targets
-from v05.kernels.linear_logprob.softmax import Softmax
+from v05.kernels.linear_logprob.rules import check_logits
+from v05.kernels.token_logprob.ranks import Ranks
+from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.softmax import Softmax
+
+SAME = ("rows", "features", "rows that count")
 
 
-def check_backend(backend: str) -> None:
-    """Raises where the backend is the reference, which knows one process alone."""
-    if backend == "reference":
-        raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
+def ranks_of(group: dist.ProcessGroup, check_values: bool, hidden: object) -> Ranks:
+    """The ranks of one call."""
+    return Ranks(group, check_values, hidden, "hidden and targets", SAME)
 
 
 def localised(

@@ -11,19 +11,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 Made = TypeVar("Made")
-SAME = ("rows", "features", "rows that count")  # what of the inputs has to be the same on all ranks
+
+
+def check_backend(backend: str) -> None:
+    """Raises where the backend is the reference, which knows one process alone."""
+    if backend == "reference":
+        raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
 
 
 class Ranks:
     """The ranks of one call, and the error that this one has seen.
 
+    `inputs` names what is given, `first` being the first of it, and `same` what of it has to be the same on all ranks.
     `heeds` says, the same on all ranks, whether what others saw is read where they meet: on the CPU, and on a device
     where values are checked, which waits for it. Ranks meet for the numbers alone; an error goes along with those.
     """
 
-    def __init__(self, group: dist.ProcessGroup, check_values: bool, hidden: object) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, check_values: bool, first: object, inputs: str, same: tuple[str, ...]
+    ) -> None:
         self.group, self.rank = group, dist.get_rank(group)
-        self.device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        self.inputs, self.same = inputs, same
+        self.device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         self.heeds = check_values or self.device.type == "cpu"
         self.error: Exception | None = None
 
@@ -44,7 +53,7 @@ class Ranks:
         except Exception as error:
             if self.heeds:
                 self.error = error
-                self.sizes(0, *[0] * len(SAME))
+                self.sizes(0, *[0] * len(self.same))
             raise
 
     def sizes(self, columns: int, *same: int) -> Tensor:
@@ -57,9 +66,9 @@ class Ranks:
         table = torch.stack(every)
         if self.heeds:
             self._raise_if(bool(table[:, -1].any()))
-            for name, given in zip(SAME, table[:, 1:-1].t().tolist(), strict=True):
+            for name, given in zip(self.same, table[:, 1:-1].t().tolist(), strict=True):
                 if len(set(given)) > 1:
-                    raise ValueError(f"{name} of hidden and targets are {given} on the ranks; allowed: the same on all")
+                    raise ValueError(f"{name} of {self.inputs} are {given} on the ranks; allowed: the same on all")
         return table[:, 0]
 
     def largest(self, values: Tensor) -> Tensor:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
-from v05.kernels.linear_logprob.ranks import Ranks
+from v05.kernels.token_logprob.ranks import Ranks
 
 INFINITY = float("inf")
+SKIPPED, ELSEWHERE = -100, -1  # a target that is not computed, and one in another slice of the vocabulary
 SKIPPED_ROW = {"logprob": 0.0, "entropy": 0.0, "largest": -INFINITY, "log_sum": 0.0}
+
+
+class Rows(Protocol):
+    """What of a slice's rows is needed here: targets as `localised` leaves them, and by what logits are divided."""
+
+    @property
+    def targets(self) -> Tensor:
+        """`[T]`, counted from the slice's first token."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of statistics."""
+
+    def inverse_temperature(self) -> Tensor | float:
+        """1 / temperature in float64, `[T]` or one for all."""
+
+
+def localised(targets: Tensor, columns: int, ignore_index: int, start: Tensor | int = 0) -> Tensor:
+    """Targets counted from the start of a slice: `ELSEWHERE` where they are in another, `SKIPPED` where ignored."""
+    own = targets - start
+    own = torch.where((own >= 0) & (own < columns), own, ELSEWHERE)
+    return torch.where(targets == ignore_index, SKIPPED, own).contiguous()
 
 
 class Partial(NamedTuple):
@@ -38,7 +60,7 @@ class Softmax(NamedTuple):
         return torch.stack([self.largest, self.log_sum])
 
 
-def _finish(given: Inputs, gap: Tensor, entropy: Tensor, largest: Tensor, log_sum: Tensor) -> Softmax:
+def _finish(given: Rows, gap: Tensor, entropy: Tensor, largest: Tensor, log_sum: Tensor) -> Softmax:
     """The softmax from (target - base) / temperature, and the rest; what a skipped row is takes no part in it."""
     kept = given.targets != SKIPPED
     fields = {"logprob": gap - log_sum, "entropy": entropy, "largest": largest, "log_sum": log_sum}
@@ -46,7 +68,7 @@ def _finish(given: Inputs, gap: Tensor, entropy: Tensor, largest: Tensor, log_su
     return Softmax(**{name: field.to(given.wide) for name, field in filled.items()})
 
 
-def finish(given: Inputs, part: Partial, ranks: Ranks | None = None) -> Softmax:
+def finish(given: Rows, part: Partial, ranks: Ranks | None = None) -> Softmax:
     """The softmax of the whole vocabulary from what this process, or each rank of a group, knows of its slice.
 
     A group takes one all-reduce of maxima and one of sums: of shares, of entropies, of the target's gap, and of how
