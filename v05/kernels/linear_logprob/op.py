@@ -179,10 +179,10 @@ def linear_logprob(
         chunk: how many logits may exist at a time (at least one slice of one row); None for 2^25 on a CPU, 2^27
             elsewhere. The numbers do not depend on it, but for the order in which gradients are summed up.
         group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is
-            the sum over ranks, and hidden and targets are the same on all. Two small all-reduces forward, one of
-            hidden's gradient backward. Not within torch.compile. What one rank refuses all of them raise, naming the
-            rank; but on a device without `check_values`, which is not waited for, and where memory runs out, the others
-            wait until the group's timeout.
+            the sum over ranks, and hidden and targets are the same on all. One small all-gather forward, one all-reduce
+            of hidden's gradient backward. Not within torch.compile. What one rank refuses all of them raise, naming
+            the rank; but on a device without `check_values`, which is not waited for, and where memory runs out, the
+            others wait until the group's timeout.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
 

@@ -102,8 +102,8 @@ def token_logprob(
             raises; the reference backend ignores it.
         group: ranks among which the vocabulary is split, in their order, as tensor parallelism splits an output layer:
             logits are this rank's columns, V is the sum over ranks, and targets and temperature are the same on all, as
-            what is made of the outputs has to be. Two all-reduces forward, of one and of four numbers a row, none
-            backward. Not within torch.compile, nor with the reference. What one rank refuses all of them raise, as for
+            what is made of the outputs has to be. One all-gather forward, of five numbers a row, nothing backward. Not
+            within torch.compile, nor with the reference. What one rank refuses all of them raise, as for
             `linear_logprob`.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.

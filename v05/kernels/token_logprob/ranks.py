@@ -58,27 +58,26 @@ class Ranks:
 
     def sizes(self, columns: int, *same: int) -> Tensor:
         """The columns of every rank, `[ranks]`; in one meeting, the others are found to be the same on all."""
-        own = torch.full((1,), columns, device=self.device)
+        if not self.heeds:
+            return self.gather(torch.full((1,), columns, device=self.device))[:, 0]
+        table = self.gather(torch.tensor([columns, *same], device=self.device))
+        for name, given in zip(self.same, table[:, 1:].t().tolist(), strict=True):
+            if len(set(given)) > 1:
+                raise ValueError(f"{name} of {self.inputs} are {given} on the ranks; allowed: the same on all")
+        return table[:, 0]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of every rank, `[ranks, ...]`."""
+        own = values.flatten()
         if self.heeds:
-            own = torch.tensor([columns, *same, int(self.error is not None)], device=self.device)
+            own = torch.cat([own, own.new_full((1,), self.error is not None)])
         every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(every, own, self.group)
         table = torch.stack(every)
         if self.heeds:
             self._raise_if(bool(table[:, -1].any()))
-            for name, given in zip(self.same, table[:, 1:-1].t().tolist(), strict=True):
-                if len(set(given)) > 1:
-                    raise ValueError(f"{name} of {self.inputs} are {given} on the ranks; allowed: the same on all")
-        return table[:, 0]
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of each value `[T]` over the ranks."""
-        values = torch.cat([values, values.new_tensor([self.error is not None])]) if self.heeds else values.clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
-        if self.heeds:
-            self._raise_if(bool(values[-1]))
-            values = values[:-1]
-        return values
+            table = table[:, :-1]
+        return table.view(-1, *values.shape)
 
     def add(self, values: Tensor) -> None:
         """Sums values up over the ranks, in their place."""

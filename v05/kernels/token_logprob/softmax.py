@@ -71,23 +71,24 @@ def _finish(given: Rows, gap: Tensor, entropy: Tensor, largest: Tensor, log_sum:
 def finish(given: Rows, part: Partial, ranks: Ranks | None = None) -> Softmax:
     """The softmax of the whole vocabulary from what this process, or each rank of a group, knows of its slice.
 
-    A group takes one all-reduce of maxima and one of sums: of shares, of entropies, of the target's gap, and of how
-    many ranks have the target. The entropy of slices together is sum_b w_b (H_b - log w_b): no term is negative.
+    In a group every rank gets what all know, in one meeting, and works out the same. The entropy of slices together is
+    sum_b w_b (H_b - log w_b), in which no term is negative.
     """
     inverse, found = given.inverse_temperature(), given.targets >= 0
-    own = part.largest.double()
-    largest = own if ranks is None else ranks.largest(own)
-    base = torch.where(largest > -INFINITY, largest, 0)
-    gap = (part.target.double() - base) * inverse
     if ranks is None:
-        gap = torch.where(found, gap, float("nan"))
+        largest = part.largest.double()
+        base = torch.where(largest > -INFINITY, largest, 0)
+        gap = torch.where(found, (part.target.double() - base) * inverse, float("nan"))
         return _finish(given, gap, part.entropy, largest, part.log_sum)
-    share = (own - base) * inverse + part.log_sum.double()
+    every = ranks.gather(torch.stack([field.double() for field in (*part, found)]))
+    tops, log_sums, entropies, targets, found_by = every.unbind(1)  # [ranks, T] each
+    largest = tops.amax(0)
+    base = torch.where(largest > -INFINITY, largest, 0)
+    share = (tops - base) * inverse + log_sums
     size = share.exp()
-    weighted = torch.where(size > 0, size * (part.entropy.double() - torch.where(size > 0, share, 0)), 0)
-    sums = torch.stack([size, weighted, torch.where(found, gap, 0), found.to(gap.dtype)])
-    ranks.add(sums)
-    empty = largest == -INFINITY  # every logit is -inf
-    log_sum = torch.where(empty, 0, sums[0].log())
-    entropy = torch.where(empty, 0, (sums[1] / sums[0] + log_sum).clamp(min=0))
-    return _finish(given, torch.where(sums[3] > 0, sums[2], float("nan")), entropy, largest, log_sum)
+    weighted = torch.where(size > 0, size * (entropies - torch.where(size > 0, share, 0)), 0)
+    empty, total = largest == -INFINITY, size.sum(0)  # empty: every logit is -inf
+    log_sum = torch.where(empty, 0, total.log())
+    entropy = torch.where(empty, 0, (weighted.sum(0) / total + log_sum).clamp(min=0))
+    gap = torch.where(found_by > 0, (targets - base) * inverse, 0).sum(0)
+    return _finish(given, torch.where(found_by.sum(0) > 0, gap, float("nan")), entropy, largest, log_sum)
