@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -15,8 +16,10 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 FORMULAS = [str(CSRC / name) for name in ("formulas.h", "inputs.h", "calibration.h", "attention_binding.h")]
-CPU_FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-CPU_FLAGS += ["-fno-thread-jumps", "-Wall"]  # g++ threads jumps through selects, which then do not vectorise
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+CPU_FLAGS = ["-O3", "-g0", "-std=c++17", *OPENMP, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS += ["-Wall", "-fno-thread-jumps"]  # g++ threads jumps through selects, which then do not vectorise
+CPU_FLAGS += ["-Wno-ignored-optimization-argument", "-Wno-bitwise-instead-of-logical"]  # clang on that, and on & for &&
 CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -46,8 +49,7 @@ class BuildNative(build_ext):
         if not any(source.endswith(".cu") for source in ext.sources):
             super().build_extension(ext)
             return
-        nvcc = shutil.which("nvcc")
-        assert nvcc is not None
+        nvcc = shutil.which("nvcc") or "nvcc"
         archs = cuda_architectures(nvcc)
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -61,8 +63,7 @@ class BuildNative(build_ext):
             return out
 
         objects = list(self.pool.map(compiled, ext.sources))
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        (target := Path(self.get_ext_fullpath(ext.name))).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([nvcc, "-shared", "-cudart", "static", "-o", str(target), *objects], check=True)
 
 
@@ -79,17 +80,16 @@ def extensions() -> list[Extension]:
         include_dirs=include,
         depends=FORMULAS + sources("cpu", ".h"),
         extra_compile_args=CPU_FLAGS + flags,
-        extra_link_args=["-fopenmp", *flags],
+        extra_link_args=[*OPENMP, *flags],
         language="c++",
     )
     if os.environ.get("V05_BUILD_CUDA") == "0" or not shutil.which("nvcc") or not sources("cuda", ".cu"):
         print("v05: building the CPU kernels only", file=sys.stderr)
         return [cpu]
-    include_python = __import__("sysconfig").get_paths()["include"]
     cuda = Extension(
         "v05.kernels._cuda",
         ["csrc/cuda_module.cpp", *sources("cuda", ".cu")],
-        include_dirs=[*include, include_python],
+        include_dirs=[*include, sysconfig.get_paths()["include"]],
         depends=FORMULAS + sources("cuda", ".cuh", ".h"),
         language="c++",
     )

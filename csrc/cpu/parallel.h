@@ -2,7 +2,9 @@
 // how many threads there are.
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -11,10 +13,13 @@
 namespace v05::cpu {
 
 // Calls body(begin, end) over [0, items), cut into one contiguous piece per thread where `work` elements pay for
-// threads. What a body throws, such as std::bad_alloc, is thrown here again: leaving a region, it would end the
-// process.
+// threads, and the compiler has OpenMP. What a body throws, such as std::bad_alloc, is thrown here again: leaving a
+// region, it would end the process.
 template <class Body>
 void parallel_for(int64_t items, int64_t work, int64_t work_per_thread, const Body& body) {
+#ifndef _OPENMP
+  if (items > 0) body(int64_t(0), items);
+#else
   int64_t wanted = std::min<int64_t>({items, work / work_per_thread, omp_get_max_threads()});
   if (wanted <= 1 || omp_in_parallel()) {
     if (items > 0) body(int64_t(0), items);
@@ -33,6 +38,7 @@ void parallel_for(int64_t items, int64_t work, int64_t work_per_thread, const Bo
     }
   }
   if (thrown) std::rethrow_exception(thrown);
+#endif
 }
 
 }  // namespace v05::cpu

@@ -4,6 +4,8 @@
 // in them it lies and whoever computes it: its bits depend on its row, its column and the processor alone.
 #pragma once
 
+#include <utility>
+
 #include "half.h"
 #include "ops.h"
 
@@ -57,21 +59,37 @@ template <class Unit>
 constexpr int64_t kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
 
 #if V05_X86
-// Transposes 16 rows of 16 words by exchanging blocks of 8, 4, 2 and 1.
-template <int kStep>
-V05_INLINE void exchange(WordVector* rows) {
-  WordVector from_first, from_second;
-  for (unsigned j = 0; j < 16; ++j) {
-    from_first[j] = (j & kStep) ? 16 + j - kStep : j;
-    from_second[j] = (j & kStep) ? 16 + j : j + kStep;
-  }
+// Words of two rows by their places, 16 and more being the second row's.
+template <int... kPlace>
+V05_INLINE void choose(const WordVector& a, const WordVector& b, std::integer_sequence<int, kPlace...>,
+                       WordVector* out) {
+#ifdef __clang__
+  *out = __builtin_shufflevector(a, b, kPlace...);
+#else
+  *out = __builtin_shuffle(a, b, WordVector{kPlace...});
+#endif
+}
+
+template <int kStep, int... kWord>
+V05_INLINE void exchange(WordVector* rows, std::integer_sequence<int, kWord...>) {
+  using FromFirst = std::integer_sequence<int, ((kWord & kStep) ? 16 + kWord - kStep : kWord)...>;
+  using FromSecond = std::integer_sequence<int, ((kWord & kStep) ? 16 + kWord : kWord + kStep)...>;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
     if (!(i & kStep)) {
       WordVector a = rows[i], b = rows[i + kStep];
-      rows[i] = __builtin_shuffle(a, b, from_first);
-      rows[i + kStep] = __builtin_shuffle(a, b, from_second);
+      choose(a, b, FromFirst{}, rows + i);
+      choose(a, b, FromSecond{}, rows + i + kStep);
     }
+}
+
+// Transposes 16 rows of 16 words by exchanging blocks of 8, 4, 2 and 1.
+V05_INLINE void transpose(WordVector* rows) {
+  constexpr std::make_integer_sequence<int, 16> kWords{};
+  exchange<8>(rows, kWords);
+  exchange<4>(rows, kWords);
+  exchange<2>(rows, kWords);
+  exchange<1>(rows, kWords);
 }
 #endif
 
@@ -103,10 +121,7 @@ V05_INLINE void pack_strip(const T* x, int64_t row_stride, int64_t stride, int64
       for (; k + 16 <= units; k += 16) {
         WordVector block[16] = {};
         for (int64_t r = 0; r < count; ++r) __builtin_memcpy(&block[r], &lines[r][k], 64);
-        exchange<8>(block);
-        exchange<4>(block);
-        exchange<2>(block);
-        exchange<1>(block);
+        transpose(block);
         for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(out + (k + i) * width + first, &block[i], size_t(count) * 4);
       }
 #endif

@@ -7,10 +7,20 @@
 
 #define V05_INLINE inline __attribute__((always_inline))
 
+// Whether there are instruction sets to choose from; -DV05_X86=0 builds what other processors get.
+#ifndef V05_X86
 #if defined(__x86_64__) && defined(__GNUC__)
 #define V05_X86 1
 #else
 #define V05_X86 0
+#endif
+#endif
+
+// g++ prefers half as wide vectors unless told; clang has no such word in an attribute, and takes what types ask for.
+#ifdef __clang__
+#define V05_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,fma"
+#else
+#define V05_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"
 #endif
 
 namespace v05::cpu {
@@ -73,8 +83,7 @@ V05_INLINE double exp_fast(double x) { return std::exp(x); }
 // Call it per thread, inside parallel_for: a target does not reach into an OpenMP region.
 #if V05_X86
 template <class Kernel, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"),
-               noinline)) void run_avx512(Args... args) {
+__attribute__((target(V05_AVX512), noinline)) void run_avx512(Args... args) {
   Kernel::run(args...);
 }
 
