@@ -57,6 +57,26 @@ def test_states_without_attention_are_sampled_from(kind: str, tmp_path: Path) ->
     assert gap(write_model(tmp_path, kind)) < 1e-5
 
 
+def test_a_cache_of_a_kind_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(str(write_model(tmp_path, "gpt2")))
+
+    def forward(input_ids: Any, cache_params: Any = None, **rest: Any) -> None:
+        """Takes what Mamba took before transformers named it as all others do."""
+
+    monkeypatch.setattr(policy.model, "forward", forward)
+    with pytest.raises(InputError, match="keeps its context in 'cache_params'; allowed: another model"):
+        TransformersEngine(policy).generate(SUMS[:1], [1], seed=0, temperature=1.0, max_new_tokens=2)
+
+
+def test_a_tokenizer_that_wants_another_library_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanting(name: str) -> None:
+        raise ImportError("\n requires the protobuf library but it was not found in your environment.\n")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", wanting)
+    with pytest.raises(InputError, match="cannot be loaded: requires the protobuf library"):
+        load_policy(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["Cohere", "Gemma2", "Granite"])
 def test_what_is_done_to_logits_is_learnt_from_or_refused(kind: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path, kind)

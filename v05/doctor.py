@@ -32,6 +32,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "-"
+    found["torch"] = str(torch.__version__)  # names the build (+cu132), which a wheel's own name may not
     return found
 
 

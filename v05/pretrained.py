@@ -50,7 +50,7 @@ def load_policy(
         parameters = torch.float32 if train else DTYPES[dtype]
         with without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=parameters, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:  # the last: a tokenizer that wants protobuf
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
     model, missing = loaded[0], sorted(loaded[1]["missing_keys"])

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from v05.errors import InputError
 from v05.policy import Policy
 from v05.rollout.engine import Rollout, check_request
 from v05.seeds import seed_of
@@ -107,8 +108,7 @@ class TransformersEngine:
         cache = DynamicCache(config=model.config)
         layers = getattr(cache, "layers", [])
         recurrent = bool(layers) and not any(hasattr(each, "batch_select_indices") for each in layers)  # no attention
-        newer = "cache" in inspect.signature(model.forward).parameters  # transformers 5 renames the argument
-        name = "cache" if newer else "past_key_values"
+        name = _cache_argument(model)
         output = model(input_ids=inputs, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{name: cache})
         chosen = torch.repeat_interleave(torch.arange(len(prompt_ids)), torch.tensor(counts)).to(device)
         cache.reorder_cache(cast(Any, chosen))  # unlike batch_select_indices it knows states of linear attention
@@ -128,6 +128,22 @@ class TransformersEngine:
             output = model(input_ids=token, attention_mask=seen, position_ids=position, **{name: cache})
             logits, position = output.logits[:, -1], position + 1
         return torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)
+
+
+def _cache_argument(model: Any) -> str:
+    """The name under which a model takes its cache.
+
+    Raises:
+        InputError: a model that takes a cache of a kind of its own; ignoring ours, it would sample without context.
+    """
+    named = inspect.signature(model.forward).parameters
+    if "cache" in named or "past_key_values" in named:
+        return "cache" if "cache" in named else "past_key_values"  # the newest transformers 5 renames it
+    own = sorted({"cache_params", "state"} & set(named))
+    if own:
+        found = f"{type(model).__name__} of this transformers keeps its context in {own[0]!r}"
+        raise InputError(f"{found}; allowed: another model or engine, or a newer transformers")
+    return "past_key_values"
 
 
 def pieces(counts: Sequence[int], limit: int) -> Iterator[tuple[int, list[int]]]:

@@ -141,7 +141,7 @@ def shrinkage(
     if fusion == "calibrated":
         asked = (leave_one_out, advantages, check_values, backend)
         *fused, soft, graded = calibrated(rewards, offsets, prior, budget, state, state_decay, *asked)
-        return _named(fused, leave_one_out, advantages)._replace(state=soft, graded=graded)
+        return _named(fused, leave_one_out, advantages, soft, graded)
     if state is not None:
         raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
     chosen = dispatch.backend_for("shrinkage", rewards, backend)
@@ -155,11 +155,18 @@ def shrinkage(
     return _named(outputs, leave_one_out, advantages)
 
 
-def _named(outputs: Sequence[Tensor], leave_one_out: bool, advantages: bool) -> Shrinkage:
-    """A backend's outputs by name."""
+def _named(
+    outputs: Sequence[Tensor],
+    leave_one_out: bool,
+    advantages: bool,
+    state: Tensor | None = None,
+    graded: Tensor | None = None,
+) -> Shrinkage:
+    """A backend's outputs by name, all at once: torch 2.11 does not compile `_replace`."""
     floats, integers, more, rollout_baseline, advantage = outputs
     mean, deviation, weight, baseline, mse, gain = floats.unbind(0)
     count, planned = integers.unbind(0)
     rollouts = rollout_baseline if leave_one_out else None
     centred = advantage if advantages else None
-    return Shrinkage(count, mean, deviation, weight, baseline, mse, gain, more, planned, rollouts, centred)
+    tests = (more, planned, rollouts, centred, state, graded)
+    return Shrinkage(count, mean, deviation, weight, baseline, mse, gain, *tests)
