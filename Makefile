@@ -5,13 +5,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+CPU_TESTS := shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py linear_logprob.py linear_policy_loss.py query_attention.py
 EMULATOR := $(shell find tests/emulator -name '*.h' -o -name '*.cu*')
 
-.PHONY: help setup demo test test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
+.PHONY: help setup demo test test-portable test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
 
 help:
 	@echo "make demo        trains a small policy with V0.5 and draws its curves (under 10 minutes, set-up included)"
 	@echo "make test        builds the kernels and runs the tests"
+	@echo "make test-portable  builds the CPU kernels as for other processors than x86, and tests them"
 	@echo "make test-peers  compares losses and advantages with TRL and verl, in an environment of its own"
 	@echo "make test-trl    trains with TRL's GRPOTrainer on the CPU, in an environment of its own"
 	@echo "make test-verl   advantages, losses and rollouts in verl and Ray on the CPU, in an environment of its own (1.9 GB)"
@@ -61,6 +63,14 @@ test: $(VENV)/.tests build/emulated/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 	OMP_NUM_THREADS=1 V05_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not large" tests/gpu
 	OMP_NUM_THREADS=1 V05_EMULATED=1 V05_EMULATED_ARCH=80 $(BIN)/python -m pytest tests/gpu/test_gpu_policy_loss.py
+
+# What processors get for which there is no choice of instruction sets, in a copy.
+test-portable: $(VENV)/.tests
+	rm -rf build/portable && mkdir -p build/portable && cp -r v05 tests csrc build/portable
+	rm -f build/portable/v05/kernels/*.so
+	V05_BUILD_CUDA=0 V05_CXX_FLAGS="-DV05_X86=0" $(BIN)/python setup.py -q build_ext -b build/portable -t build/portable/objects
+	cd build/portable && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal -p no:cacheprovider -c ../../pyproject.toml --rootdir . \
+	  -k "not compile and not memory" $(addprefix tests/test_,$(CPU_TESTS))
 
 # TRL and verl want versions of transformers of their own.
 .venv-peers/.installed: pyproject.toml setup.py $(NATIVE)
@@ -130,9 +140,7 @@ sanitize: $(VENV)/.tests
 	rm -f build/sanitize/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext -b build/sanitize -t build/sanitize/objects
 	V05_CXX_FLAGS="$(SANITIZE)" $(BIN)/python build/sanitize/tests/build_emulated.py
-	cd build/sanitize && $(SANITIZED) -k "not compile and not memory" \
-	  $(addprefix tests/test_,shrinkage.py calibration.py advantage.py policy_loss.py token_logprob.py linear_logprob.py linear_policy_loss.py \
-	    query_attention.py)
+	cd build/sanitize && $(SANITIZED) -k "not compile and not memory" $(addprefix tests/test_,$(CPU_TESTS))
 	cd build/sanitize && V05_EMULATED=1 $(SANITIZED) -m "not large" -k "not many_tiles" --ignore tests/gpu/test_gpu_runtime.py tests/gpu
 
 # Beside TRL and verl, hence in their environment.
