@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,14 +193,6 @@ def _scalars():
 
     alone = [(loss, samples[0]) for loss, samples in _losses()]
     return [(*given, False) for given in (*alone, (by_states, data.states))] + [(*given, True) for given in alone[2:]]
-
-
-@pytest.fixture
-def group():
-    """A group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("listening", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
 from v05.kernels import linear_logprob, linear_policy_loss
 from v05.testing import error_against, ragged_tokens
@@ -154,3 +155,31 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     assert all(given == alike[0] for given in alike)
     for (what, how), text in alike[0].items():
         assert what not in SPOILT or text.startswith(SPOILT[what][1]), (what, how, text)
+
+
+def test_memory_is_where_the_inputs_are_whatever_the_default_device(group):
+    given, targets = layer()
+    hidden, weight, bias = (x.requires_grad_() for x in given)
+    with torch.device("meta"):
+        outputs = linear_logprob(hidden, weight, targets, bias=bias, group=group)
+        (outputs.logprob + outputs.entropy).sum().backward()
+    for ours, theirs in zip(outputs, linear_logprob(hidden, weight, targets, bias=bias), strict=True):
+        assert torch.equal(ours, theirs)
+    assert {x.grad.device.type for x in (hidden, weight, bias)} == {"cpu"}
+
+
+@pytest.mark.parametrize("field", ["hidden", "weight", "bias", "targets", "weights", "advantages"])
+def test_a_tensor_without_memory_of_its_own_is_named(field, group):
+    mesh = init_device_mesh("cpu", (1,))
+    (hidden, weight, bias), targets = layer()
+    given = dict(hidden=hidden, weight=weight, bias=bias, targets=targets)
+    rest = dict(old_logprobs=torch.zeros(ROWS), advantages=torch.ones(1), weights=torch.ones(ROWS))
+    rest["sequence_offsets"] = torch.tensor([0, ROWS])
+    changed = {name: distribute_tensor(x, mesh, [Replicate()]) if name == field else x for name, x in given.items()}
+    others = {name: distribute_tensor(x, mesh, [Replicate()]) if name == field else x for name, x in rest.items()}
+    message = f"^{field} is a DTensor, which has no memory of its own; allowed with a group: this rank's own part"
+    if field in given:
+        with pytest.raises(TypeError, match=message):
+            linear_logprob(**changed, group=group)
+    with pytest.raises(TypeError, match=message):
+        linear_policy_loss(**changed, **others, group=group)

@@ -202,9 +202,9 @@ def linear_logprob(
         temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
         scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
         chosen = dispatch.backend_for("linear_logprob", hidden, backend)
-        if group is not None:
-            parallel.check_backend(chosen)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+        if group is not None:
+            parallel.check_given(chosen, given)
         return given, chunk_of(chunk, hidden.device.type), chosen
 
     if group is not None:

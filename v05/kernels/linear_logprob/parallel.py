@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ from v05.kernels.linear_logprob.rules import check_logits, check_targets
 from v05.kernels.linear_logprob.softmax import Softmax
 
 
-def check_backend(backend: str) -> None:
-    """Raises where the backend is the reference, which knows one process alone."""
+def check_given(backend: str, *given: NamedTuple) -> None:
+    """Raises where the backend is the reference, which knows one process alone, or a tensor has no memory of its own,
+    as a DTensor has none: kernels run here without torch's dispatcher, which would refuse it."""
     if backend == "reference":
         raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
+    for name, values in (field for fields in given for field in fields._asdict().items()):
+        if isinstance(values, Tensor) and values.numel() and not values.data_ptr():
+            own = f"{name} is a {type(values).__name__}, which has no memory of its own"
+            raise TypeError(f"{own}; allowed with a group: this rank's own part of it, such as to_local() returns")
 
 
 def localised(

@@ -285,7 +285,7 @@ def linear_policy_loss(
         by_backend = dispatch.backend_for("linear_logprob", hidden, backend)
         work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), by_backend)
         if ranks is not None:
-            parallel.check_backend(work.backend)
+            parallel.check_given(work.backend, given, tokens)
             if ranks.heeds:
                 check_tokens(tokens, kinds)
         return given, tokens, work
