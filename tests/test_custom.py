@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, query_attention, token_logprob
@@ -181,6 +182,24 @@ def test_what_torch_func_does_not_derive_is_refused(loss, samples):
     assert torch.func.grad(lambda x: slope(x, backend="reference"))(samples[0]).any()
     along = torch.func.jvp(lambda x: loss(x, backend="reference"), (samples[0],), (samples[1],))[1]
     torch.testing.assert_close(along, (torch.func.grad(loss)(samples[0]) * samples[1]).sum(), check_dtype=False)
+
+
+@pytest.mark.parametrize(("loss", "samples"), _losses(), ids=lambda given: getattr(given, "__name__", ""))
+def test_plain_autograd_leaves_no_derivative_out(loss, samples):
+    """In forward mode, and of several gradients at once: neither is 0 without a word."""
+    message = r"loss|logprob has a first derivative in reverse mode alone; backend='reference' has more"
+    for leaf in (samples[0].clone(), samples[0].clone().requires_grad_()):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            loss(forward_ad.make_dual(leaf, samples[1]))
+    value = loss(leaf)
+    with forward_ad.dual_level():
+        assert loss(samples[0]) == value
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(value, leaf, forward_ad.make_dual(torch.ones(()), torch.ones(())), retain_graph=True)
+        along = forward_ad.unpack_dual(loss(forward_ad.make_dual(samples[0], samples[1]), backend="reference")).tangent
+    torch.testing.assert_close(along, (torch.autograd.grad(value, leaf)[0] * samples[1]).sum(), check_dtype=False)
+    with pytest.raises(RuntimeError, match=r"(loss|logprob) is given several gradients at once"):
+        torch.autograd.grad(loss(leaf), leaf, torch.ones(2), is_grads_batched=True)
 
 
 def _scalars():
