@@ -65,6 +65,12 @@ def everything(given, targets, **options):
     return found
 
 
+def drawn(rank, given, targets, **options):
+    """Losses without tokens drawn at random, where every rank draws others."""
+    torch.manual_seed(rank)
+    return torch.stack([loss(given, targets, surrogate="clip_cov", **options)[0] for _ in range(8)])
+
+
 def refused(given, targets, **options):
     """The messages of bad input, which every rank must give, so that none is left waiting."""
     messages = []
@@ -128,7 +134,8 @@ def work(rank, world, store, folder):
     alike = refused_alike(rank, own, targets, group=dist.group.WORLD)
     again = everything(own, targets, group=dist.group.WORLD)
     assert all(torch.equal(*pair) for name in again for pair in zip(results[0][name], again[name], strict=True))
-    torch.save((*results, alike), f"{folder}/{rank}.pt")
+    selected = drawn(rank, own, targets, group=dist.group.WORLD)
+    torch.save((*results, alike, selected), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -137,7 +144,9 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     multiprocessing.spawn(work, (world, tmp_path / "store", tmp_path), nprocs=world)
     given, targets = layer()
     alone = everything(given, targets)
-    results, messages, alike = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True)
+    results, messages, alike, selected = zip(
+        *(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True
+    )
     for name, expected in alone.items():
         for index, value in enumerate(expected):
             parts = [result[name][index] for result in results]
@@ -147,6 +156,9 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
             else:
                 joined = torch.cat(parts)
             assert error_against(joined, value) < 4e-6, (name, index)
+    assert all(torch.equal(losses, selected[0]) for losses in selected)
+    torch.testing.assert_close(selected[0], drawn(0, given, targets))
+    assert len(selected[0].unique()) > 1
     first, second, third = messages[0]
     assert first == f"targets[7] is {COLUMNS}; allowed: 0 to {COLUMNS - 1}, or ignore_index -100"
     assert second.startswith("targets[7] is -1")

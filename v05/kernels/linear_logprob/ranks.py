@@ -75,6 +75,12 @@ class Ranks:
         """Sums values up over the ranks, in their place."""
         dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
 
+    def firsts(self, chosen: Tensor) -> Tensor:
+        """What the first rank has chosen, `[T]` bool: others may have drawn something else."""
+        same = chosen.to(torch.uint8)
+        dist.broadcast(same, dist.get_global_rank(self.group, 0), self.group)
+        return same.bool()
+
     def _raise_if(self, seen: bool) -> None:
         """Raises on all ranks, which know alike that one has seen an error, and name it."""
         if not seen:
