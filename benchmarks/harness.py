@@ -37,7 +37,10 @@ GRAPHED = 2**31  # bytes up to which a case is captured: a graph keeps the memor
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: `run` returns the tensors it computed, or is None where `why_missing` says why."""
+    """Something to time: `run` returns the tensors it computed, or is None where `why_missing` says why.
+
+    A rival that computes less returns the first of ours.
+    """
 
     name: str
     run: Run | None
@@ -152,9 +155,9 @@ def of_backends(make: Callable[[str], Run], device: torch.device) -> list[Conten
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest |actual - expected| / max(1, |expected|) over all tensors; infinite where one alone is NaN."""
+    """The largest |actual - expected| / max(1, |expected|) over actual's tensors; infinite where one alone is NaN."""
     worst = 0.0
-    for a, b in zip(actual, expected, strict=True):
+    for a, b in zip(actual, expected[: len(actual)], strict=True):
         parts = (values.detach().flatten().split(2**26) for values in (a, b))  # in float64 the whole may not fit
         for x, y in zip(*parts, strict=True):
             if x.numel():

@@ -53,4 +53,5 @@ def test_a_rival_whose_numbers_are_not_ours_did_other_work():
     ours, theirs = torch.tensor([1.0, -math.inf, 4.0]), torch.tensor([1.0, -math.inf, 5.0])
     assert difference([ours], [ours]) == 0
     assert difference([theirs], [ours]) == 0.25
+    assert difference([theirs], [ours, ours]) == 0.25  # a rival without the second output
     assert difference([torch.tensor([1.0, -math.inf, math.nan])], [ours]) == math.inf

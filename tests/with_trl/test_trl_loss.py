@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from tiny import VOCABULARY, WIDTH, make_trainer, write_policy
+from tiny_trl import VOCABULARY, WIDTH, make_trainer, write_policy
 from trl import GRPOTrainer
 
 pytestmark = pytest.mark.trl

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_trainer, write_policy
+from tiny_trl import make_trainer, write_policy
 
 pytestmark = pytest.mark.trl
 SAVING = dict(save_strategy="steps", save_steps=1)

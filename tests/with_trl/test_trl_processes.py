@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import write_policy
+from tiny_trl import write_policy
 
 pytestmark = pytest.mark.trl
 SCRIPT = Path(__file__).with_name("two_processes.py")

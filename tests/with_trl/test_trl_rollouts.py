@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import PROMPTS, make_trainer, starts_early, write_policy
+from tiny_trl import PROMPTS, make_trainer, starts_early, write_policy
 
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards

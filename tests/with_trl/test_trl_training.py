@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import make_trainer, starts_early, write_policy
+from tiny_trl import make_trainer, starts_early, write_policy
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from v05.integrations.trl import V05Config, V05Trainer

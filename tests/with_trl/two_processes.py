@@ -5,7 +5,7 @@ import os
 import sys
 
 from safetensors.torch import save_file
-from tiny import make_trainer
+from tiny_trl import make_trainer
 
 FAILS = ("a", "c")  # prompts that begin so always fail
 

@@ -28,7 +28,8 @@ class V05Config(GRPOConfig):
         prior_gives: what the prior predicts: a `reward` in `reward_range`, or the `probability` of its upper end.
         k_max: rollouts that a prompt may grow to; `num_generations` or less keeps every group at that size.
         cost: of one rollout, in units of the largest variance a reward in that range can have.
-        extra_rounds: how often extra rollouts are planned and generated before a batch is learnt from.
+        extra_rounds: how often extra rollouts are planned and generated before a batch is learnt from. Weights reach
+            vLLM once a batch; with `vllm_enable_sleep_mode` TRL sends them for every round again.
         max_extra_rollouts: extra rollouts in one generation batch, over all processes; None for as many as it starts
             with, so that a batch at most doubles.
         loss_backend: `policy_loss` (v05's kernel on TRL's log-probs), `linear_policy_loss` (v05's fused head, logits

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from v05.kernels import _cpu, segments
 from v05.kernels.linear_logprob import passes
-from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
-from v05.kernels.linear_logprob.softmax import Partial, Softmax
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.token_logprob import cpu as token_logprob
+from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax
 
 SLICE = 4096  # columns of logits that one product makes: fixed, so that a row's sums are always cut the same way
 

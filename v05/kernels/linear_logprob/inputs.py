@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
-
-SKIPPED, ELSEWHERE = -100, -1  # a target that is not computed, and one in another slice of the vocabulary
+from v05.kernels.token_logprob.softmax import SKIPPED, localised
 
 
 class Inputs(NamedTuple):
@@ -37,13 +36,11 @@ class Inputs(NamedTuple):
         bias = None if self.bias is None else self.bias.detach()
         return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
-    def localised(self, ignore_index: int, start: Tensor | None = None) -> Inputs:
+    def localised(self, ignore_index: int, start: Tensor | int = 0) -> Inputs:
         """The same with targets counted from the start of this slice, `SKIPPED` where ignored."""
-        own = self.targets if start is None else self.targets - start
-        own = torch.where((own >= 0) & (own < self.columns), own, ELSEWHERE)
         temperatures = None if self.temperatures is None else self.temperatures.to(torch.float64).contiguous()
-        skipped = self.targets == ignore_index
-        return self._replace(targets=torch.where(skipped, SKIPPED, own).contiguous(), temperatures=temperatures)
+        targets = localised(self.targets, self.columns, ignore_index, start)
+        return self._replace(targets=targets, temperatures=temperatures)
 
     def without_skipped(self) -> tuple[Inputs, Tensor | None]:
         """The rows that count and where they were, on the CPU; on a device all rows, with 0 for skipped hidden states.
@@ -65,8 +62,7 @@ class Inputs(NamedTuple):
 
     def slice_of(self, first: int, last: int) -> Inputs:
         """The same for a slice of the vocabulary, from first up to last."""
-        inside = (self.targets >= first) & (self.targets < last)
-        targets = torch.where(inside, self.targets - first, torch.where(self.targets == SKIPPED, SKIPPED, ELSEWHERE))
+        targets = localised(self.targets, last - first, SKIPPED, first)
         bias = None if self.bias is None else self.bias[first:last]
         return self._replace(weight=self.weight[first:last], bias=bias, targets=targets)
 

@@ -15,10 +15,11 @@ from v05.kernels.linear_logprob import parallel, reference
 from v05.kernels.linear_logprob.autocast import as_linear
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
-from v05.kernels.linear_logprob.softmax import Softmax
+from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_of
 from v05.kernels.token_logprob.op import TokenLogprob
+from v05.kernels.token_logprob.ranks import check_split
+from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.softmax import Softmax
 
 
 def check_given(given: Inputs, ignore_index: int) -> None:
@@ -178,10 +179,10 @@ def linear_logprob(
         chunk: how many logits may exist at a time (at least one slice of one row); None for 2^25 on a CPU, 2^27
             elsewhere. The numbers do not depend on it, but for the order in which gradients are summed up.
         group: ranks among which the vocabulary is split, in their order: weight and bias are this rank's rows, V is
-            the sum over ranks, and hidden and targets are the same on all. Two small all-reduces forward, one of
-            hidden's gradient backward. Not within torch.compile. What one rank refuses all of them raise, naming the
-            rank; but on a device without `check_values`, which is not waited for, and where memory runs out, the others
-            wait until the group's timeout.
+            the sum over ranks, and hidden and targets are the same on all. One small all-gather forward, one all-reduce
+            of hidden's gradient backward. Not within torch.compile. What one rank refuses all of them raise, naming
+            the rank; but on a device without `check_values`, which is not waited for, and where memory runs out, the
+            others wait until the group's timeout.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"` or `"triton"`.
 
@@ -204,11 +205,11 @@ def linear_logprob(
         chosen = dispatch.backend_for("linear_logprob", hidden, backend)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
         if group is not None:
-            parallel.check_given(chosen, given)
+            check_split(chosen, given)
         return given, chunk_of(chunk, hidden.device.type), chosen
 
     if group is not None:
-        ranks = Ranks(group, check_values, hidden)
+        ranks = parallel.ranks_of(group, check_values, hidden)
         given, chunk, chosen = ranks.alike(described)
         return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, ranks, check_values, chosen))
     given, chunk, chosen = described()

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch
 from v05.kernels.custom import once
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Gradients, Needs
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.rules import check_logits, check_targets
-from v05.kernels.linear_logprob.softmax import Softmax
+from v05.kernels.linear_logprob.rules import check_logits
+from v05.kernels.token_logprob.ranks import Ranks
+from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.softmax import Softmax
+
+SAME = ("rows", "features", "rows that count")
 
 
-def check_given(backend: str, *given: NamedTuple) -> None:
-    """Raises where the backend is the reference, which knows one process alone, or a tensor has no memory of its own,
-    as a DTensor has none: kernels run here without torch's dispatcher, which would refuse it."""
-    if backend == "reference":
-        raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
-    for name, values in (field for fields in given for field in fields._asdict().items()):
-        if isinstance(values, Tensor) and values.numel() and not values.data_ptr():
-            own = f"{name} is a {type(values).__name__}, which has no memory of its own"
-            raise TypeError(f"{own}; allowed with a group: this rank's own part of it, such as to_local() returns")
+def ranks_of(group: dist.ProcessGroup, check_values: bool, hidden: object) -> Ranks:
+    """The ranks of one call."""
+    return Ranks(group, check_values, hidden, "hidden and targets", SAME)
 
 
 def localised(

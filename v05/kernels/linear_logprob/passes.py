@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
-from v05.kernels.linear_logprob.ranks import Ranks
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.rules import check_logits
-from v05.kernels.linear_logprob.softmax import SKIPPED_ROW, Partial, Softmax, finish
+from v05.kernels.token_logprob.ranks import Ranks
+from v05.kernels.token_logprob.softmax import SKIPPED, SKIPPED_ROW, Partial, Softmax, finish
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
 BACKWARD_COLUMNS = 1024  # at least at a time

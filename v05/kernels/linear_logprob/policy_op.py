@@ -17,11 +17,12 @@ from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import empty_gradients
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.policy_pass import Result, Work, check_tokens
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.rules import check_logits, check_shapes, check_targets, chunk_of
+from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_of
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import PolicyLoss, scaled_at_once
+from v05.kernels.token_logprob.ranks import Ranks, check_split
+from v05.kernels.token_logprob.rules import check_targets
 
 ROWS_SCALED = 4096  # of a gradient at a time
 NAMES = (*options.METRICS, "entropy_sum")
@@ -286,12 +287,12 @@ def linear_policy_loss(
         by_backend = dispatch.backend_for("linear_logprob", hidden, backend)
         work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), by_backend)
         if ranks is not None:
-            parallel.check_given(work.backend, given, tokens)
+            check_split(work.backend, given, tokens)
             if ranks.heeds:
                 check_tokens(tokens, kinds)
         return given, tokens, work
 
-    ranks = None if group is None else Ranks(group, check_values, hidden)
+    ranks = None if group is None else parallel.ranks_of(group, check_values, hidden)
     given, tokens, work = described() if ranks is None else ranks.alike(described)
     if work.kinds.surrogate in options.BY_COVARIANCE and covariance_selected is None:
         tokens = tokens._replace(selected=_selected(given, tokens, surrogate, work, ranks))

@@ -12,12 +12,12 @@ from v05.kernels import dispatch, segments
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.op import linear_logprob
 from v05.kernels.linear_logprob.passes import Gradients, Needs, returned, spread
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.softmax import Softmax
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.op import loss_of
 from v05.kernels.policy_loss.options import Kinds, Numbers, whole_sequences
 from v05.kernels.token_logprob.op import TokenLogprob
+from v05.kernels.token_logprob.ranks import Ranks
+from v05.kernels.token_logprob.softmax import Softmax
 
 MASKED = -(2**62)  # as a target: of a token of weight 0, whose own target counts for nothing
 

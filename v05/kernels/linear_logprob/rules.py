@@ -7,7 +7,7 @@ from torch import Tensor
 
 from v05.kernels import segments
 from v05.kernels.linear_logprob.inputs import Inputs
-from v05.kernels.token_logprob.rules import bad_rows, check_rows, row_error
+from v05.kernels.token_logprob.rules import check_rows
 
 CPU_CHUNK, DEVICE_CHUNK = 2**25, 2**27  # logits that exist at a time
 ROWS_CHECKED, COLUMNS_CHECKED = 64, 4096  # at a time, where bad logits are looked for
@@ -49,13 +49,6 @@ def check_shapes(
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}; allowed: {hidden.device}, where hidden is")
     check_rows(targets, temperature, hidden, "hidden is")
-
-
-def check_targets(targets: Tensor, temperatures: Tensor | None, columns: int, kept: Tensor, but: str = "") -> None:
-    """Raises at the first row that counts and has a bad target or temperature; waits for the device."""
-    where = bad_rows(targets, temperatures, columns, kept).nonzero()
-    if where.numel():
-        raise row_error(int(where[0]), targets, temperatures, columns, but)
 
 
 def check_logits(given: Inputs, kept: Tensor) -> None:

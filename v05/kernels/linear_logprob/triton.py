@@ -18,17 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from v05.kernels.device import interpreting, on_device_of
 from v05.kernels.linear_logprob import passes
-from v05.kernels.linear_logprob.inputs import SKIPPED, Inputs
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
-from v05.kernels.linear_logprob.ranks import Ranks
-from v05.kernels.linear_logprob.softmax import Partial, Softmax, finish
 from v05.kernels.linear_logprob.tiles import HOPPER, SPLIT, Tile, architecture_of, hopper_tile_of, tile_for
 from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
 from v05.kernels.linear_logprob.triton_hopper import sums_kernel
 from v05.kernels.linear_logprob.triton_hopper_gradient import hopper_gradient_kernel
 from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
 from v05.kernels.token_logprob import triton as token_logprob
+from v05.kernels.token_logprob.ranks import Ranks
 from v05.kernels.token_logprob.rules import rows_of
+from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax, finish
 
 ROWS_ADDED = 8192  # of a product that is added in a step of its own
 ROWS_SUMMED = 32768  # at a time: what slices leave of more would take memory, and they keep a GPU busy

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op
-from v05.kernels.token_logprob import reference
+from v05.kernels.token_logprob import parallel, reference
 from v05.kernels.token_logprob.backward import backward, backward_into
+from v05.kernels.token_logprob.ranks import check_split
 from v05.kernels.token_logprob.rules import check_shapes
 from v05.kernels.token_logprob.rules import check_values as check_logit_values
 
@@ -83,6 +85,7 @@ def token_logprob(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    group: dist.ProcessGroup | None = None,
     check_values: bool = False,
     backend: str | None = None,
 ) -> TokenLogprob:
@@ -97,6 +100,11 @@ def token_logprob(
         inplace_backward: write the gradient over the logits, where they are contiguous, which saves their size in
             memory: for logits that nothing reads any more. A second backward, or one of another op that kept them,
             raises; the reference backend ignores it.
+        group: ranks among which the vocabulary is split, in their order, as tensor parallelism splits an output layer:
+            logits are this rank's columns, V is the sum over ranks, and targets and temperature are the same on all, as
+            what is made of the outputs has to be. One all-gather forward, of five numbers a row, nothing backward. Not
+            within torch.compile, nor with the reference. What one rank refuses all of them raise, as for
+            `linear_logprob`.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -111,10 +119,23 @@ def token_logprob(
     Source: the gradient is dz_j = [g_l (1[j = y] - p_j) - g_H p_j (log p_j + H)] / temperature; the sums are gathered
     online (Milakov and Gimelshein, arXiv 1805.02867).
     """
-    check_shapes(logits, targets, temperature)
-    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    chosen = dispatch.backend_for("token_logprob", logits, backend)
+
+    def described() -> tuple[parallel.Rows, str]:
+        check_shapes(logits, targets, temperature)
+        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        chosen = dispatch.backend_for("token_logprob", logits, backend)
+        given = parallel.Rows(logits, targets, temperatures, scalar)
+        if group is not None:
+            check_split(chosen, given)
+        return given, chosen
+
+    if group is not None:
+        ranks = parallel.ranks_of(group, check_values, logits)
+        given, chosen = ranks.alike(described)
+        rest = (ignore_index, inplace_backward, ranks, check_values, chosen)
+        return TokenLogprob(*parallel.token_logprob(given, *rest))
+    (_, _, temperatures, scalar), chosen = described()
     if check_values or (chosen == "reference" and logits.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_logit_values(logits.detach(), targets, temperatures, ignore_index)
     if chosen == "reference":

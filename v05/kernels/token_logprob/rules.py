@@ -67,6 +67,13 @@ def row_error(row: int, targets: Tensor, temperatures: Tensor | None, columns: i
     return temperature_error(f"temperature[{row}]", float(temperatures[row]))
 
 
+def check_targets(targets: Tensor, temperatures: Tensor | None, columns: int, kept: Tensor, but: str = "") -> None:
+    """Raises at the first row that counts and has a bad target or temperature; waits for the device."""
+    where = bad_rows(targets, temperatures, columns, kept).nonzero()
+    if where.numel():
+        raise row_error(int(where[0]), targets, temperatures, columns, but)
+
+
 def check_values(logits: Tensor, targets: Tensor, temperatures: Tensor | None, ignore_index: int) -> None:
     """Raises at the first row that is not ignored and has a bad target, temperature or logit; waits for the device."""
     columns = logits.shape[1]

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Made = TypeVar("Made")
-SAME = ("rows", "features", "rows that count")  # what of the inputs has to be the same on all ranks
+
+
+def check_split(backend: str, *given: NamedTuple) -> None:
+    """Raises where the backend is the reference, which knows one process alone, or a tensor has no memory of its own,
+    as a DTensor has none: kernels run here without torch's dispatcher, which would refuse it."""
+    if backend == "reference":
+        raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
+    for name, values in (field for fields in given for field in fields._asdict().items()):
+        if isinstance(values, Tensor) and values.numel() and not values.data_ptr():
+            own = f"{name} is a {type(values).__name__}, which has no memory of its own"
+            raise TypeError(f"{own}; allowed with a group: this rank's own part of it, such as to_local() returns")
 
 
 class Ranks:
     """The ranks of one call, and the error that this one has seen.
 
+    `inputs` names what is given, `first` being the first of it, and `same` what of it has to be the same on all ranks.
     `heeds` says, the same on all ranks, whether what others saw is read where they meet: on the CPU, and on a device
     where values are checked, which waits for it. Ranks meet for the numbers alone; an error goes along with those.
     """
 
-    def __init__(self, group: dist.ProcessGroup, check_values: bool, hidden: object) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, check_values: bool, first: object, inputs: str, same: tuple[str, ...]
+    ) -> None:
         self.group, self.rank = group, dist.get_rank(group)
-        self.device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        self.inputs, self.same = inputs, same
+        self.device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         self.heeds = check_values or self.device.type == "cpu"
         self.error: Exception | None = None
 
@@ -44,32 +58,31 @@ class Ranks:
         except Exception as error:
             if self.heeds:
                 self.error = error
-                self.sizes(0, *[0] * len(SAME))
+                self.sizes(0, *[0] * len(self.same))
             raise
 
     def sizes(self, columns: int, *same: int) -> Tensor:
         """The columns of every rank, `[ranks]`; in one meeting, the others are found to be the same on all."""
-        own = torch.full((1,), columns, device=self.device)
+        if not self.heeds:
+            return self.gather(torch.full((1,), columns, device=self.device))[:, 0]
+        table = self.gather(torch.tensor([columns, *same], device=self.device))
+        for name, given in zip(self.same, table[:, 1:].t().tolist(), strict=True):
+            if len(set(given)) > 1:
+                raise ValueError(f"{name} of {self.inputs} are {given} on the ranks; allowed: the same on all")
+        return table[:, 0]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of every rank, `[ranks, ...]`."""
+        own = values.flatten()
         if self.heeds:
-            own = torch.tensor([columns, *same, int(self.error is not None)], device=self.device)
+            own = torch.cat([own, own.new_full((1,), self.error is not None)])
         every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(every, own, self.group)
         table = torch.stack(every)
         if self.heeds:
             self._raise_if(bool(table[:, -1].any()))
-            for name, given in zip(SAME, table[:, 1:-1].t().tolist(), strict=True):
-                if len(set(given)) > 1:
-                    raise ValueError(f"{name} of hidden and targets are {given} on the ranks; allowed: the same on all")
-        return table[:, 0]
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of each value `[T]` over the ranks."""
-        values = torch.cat([values, values.new_tensor([self.error is not None])]) if self.heeds else values.clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
-        if self.heeds:
-            self._raise_if(bool(values[-1]))
-            values = values[:-1]
-        return values
+            table = table[:, :-1]
+        return table.view(-1, *values.shape)
 
     def add(self, values: Tensor) -> None:
         """Sums values up over the ranks, in their place."""

@@ -14,13 +14,13 @@ LETTERS = [chr(97 + i) for i in range(VOCABULARY - 2)]
 PROMPTS = [f"{a} {b} c" for a in "abcd" for b in "ef"]
 
 
-def write_policy(folder: str) -> str:
+def write_policy(folder: str, width: int = 16, heads: int = 2) -> str:
     """Write a random Qwen3 of one layer and its tokenizer of one token a letter; return the folder."""
     words = ["<pad>", "<eos>", *LETTERS]
     make_tokenizer(words, spaced=True, unk_token="<pad>", padding_side="left").save_pretrained(folder)
     torch.manual_seed(0)
     settings = dict(num_hidden_layers=1, pad_token_id=0, eos_token_id=1, initializer_range=0.4)
-    config = qwen3_config(VOCABULARY, 16, tie_word_embeddings=False, **settings)
+    config = qwen3_config(VOCABULARY, width, heads=heads, tie_word_embeddings=False, **settings)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
 
