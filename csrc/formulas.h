@@ -53,10 +53,11 @@ struct Fusion {
   int64_t planned;
 };
 
-// G(k) = s d^2 / ((k d + s) ((k + 1) d + s)): how much one more rollout lowers the estimated error.
+// G(k) / s = q^2 / ((k q + 1) ((k + 1) q + 1)), where q = d / s: how much one more rollout lowers the estimated error,
+// in units of s, since the square of s itself may be beyond a float.
 template <class T>
-V05_FN T lookahead_gain(T deviation, T k, T s) {
-  return s * deviation * deviation / ((k * deviation + s) * ((k + T(1)) * deviation + s));
+V05_FN T lookahead_gain(T q, T k) {
+  return q * q / ((k * q + T(1)) * ((k + T(1)) * q + T(1)));
 }
 
 // The first guess of how many rollouts there will be, from count to k_max: a large k_max fits into no floating type.
@@ -67,19 +68,19 @@ V05_FN int64_t first_guess(T about, int64_t count, int64_t k_max) {
 
 // G(k) > cost * s, without a division.
 template <class T>
-V05_FN bool worth_one_more(T deviation, T k, T s, T cost) {
-  return deviation * deviation > cost * ((k * deviation + s) * ((k + T(1)) * deviation + s));
+V05_FN bool worth_one_more(T q, T k, T cost) {
+  return q * q > cost * ((k * q + T(1)) * ((k + T(1)) * q + T(1)));
 }
 
-// The first k from count to k_max at which one more rollout is not worth its cost. With u = k + s / d the gain is
+// The first k from count to k_max at which one more rollout is not worth its cost. With u = k + 1 / q the gain is
 // s / (u (u + 1)), so that u (u + 1) = 1 / cost says about where; the rule itself decides, a step up or down.
 template <class T>
-V05_FN int64_t first_not_worth(T deviation, int64_t count, T s, const Budget<T>& budget) {
-  if (!worth_one_more(deviation, T(count), s, budget.cost) || count >= budget.k_max) return count;
-  T about = (std::sqrt(T(1) + T(4) / budget.cost) - T(1)) * T(0.5) - s / deviation;
+V05_FN int64_t first_not_worth(T q, int64_t count, const Budget<T>& budget) {
+  if (!worth_one_more(q, T(count), budget.cost) || count >= budget.k_max) return count;
+  T about = (std::sqrt(T(1) + T(4) / budget.cost) - T(1)) * T(0.5) - T(1) / q;
   int64_t k = first_guess(about, count, budget.k_max);
-  while (k < budget.k_max && worth_one_more(deviation, T(k), s, budget.cost)) ++k;
-  while (k > count && !worth_one_more(deviation, T(k - 1), s, budget.cost)) --k;
+  while (k < budget.k_max && worth_one_more(q, T(k), budget.cost)) ++k;
+  while (k > count && !worth_one_more(q, T(k - 1), budget.cost)) --k;
   return k;
 }
 
@@ -104,8 +105,8 @@ V05_FN Fusion<T> fuse(T mean, int64_t count, T prior, const Budget<T>& budget) {
   if (count == 0) return {T(0), T(0), prior, T(0), T(0), budget.k_init};
   T s = budget.variance(), k = T(count);
   T d = squared_deviation(mean, k, prior, s);
-  T mse = d * s / (k * d + s), gain = lookahead_gain(d, k, s);
-  int64_t planned = count < budget.k_init ? budget.k_init : first_not_worth(d, count, s, budget);
+  T q = d / s, mse = d / (k * q + T(1)), gain = s * lookahead_gain(q, k);
+  int64_t planned = count < budget.k_init ? budget.k_init : first_not_worth(q, count, budget);
   return {d, d / (d + s / k), fused_baseline(mean, k, prior, s), mse, gain, planned};
 }
 

@@ -17,7 +17,7 @@ def check_plans(backend, dtype):
             result = shrinkage(*data, cost=cost, k_init=k_init, k_max=k_max, backend=backend)
             planned = result.count.clone()
             for _ in range(k_max):
-                gain = lookahead_gain(result.deviation, planned.to(dtype), 1.0)
+                gain = lookahead_gain(result.deviation, planned.to(dtype))  # in a range of variance 1
                 planned += ((planned < k_max) & (gain > cost)).long()
             planned = torch.where(result.count < k_init, k_init, planned)
             if backend == "cpu" and dtype == torch.float32:
@@ -39,3 +39,20 @@ def check_the_largest_k_max(backend, fusion, dtype):
     assert shrinkage(*surprise, **options).planned.item() == LARGEST
     with pytest.raises(ValueError, match=r"k_max is 2147483648; allowed: 2147483647 or less"):
         shrinkage(*surprise, **options | dict(k_max=LARGEST + 1))
+
+
+def check_any_range(backend, device, dtype):
+    """Plans, trust and errors in units of the range are those of (0, 1), however narrow or wide it is."""
+    drawn = ragged_groups(200, 0, 9, seed=5, values=(0.0, 1.0), dtype=dtype)
+    data = RaggedGroups(*(values.to(device) for values in drawn))
+    options = dict(cost=1 / 256, k_max=64, leave_one_out=True, backend=backend)
+    unit = shrinkage(*data, reward_range=(0, 1), **options)
+    for width in (2.0**-49, 2.0**-40, 2.0**-23, 2.0**24, 2.0**40, 2.0**49):
+        rewards, prior = data.rewards * width, data.prior * width
+        result = shrinkage(rewards, data.offsets, prior, reward_range=(0, width), **options)
+        assert torch.equal(result.planned, unit.planned), width
+        assert torch.equal(result.weight, unit.weight), width
+        for name in ("baseline", "rollout_baseline"):
+            assert torch.equal(getattr(result, name) / width, getattr(unit, name)), (name, width)
+        for name in ("deviation", "mse", "gain"):
+            assert torch.equal(getattr(result, name) / width**2, getattr(unit, name)), (name, width)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, query_attention, token_logprob
@@ -184,6 +184,24 @@ def test_what_torch_func_does_not_derive_is_refused(loss, samples):
     torch.testing.assert_close(along, (torch.func.grad(loss)(samples[0]) * samples[1]).sum(), check_dtype=False)
 
 
+@pytest.mark.parametrize(("loss", "samples"), _losses(), ids=lambda given: getattr(given, "__name__", ""))
+def test_plain_autograd_leaves_no_derivative_out(loss, samples):
+    """In forward mode, and of several gradients at once: neither is 0 without a word."""
+    message = r"loss|logprob has a first derivative in reverse mode alone; backend='reference' has more"
+    for leaf in (samples[0].clone(), samples[0].clone().requires_grad_()):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            loss(forward_ad.make_dual(leaf, samples[1]))
+    value = loss(leaf)
+    with forward_ad.dual_level():
+        assert loss(samples[0]) == value
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(value, leaf, forward_ad.make_dual(torch.ones(()), torch.ones(())), retain_graph=True)
+        along = forward_ad.unpack_dual(loss(forward_ad.make_dual(samples[0], samples[1]), backend="reference")).tangent
+    torch.testing.assert_close(along, (torch.autograd.grad(value, leaf)[0] * samples[1]).sum(), check_dtype=False)
+    with pytest.raises(RuntimeError, match=r"(loss|logprob) is given several gradients at once"):
+        torch.autograd.grad(loss(leaf), leaf, torch.ones(2), is_grads_batched=True)
+
+
 def _scalars():
     """A scalar of every op that derives, and of what is split among ranks, by a leaf."""
     data = ragged_states([3, 4], count=2, size=5)
@@ -194,14 +212,6 @@ def _scalars():
 
     alone = [(loss, samples[0]) for loss, samples in _losses()]
     return [(*given, False) for given in (*alone, (by_states, data.states))] + [(*given, True) for given in alone[2:]]
-
-
-@pytest.fixture
-def group():
-    """A group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("listening", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
 from v05.kernels import linear_logprob, linear_policy_loss
 from v05.testing import error_against, ragged_tokens
@@ -62,6 +63,12 @@ def everything(given, targets, **options):
     found = {"logprob": logprobs(given, targets, **options)}
     found |= {level: loss(given, targets, level, **options) for level in ("token", "sequence")}
     return found
+
+
+def drawn(rank, given, targets, **options):
+    """Losses without tokens drawn at random, where every rank draws others."""
+    torch.manual_seed(rank)
+    return torch.stack([loss(given, targets, surrogate="clip_cov", **options)[0] for _ in range(8)])
 
 
 def refused(given, targets, **options):
@@ -127,7 +134,8 @@ def work(rank, world, store, folder):
     alike = refused_alike(rank, own, targets, group=dist.group.WORLD)
     again = everything(own, targets, group=dist.group.WORLD)
     assert all(torch.equal(*pair) for name in again for pair in zip(results[0][name], again[name], strict=True))
-    torch.save((*results, alike), f"{folder}/{rank}.pt")
+    selected = drawn(rank, own, targets, group=dist.group.WORLD)
+    torch.save((*results, alike, selected), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -136,7 +144,9 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     multiprocessing.spawn(work, (world, tmp_path / "store", tmp_path), nprocs=world)
     given, targets = layer()
     alone = everything(given, targets)
-    results, messages, alike = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True)
+    results, messages, alike, selected = zip(
+        *(torch.load(tmp_path / f"{rank}.pt") for rank in range(world)), strict=True
+    )
     for name, expected in alone.items():
         for index, value in enumerate(expected):
             parts = [result[name][index] for result in results]
@@ -146,6 +156,9 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
             else:
                 joined = torch.cat(parts)
             assert error_against(joined, value) < 4e-6, (name, index)
+    assert all(torch.equal(losses, selected[0]) for losses in selected)
+    torch.testing.assert_close(selected[0], drawn(0, given, targets))
+    assert len(selected[0].unique()) > 1
     first, second, third = messages[0]
     assert first == f"targets[7] is {COLUMNS}; allowed: 0 to {COLUMNS - 1}, or ignore_index -100"
     assert second.startswith("targets[7] is -1")
@@ -154,3 +167,31 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     assert all(given == alike[0] for given in alike)
     for (what, how), text in alike[0].items():
         assert what not in SPOILT or text.startswith(SPOILT[what][1]), (what, how, text)
+
+
+def test_memory_is_where_the_inputs_are_whatever_the_default_device(group):
+    given, targets = layer()
+    hidden, weight, bias = (x.requires_grad_() for x in given)
+    with torch.device("meta"):
+        outputs = linear_logprob(hidden, weight, targets, bias=bias, group=group)
+        (outputs.logprob + outputs.entropy).sum().backward()
+    for ours, theirs in zip(outputs, linear_logprob(hidden, weight, targets, bias=bias), strict=True):
+        assert torch.equal(ours, theirs)
+    assert {x.grad.device.type for x in (hidden, weight, bias)} == {"cpu"}
+
+
+@pytest.mark.parametrize("field", ["hidden", "weight", "bias", "targets", "weights", "advantages"])
+def test_a_tensor_without_memory_of_its_own_is_named(field, group):
+    mesh = init_device_mesh("cpu", (1,))
+    (hidden, weight, bias), targets = layer()
+    given = dict(hidden=hidden, weight=weight, bias=bias, targets=targets)
+    rest = dict(old_logprobs=torch.zeros(ROWS), advantages=torch.ones(1), weights=torch.ones(ROWS))
+    rest["sequence_offsets"] = torch.tensor([0, ROWS])
+    changed = {name: distribute_tensor(x, mesh, [Replicate()]) if name == field else x for name, x in given.items()}
+    others = {name: distribute_tensor(x, mesh, [Replicate()]) if name == field else x for name, x in rest.items()}
+    message = f"^{field} is a DTensor, which has no memory of its own; allowed with a group: this rank's own part"
+    if field in given:
+        with pytest.raises(TypeError, match=message):
+            linear_logprob(**changed, group=group)
+    with pytest.raises(TypeError, match=message):
+        linear_policy_loss(**changed, **others, group=group)

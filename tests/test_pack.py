@@ -37,6 +37,16 @@ def test_nothing_to_weigh(aggregation: str) -> None:
     assert token_weights(aggregation, offsets, divisor=normalizer(aggregation, offsets, max_length=8)).shape == (0,)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_are_float32_whatever_the_default(aggregation: str) -> None:
+    expected = token_weights(aggregation, OFFSETS, divisor=3.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(token_weights(aggregation, OFFSETS, divisor=3.0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_bad_requests_are_named() -> None:
     with pytest.raises(ValueError, match="'median'; allowed: token-mean"):
         normalizer("median", OFFSETS, max_length=8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import check_plans, check_the_largest_k_max
+from plans import check_any_range, check_plans, check_the_largest_k_max
 from rounded_ends import check_rounded_ends
 
 from v05.kernels import group_advantage, shrinkage
@@ -147,6 +147,11 @@ def test_cost_means_the_same_in_every_reward_range(backend):
     torch.testing.assert_close(signed.mse, unit.mse * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_range_of_any_width(backend, dtype):
+    check_any_range(backend, "cpu", dtype)
+
+
 def test_empty_and_unfinished_groups(backend):
     offsets = torch.tensor([0, 0, 2, 2])
     result = shrinkage(torch.tensor([-1.0, -1.0]), offsets, torch.tensor([0.5, 0.9, -0.25]), k_init=6, backend=backend)
@@ -257,6 +262,8 @@ def test_against_numpy_written_from_the_paper():
         (dict(cost=-1), "cost is -1"),
         (dict(cost=math.nan), "cost is nan"),
         (dict(reward_range=(1, 1)), "reward_range"),
+        (dict(reward_range=(0, 1e-30)), r"is \(0.0, 1e-30\); allowed: ends that are 1e-15 to 1e\+15 apart"),
+        (dict(reward_range=(-1e300, 1e300)), "allowed: ends that are 1e-15 to"),
         (dict(fusion="magic"), "fusion is 'magic'; allowed: 'v05'"),
         (dict(backend="tpu"), "backend is 'tpu'"),
     ],

@@ -143,3 +143,11 @@ def test_ranks_together_know_what_one_process_knows(world, tmp_path):
     for logprob, gradient in differences:
         assert logprob < 2e-6
         assert gradient < 2e-6
+
+
+@pytest.mark.parametrize("field", ["logits", "targets"])
+def test_a_tensor_without_memory_of_its_own_is_named(field, group):
+    given = dict(logits=torch.zeros(3, 5), targets=torch.zeros(3, dtype=torch.int64))
+    given[field] = DTensor.from_local(given[field], init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(TypeError, match=f"^{field} is a DTensor, which has no memory of its own; allowed with a group"):
+        token_logprob(**given, group=group)

@@ -18,6 +18,7 @@ from common import (
     scaled,
     widened,
 )
+from plans import check_any_range
 from spoilt_groups import check_spoilt_groups
 
 from v05.kernels import group_advantage, shrinkage
@@ -117,6 +118,11 @@ def test_groups_with_a_value_that_is_not_finite_are_left_out(backend, dtype, gra
     if DRY_RUN and backend != "triton":
         pytest.skip("values are always checked on the CPU")
     check_spoilt_groups(backend, DEVICE, graded, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_range_of_any_width(backend, dtype):
+    check_any_range(backend, DEVICE, dtype)
 
 
 def test_calibrated_fusion_of_nothing(backend):

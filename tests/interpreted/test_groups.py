@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plans import check_plans, check_the_largest_k_max
+from plans import check_any_range, check_plans, check_the_largest_k_max
 from rounded_ends import check_rounded_ends
 from spoilt_groups import check_spoilt_groups
 
@@ -76,6 +76,11 @@ def test_the_largest_k_max_there_is(fusion, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_plan_is_made_as_if_step_by_step(dtype):
     check_plans("triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_range_of_any_width(dtype):
+    check_any_range("triton", "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF)

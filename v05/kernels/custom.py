@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 # What an argument, or an element of a list, may be where nothing but autograd needs to see the call.
@@ -22,6 +23,7 @@ def _unknown() -> bool:
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", _unknown)
 transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
+_several: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
 _tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _unknown)
 
 
@@ -38,6 +40,22 @@ def _unheard(arguments: tuple[Any, ...]) -> bool:
 
 def _no_more(name: str, *_: Any) -> NoReturn:
     raise RuntimeError(f"{name} has a first derivative in reverse mode alone; backend='reference' has more")
+
+
+def _check_still(name: str, values: Sequence[Any]) -> None:
+    """Raises where a value has a tangent, which a kernel would leave out; free of charge outside of a dual level."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if any(forward_ad.unpack_dual(value).tangent is not None for value in tensors):
+        _no_more(name)
+
+
+def _check_one(name: str, gradients: Sequence[Tensor | None]) -> None:
+    """Raises where gradients are several at once, by which no kernel can go through memory."""
+    if any(gradient is not None and _several(gradient) for gradient in gradients):
+        batched = "several gradients at once (is_grads_batched or vectorize)"
+        raise RuntimeError(f"{name} is given {batched}; allowed: one, or vmap of what torch.func.vjp returns")
 
 
 def _alive(values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -126,7 +144,7 @@ class CustomOp:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """Registers the first derivative, as `register_autograd` of a torch custom op does; see `once`."""
-        name = self._overload._opname
+        self._name = name = self._overload._opname
         first = once(name)(backward)
         self._definition.register_autograd(first, setup_context=setup_context)
 
@@ -140,6 +158,8 @@ class CustomOp:
             return output
 
         def flat_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            _check_still(name, gradients)
+            _check_one(name, gradients)
             made = (first if torch.is_grad_enabled() else backward)(ctx, *gradients)
             return (*made[:-1], *made[-1]) if self._listed else made
 
@@ -178,6 +198,8 @@ class CustomOp:
             return self._overload(*arguments)
         if self._transformed is not None and transforms():
             return self._transformed(*self._flat(arguments))
+        if self._transformed is not None:
+            _check_still(self._name, self._flat(arguments))
         if not _unheard(arguments):
             return self._overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):

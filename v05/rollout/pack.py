@@ -59,7 +59,7 @@ def token_weights(aggregation: str, sequence_offsets: Tensor, *, divisor: float)
     total = int(sequence_offsets[-1])
     check_offsets("sequence_offsets", sequence_offsets, total)
     if aggregation != "seq-mean-token-mean":
-        return torch.full((total,), 1.0 / divisor, device=sequence_offsets.device)
+        return torch.full((total,), 1.0 / divisor, dtype=torch.float32, device=sequence_offsets.device)
     lengths = sequence_offsets.diff()
     return torch.repeat_interleave(1.0 / (lengths.clamp(min=1).double() * divisor), lengths).float()
 

@@ -76,7 +76,8 @@ def group_advantage(
         eps: added to a std, and the floor of the implied variance.
         lengths: `[N]` tokens of each rollout, finite and 0 or above; where given, the statistics of the batch are taken
             over tokens.
-        reward_range: the smallest and the largest reward possible; for half rewards, both as their dtype rounds them.
+        reward_range: the smallest and the largest reward possible, 1e-15 to 1e15 apart; for half rewards, both as their
+            dtype rounds them.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 

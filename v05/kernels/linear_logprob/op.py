@@ -17,7 +17,7 @@ from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_of
 from v05.kernels.token_logprob.op import TokenLogprob
-from v05.kernels.token_logprob.ranks import check_backend
+from v05.kernels.token_logprob.ranks import check_split
 from v05.kernels.token_logprob.rules import check_targets
 from v05.kernels.token_logprob.softmax import Softmax
 
@@ -203,9 +203,9 @@ def linear_logprob(
         temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
         scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
         chosen = dispatch.backend_for("linear_logprob", hidden, backend)
-        if group is not None:
-            check_backend(chosen)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
+        if group is not None:
+            check_split(chosen, given)
         return given, chunk_of(chunk, hidden.device.type), chosen
 
     if group is not None:

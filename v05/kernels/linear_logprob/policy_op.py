@@ -21,7 +21,7 @@ from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_o
 from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import PolicyLoss, scaled_at_once
-from v05.kernels.token_logprob.ranks import Ranks, check_backend
+from v05.kernels.token_logprob.ranks import Ranks, check_split
 from v05.kernels.token_logprob.rules import check_targets
 
 ROWS_SCALED = 4096  # of a gradient at a time
@@ -145,15 +145,14 @@ class _Parallel(torch.autograd.Function):
         return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss, ctx.backend))
 
 
-def _selected(
-    given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, group: dist.ProcessGroup | None
-) -> Tensor:
-    """Tokens selected by covariance, from a pass for the log-probs alone."""
-    if group is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+def _selected(given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, ranks: Ranks | None) -> Tensor:
+    """Tokens selected by covariance, the same on all ranks, from a pass for the log-probs alone."""
+    if ranks is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         _check(given, tokens, work.kinds, given.columns)
+    group = None if ranks is None else ranks.group
     with torch.no_grad():
         logprob, _ = policy_pass.logprobs(given, tokens, work, group, False)
-    return select_by_covariance(
+    selected = select_by_covariance(
         logprob,
         *tokens[1:4],
         sequence_offsets=tokens.offsets,
@@ -161,6 +160,7 @@ def _selected(
         clip_low=work.numbers.clip_low,
         clip_high=work.numbers.clip_high,
     )
+    return selected if ranks is None else ranks.firsts(selected)
 
 
 def _run(
@@ -236,8 +236,9 @@ def linear_policy_loss(
     gradient, so there log-probs come first and the logits are made twice; so it is for bfloat16 on a CPU and, with more
     tokens than twice the features, on sm_90; and for float16, whose gradients wait for that of the loss, since a loss
     scale has to reach them before they are rounded. A selection by covariance that is not given takes a pass of its
-    own. Where logits exist once, the gradient of a bfloat16 weight is summed up in a float32
-    copy of it, or made of a bfloat16 gradient of all logits where that is no larger. Under autocast, as there.
+    own, and with a group is the first rank's. Where logits exist once, the gradient of a bfloat16 weight is summed up
+    in a float32 copy of it, or made of a bfloat16 gradient of all logits where that is no larger. Under autocast, as
+    there.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of
@@ -286,7 +287,7 @@ def linear_policy_loss(
         by_backend = dispatch.backend_for("linear_logprob", hidden, backend)
         work = Work(kinds, by, float(entropy_coef), needs, chunk_of(chunk, hidden.device.type), by_backend)
         if ranks is not None:
-            check_backend(work.backend)
+            check_split(work.backend, given, tokens)
             if ranks.heeds:
                 check_tokens(tokens, kinds)
         return given, tokens, work
@@ -294,6 +295,6 @@ def linear_policy_loss(
     ranks = None if group is None else parallel.ranks_of(group, check_values, hidden)
     given, tokens, work = described() if ranks is None else ranks.alike(described)
     if work.kinds.surrogate in options.BY_COVARIANCE and covariance_selected is None:
-        tokens = tokens._replace(selected=_selected(given, tokens, surrogate, work, group))
+        tokens = tokens._replace(selected=_selected(given, tokens, surrogate, work, ranks))
     loss, metrics = _run(given, tokens, work, ranks, check_values)
     return PolicyLoss(loss, dict(zip(NAMES, metrics.unbind(0), strict=True)))

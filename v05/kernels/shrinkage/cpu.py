@@ -35,7 +35,7 @@ def shrinkage(
     groups = offsets.numel() - 1
     floats = rewards.new_empty(6, groups)
     integers = offsets.new_empty(2, groups)
-    more = torch.empty(groups, dtype=torch.bool)
+    more = offsets.new_empty(groups, dtype=torch.bool)
     rollout_baseline = rewards.new_empty(rewards.numel() if leave_one_out else 0)
     advantage = rewards.new_empty(rewards.numel() if advantages else 0)
     _cpu.shrinkage(

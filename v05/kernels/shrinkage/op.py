@@ -106,7 +106,8 @@ def shrinkage(
         rewards: `[N]` floating, in `reward_range`; statistics come back in float32, or float64 for float64.
         offsets: `[G+1]` int64, ascending from 0 to N; group g is `rewards[offsets[g]:offsets[g+1]]`, may be empty.
         prior: `[G]` floating, the expected reward of each prompt, in `reward_range`.
-        reward_range: the smallest and the largest reward possible; for half rewards, both as their dtype rounds them.
+        reward_range: the smallest and the largest reward possible, 1e-15 to 1e15 apart; for half rewards, both as their
+            dtype rounds them.
         cost: of one rollout, in units of the largest variance a reward in that range can have.
         k_init: rollouts a group needs before its first test; a smaller group plans exactly these.
         k_max: rollouts a group gets at most, below 2^31.

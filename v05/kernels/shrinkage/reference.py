@@ -15,9 +15,9 @@ def squared_deviation(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> Tenso
     return ((mean - prior).square() - s / k).clamp(min=0)
 
 
-def lookahead_gain(d: Tensor, k: Tensor, s: float) -> Tensor:
-    """G(k) = s d^2 / ((k d + s) ((k + 1) d + s)), with d held."""
-    return s * d.square() / ((k * d + s) * ((k + 1) * d + s))
+def lookahead_gain(q: Tensor, k: Tensor) -> Tensor:
+    """G(k) / s = q^2 / ((k q + 1) ((k + 1) q + 1)), with q = d / s held: s^2 itself may be beyond float32."""
+    return q.square() / ((k * q + 1) * ((k + 1) * q + 1))
 
 
 def fuse(mean: Tensor, k: Tensor, prior: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,10 +61,11 @@ def shrinkage(
     k = count.to(rewards.dtype)
     mean = torch.where(count > 0, first + shifted / k.clamp(min=1), prior)
     d, w, baseline = fuse(mean, k, prior, s)
-    mse = d * s / (k * d + s)
-    gain = lookahead_gain(d, k, s)
-    about = root(torch.ones_like(d) / budget.cost) - s / d
-    planned = planned_rollouts(about, lambda k: lookahead_gain(d, k, s) > budget.cost * s, count, budget)
+    q = d / s
+    mse = d / (k * q + 1)
+    gain = s * lookahead_gain(q, k)
+    about = root(torch.ones_like(q) / budget.cost) - 1 / q
+    planned = planned_rollouts(about, lambda k: lookahead_gain(q, k) > budget.cost, count, budget)
     rollout_baseline = rewards.new_empty(0)
     if leave_one_out:
         others = (k - 1)[ids]

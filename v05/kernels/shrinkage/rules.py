@@ -12,6 +12,7 @@ from v05.kernels import segments
 
 Some = TypeVar("Some", Tensor, Tensor | None)
 SLACK = 1e-6  # of the reward range: how far rounding may push a reward or a prior outside it
+NARROWEST, WIDEST = 1e-15, 1e15  # a reward range, whose square float32 has to hold
 LARGEST = 2**31 - 1  # k_max: the square of far larger counts, which the test needs, is infinite in float32
 PLAN_SLACK = 2  # rollouts: how far rounding may push a plan
 
@@ -39,11 +40,14 @@ def make_budget(reward_range: tuple[float, float], cost: float, k_init: int, k_m
     """Builds a checked `Budget`.
 
     Raises:
-        ValueError: an empty or infinite range, a negative cost, or not 1 <= k_init <= k_max <= `LARGEST`.
+        ValueError: an empty or infinite range, or one whose variance float32 does not hold; a negative cost, or not
+            1 <= k_init <= k_max <= `LARGEST`.
     """
     low, high = float(reward_range[0]), float(reward_range[1])
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"reward_range is ({low}, {high}); allowed: two finite numbers, the first below the second")
+    if not NARROWEST <= high - low <= WIDEST:
+        raise ValueError(f"reward_range is ({low}, {high}); allowed: ends that are {NARROWEST:g} to {WIDEST:g} apart")
     if not 0 <= cost < math.inf:
         raise ValueError(f"cost is {cost}; allowed: a finite number, 0 or above")
     if not 1 <= k_init <= k_max:

@@ -32,9 +32,9 @@ def fused_baseline(mean, k, prior, s):
 
 
 @triton.jit
-def lookahead_gain(d, k, s):
-    """G(k) = s d^2 / ((k d + s) ((k + 1) d + s))."""
-    return s * d * d / ((k * d + s) * ((k + 1) * d + s))
+def lookahead_gain(q, k):
+    """G(k) / s = q^2 / ((k q + 1) ((k + 1) q + 1)), where q = d / s: s^2 itself may be beyond float32."""
+    return q * q / ((k * q + 1) * ((k + 1) * q + 1))
 
 
 @triton.jit
@@ -106,24 +106,25 @@ def shrinkage_kernel(
     o_group, m_group, begin, end, first = load_groups(rewards, offsets, groups, acc, BLOCK_G)
     value = tl.load(prior + o_group, mask=m_group, other=0).to(acc)
     s = scalar((high - low) * (high - low) * 0.25, acc)
-    limit = scalar(cost, acc) * s
+    price = scalar(cost, acc)
     count = end - begin
     k = count.to(acc)
     total = shifted_sum(rewards, begin, end, first, acc, BLOCK_G, BLOCK_K)
     mean = tl.where(count > 0, first + total / tl.maximum(k, 1), value)
     d, baseline = fused_baseline(mean, k, value, s)
-    about = root(1 / scalar(cost, acc)) - s / d
-    planned = tl.where(lookahead_gain(d, k, s) > limit, first_guess(about, count, k_max), count)
+    q = d / s
+    about = root(1 / price) - 1 / q
+    planned = tl.where(lookahead_gain(q, k) > price, first_guess(about, count, k_max), count)
     for _step in range(0, 2 * PLAN_SLACK):
-        gain = lookahead_gain(d, planned.to(acc), s)
-        planned += ((planned < k_max) & (gain > limit)).to(tl.int64)
+        gain = lookahead_gain(q, planned.to(acc))
+        planned += ((planned < k_max) & (gain > price)).to(tl.int64)
     planned = tl.where(count < k_init, k_init, planned)
     tl.store(floats + o_group, mean, mask=m_group)
     tl.store(floats + groups + o_group, d, mask=m_group)
     tl.store(floats + 2 * groups + o_group, d / (d + s / tl.maximum(k, 1)), mask=m_group)
     tl.store(floats + 3 * groups + o_group, baseline, mask=m_group)
-    tl.store(floats + 4 * groups + o_group, d * s / (k * d + s), mask=m_group)
-    tl.store(floats + 5 * groups + o_group, lookahead_gain(d, k, s), mask=m_group)
+    tl.store(floats + 4 * groups + o_group, d / (k * q + 1), mask=m_group)
+    tl.store(floats + 5 * groups + o_group, s * lookahead_gain(q, k), mask=m_group)
     tl.store(integers + o_group, count, mask=m_group)
     tl.store(integers + groups + o_group, planned, mask=m_group)
     tl.store(more + o_group, planned > count, mask=m_group)

@@ -17,8 +17,7 @@ def unchecked(
     if temperatures is not None:
         temperatures = temperatures.to(torch.float64).contiguous()
     dtype, (rows, columns) = segments.working_dtype(logits), logits.shape
-    logprob, entropy = torch.empty(rows, dtype=dtype), torch.empty(rows, dtype=dtype)
-    statistics = torch.empty(2, rows, dtype=dtype)
+    logprob, entropy, statistics = (logits.new_empty(size, dtype=dtype) for size in (rows, rows, (2, rows)))
     bad = _cpu.token_logprob(
         segments.DTYPES.index(logits.dtype),
         logits.data_ptr(),
@@ -67,7 +66,7 @@ def token_logprob_backward(
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     rows, columns = logits.shape
     if grad_logits is None:
-        grad_logits = torch.empty(rows, columns, dtype=logits.dtype)
+        grad_logits = logits.new_empty(rows, columns)
     _cpu.token_logprob_backward(
         segments.DTYPES.index(logits.dtype),
         logits.data_ptr(),

@@ -12,7 +12,7 @@ from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op
 from v05.kernels.token_logprob import parallel, reference
 from v05.kernels.token_logprob.backward import backward, backward_into
-from v05.kernels.token_logprob.ranks import check_backend
+from v05.kernels.token_logprob.ranks import check_split
 from v05.kernels.token_logprob.rules import check_shapes
 from v05.kernels.token_logprob.rules import check_values as check_logit_values
 
@@ -125,9 +125,10 @@ def token_logprob(
         temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
         scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
         chosen = dispatch.backend_for("token_logprob", logits, backend)
+        given = parallel.Rows(logits, targets, temperatures, scalar)
         if group is not None:
-            check_backend(chosen)
-        return parallel.Rows(logits, targets, temperatures, scalar), chosen
+            check_split(chosen, given)
+        return given, chosen
 
     if group is not None:
         ranks = parallel.ranks_of(group, check_values, logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,15 @@ from torch import Tensor
 Made = TypeVar("Made")
 
 
-def check_backend(backend: str) -> None:
-    """Raises where the backend is the reference, which knows one process alone."""
+def check_split(backend: str, *given: NamedTuple) -> None:
+    """Raises where the backend is the reference, which knows one process alone, or a tensor has no memory of its own,
+    as a DTensor has none: kernels run here without torch's dispatcher, which would refuse it."""
     if backend == "reference":
         raise ValueError("group is given and backend is 'reference'; allowed: no group, or another backend")
+    for name, values in (field for fields in given for field in fields._asdict().items()):
+        if isinstance(values, Tensor) and values.numel() and not values.data_ptr():
+            own = f"{name} is a {type(values).__name__}, which has no memory of its own"
+            raise TypeError(f"{own}; allowed with a group: this rank's own part of it, such as to_local() returns")
 
 
 class Ranks:
@@ -82,6 +87,12 @@ class Ranks:
     def add(self, values: Tensor) -> None:
         """Sums values up over the ranks, in their place."""
         dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
+
+    def firsts(self, chosen: Tensor) -> Tensor:
+        """What the first rank has chosen, `[T]` bool: others may have drawn something else."""
+        same = chosen.to(torch.uint8)
+        dist.broadcast(same, dist.get_global_rank(self.group, 0), self.group)
+        return same.bool()
 
     def _raise_if(self, seen: bool) -> None:
         """Raises on all ranks, which know alike that one has seen an error, and name it."""
