@@ -113,18 +113,18 @@ def shrinkage_kernel(
     mean = tl.where(count > 0, first + total / tl.maximum(k, 1), value)
     d, baseline = fused_baseline(mean, k, value, s)
     q = d / s
-    about = root(1 / price) - 1 / q
-    planned = tl.where(lookahead_gain(q, k) > price, first_guess(about, count, k_max), count)
-    for _step in range(0, 2 * PLAN_SLACK):
-        gain = lookahead_gain(q, planned.to(acc))
-        planned += ((planned < k_max) & (gain > price)).to(tl.int64)
-    planned = tl.where(count < k_init, k_init, planned)
     tl.store(floats + o_group, mean, mask=m_group)
     tl.store(floats + groups + o_group, d, mask=m_group)
     tl.store(floats + 2 * groups + o_group, d / (d + s / tl.maximum(k, 1)), mask=m_group)
     tl.store(floats + 3 * groups + o_group, baseline, mask=m_group)
     tl.store(floats + 4 * groups + o_group, d / (k * q + 1), mask=m_group)
-    tl.store(floats + 5 * groups + o_group, s * lookahead_gain(q, k), mask=m_group)
+    gain = lookahead_gain(q, k)
+    tl.store(floats + 5 * groups + o_group, s * gain, mask=m_group)
+    planned = tl.where(gain > price, first_guess(root(1 / price) - 1 / q, count, k_max), count)
+    for _step in range(0, 2 * PLAN_SLACK):
+        gain = lookahead_gain(q, planned.to(acc))
+        planned += ((planned < k_max) & (gain > price)).to(tl.int64)
+    planned = tl.where(count < k_init, k_init, planned)
     tl.store(integers + o_group, count, mask=m_group)
     tl.store(integers + groups + o_group, planned, mask=m_group)
     tl.store(more + o_group, planned > count, mask=m_group)
