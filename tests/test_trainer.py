@@ -14,7 +14,7 @@ from v05.config import TrainConfig
 from v05.counters import Counters
 from v05.errors import InputError
 from v05.policy import make_policy
-from v05.rollout.engine import Unanswered
+from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import AGGREGATIONS, pack
 from v05.rollout.sample import Sample, first_rollouts
@@ -80,6 +80,20 @@ def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
     if algorithm != "dapo":
         assert [line["kept"] for line in lines] == [64, 64, 32]
     assert all(torch.isfinite(parameter).all() for parameter in trainer.policy.model.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["spo", "grpo:4", "v05:4-4"])
+def test_groups_of_one_size_are_sampled_at_once(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, counts = make_trainer(algorithm=algorithm), list[int]()
+    generate = trainer.engine.generate
+
+    def counting(prompts: list[str], wanted: list[int], **limits: object) -> list[list[Rollout]]:
+        counts.append(sum(wanted))
+        return generate(prompts, wanted, **limits)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.engine, "generate", counting)
+    trainer.update()
+    assert counts == [64]
 
 
 def test_v05_grows_groups_that_contradict_the_prior_and_no_others() -> None:
@@ -175,7 +189,7 @@ def test_dapo_stops_while_it_looks_for_groups_that_differ() -> None:
     with pytest.raises(Stopped):
         stopped.update()
     assert len(rounds) == 2
-    assert stopped.counters == Counters()
+    assert stopped.counters == Counters(expected_extra=0.0)
     stopped.stopped = lambda: False
     assert stopped.update() == plain.update()
 

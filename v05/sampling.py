@@ -136,8 +136,7 @@ class StreamSampler:
 
 def prompts_of(rollouts: int, algorithm: Algorithm) -> int:
     """Return the prompts of an update: where groups may grow a third of its rollouts is kept back for that."""
-    grows = algorithm.k_max > algorithm.k_init
-    return max(1, round(rollouts / (algorithm.k_init * (1.5 if grows else 1))))
+    return max(1, round(rollouts / (algorithm.k_init * (1.5 if algorithm.grows else 1))))
 
 
 def make_rule(
@@ -149,7 +148,7 @@ def make_rule(
         return allocation(mean, reward_range, smallest=2 if mean >= 2 else 1)
     if name == "reinforce-ada":
         return ReinforceAda(algorithm.k_init, max(algorithm.k_init, algorithm.k_max), reward_range)
-    if name == "fixed" or algorithm.k_max == algorithm.k_init:
+    if name == "fixed" or not algorithm.grows:
         return Fixed(algorithm.k_init if name == "look-ahead" else max(1, int(mean)), reward_range)
     cost = config.cost if algorithm.cost is None else algorithm.cost
     return LookAhead(algorithm.k_init, algorithm.k_max, cost, algorithm.fusion, reward_range)

@@ -87,7 +87,7 @@ class Trainer:
             parts = (self.algorithm, task, cast(StreamingEngine, engine), self.grader, prior)
             self.sampler = StreamSampler(config, stream, *parts, lambda prompt: policy.encode([prompt])[0])
         self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
-        self.counters = Counters()
+        self.counters = Counters() if self.algorithm.grows else Counters(expected_extra=0.0)
         self.pushed: int | None = None  # updates behind the weights that the engine has
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
@@ -222,7 +222,7 @@ class Trainer:
 
     def _planned_more(self, sample: Sample, budget: int) -> list[int]:
         """Return the rollouts that each group gets now, at most `budget` in all; the largest gains come first."""
-        if self.algorithm.k_max == self.algorithm.k_init or not sample.prompts:
+        if not self.algorithm.grows or not sample.prompts:
             return [0] * len(sample.prompts)
         test = self._test(sample.groups, sample.prior)
         wanted = torch.where(test.roll_out_more, test.planned - test.count, 0)
@@ -243,12 +243,12 @@ class Trainer:
         counters.kept += sample.kept
         counters.dropped += sample.dropped
         counters.conflicts += first_conflicts
-        if self.algorithm.k_max > self.algorithm.k_init and sample.prompts:
-            test = self._test(sample.groups, sample.prior)
-            extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
-            counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
-        if self.algorithm.fusion == "calibrated" and sample.prompts:
-            self.mixture = self._test(sample.groups, sample.prior).state
+        if self.prior is None or not sample.prompts:
+            return
+        test = self._test(sample.groups, sample.prior)
+        extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
+        counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
+        self.mixture = test.state
 
     def _metrics(
         self,
