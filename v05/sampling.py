@@ -123,15 +123,15 @@ class StreamSampler:
         middle = sum(self.task.reward_range) / 2
         return prompts, torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
 
-    def state(self) -> dict[str, Any]:
-        """Return what is in flight, as JSON can hold it."""
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what is in flight, see `Scheduler.state`."""
         return self.scheduler.state()
 
-    def load_state(self, state: Mapping[str, Any], mixture: Tensor | None) -> None:
+    def load_state(self, state: Mapping[str, Any], tokens: Mapping[str, Tensor], mixture: Tensor | None) -> None:
         """Go on from a state, with the mixture of calibrated fusion."""
         if isinstance(self.rule, LookAhead):
             self.rule.state = mixture
-        self.scheduler.load_state(state)
+        self.scheduler.load_state(state, tokens)
 
 
 def prompts_of(rollouts: int, algorithm: Algorithm) -> int:

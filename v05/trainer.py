@@ -284,8 +284,8 @@ class Trainer:
             "prior": {} if self.prior is None else self.prior.state_dict(),
             "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
-        in_flight = {} if self.sampler is None else {"in_flight": self.sampler.state()}
-        return tensors, asdict(self.counters) | in_flight
+        in_flight, tokens = ({}, {}) if self.sampler is None else self.sampler.state()
+        return {**tensors, "in_flight": tokens}, {**asdict(self.counters), "in_flight": in_flight}
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Go on from a state that `state` returned."""
@@ -297,4 +297,4 @@ class Trainer:
         self.pushed = None
         self._push()
         if self.sampler is not None:
-            self.sampler.load_state(counters["in_flight"], self.mixture)
+            self.sampler.load_state(counters["in_flight"], tensors["in_flight"], self.mixture)
