@@ -99,6 +99,7 @@ class RewardPool:
         self._broken, self._closed = "", False
         self._changed = threading.Condition()
         self._wake_reader, self._wake = multiprocessing.Pipe(duplex=False)
+        self._woken = False  # a message is in that pipe: a second one would say no more, and many would fill it
         self._thread: threading.Thread | None = None
 
     def submit(self, prompt: str, completion: str, record: Mapping[str, Any]) -> int:
@@ -117,8 +118,14 @@ class RewardPool:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="v05-rewards", daemon=True)
                 self._thread.start()
-        self._wake.send_bytes(b".")
+            self._wake_up()
         return ticket
+
+    def _wake_up(self) -> None:
+        """Have the thread look at what has changed; whoever calls this holds the lock."""
+        if not self._woken:
+            self._woken = True
+            self._wake.send_bytes(b".")
 
     def done(self, ticket: int) -> bool:
         """Return whether `collect` would return this verdict without waiting."""
@@ -137,21 +144,26 @@ class RewardPool:
             for ticket in tickets:
                 if ticket not in self._answers and ticket not in self._verdicts:
                     raise KeyError(ticket)
-            self._changed.wait_for(
-                lambda: self._broken or self._closed or all(ticket in self._verdicts for ticket in tickets)
-            )
+            waiting = list(tickets)
+            self._changed.wait_for(lambda: self._broken or self._closed or self._judged(waiting))
             if self._broken:
                 raise PoolBroken(f"no reward worker can be started: {self._broken}")
             if self._closed:
                 raise RuntimeError("the reward pool is closed")
             return [self._verdicts.pop(ticket) for ticket in tickets]
 
+    def _judged(self, waiting: list[int]) -> bool:
+        """Take tickets with a verdict off the end of a list, to look at each once, and return whether none is left."""
+        while waiting and waiting[-1] in self._verdicts:
+            waiting.pop()
+        return not waiting
+
     def close(self) -> None:
         """Stop all processes; calling it twice is allowed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._wake.send_bytes(b".")
+            self._wake_up()
         if self._thread is not None:
             self._thread.join()
 
@@ -176,7 +188,9 @@ class RewardPool:
                 places: list[Any] = [self._wake_reader, *(worker.connection for worker in self._workers)]
                 ready = wait(places, None if due == float("inf") else max(0.0, due - time.monotonic()))
                 if self._wake_reader in ready:
-                    self._wake_reader.recv_bytes()
+                    with self._changed:
+                        self._wake_reader.recv_bytes()
+                        self._woken = False
                 for worker in [worker for worker in self._workers if worker.connection in ready]:
                     self._take_in(worker)
                 for worker in [worker for worker in self._workers if worker.due <= time.monotonic()]:
