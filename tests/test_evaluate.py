@@ -4,6 +4,7 @@ import datetime
 import itertools
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     assert powers(16) == [1, 2, 4, 8, 16]
     assert powers(6) == [1, 2, 4, 6]
     assert powers(1) == [1]
+
+
+def test_intervals_of_many_prompts_take_no_more_than_their_different_values() -> None:
+    values = np.random.default_rng(0).integers(0, 17, 100_000) / 16
+    tracemalloc.start()
+    found = over_prompts(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (found.high - found.value, found.value - found.low) == pytest.approx((half, half), rel=0.05)
+    assert peak < 16 * values.nbytes
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:

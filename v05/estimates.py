@@ -43,7 +43,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def over_prompts(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     """Return the mean over prompts with a percentile bootstrap interval that resamples the prompts.
 
-    Prompts are the independent units: the interval holds both their spread and the chance in their samples.
+    Prompts are the independent units: the interval holds both their spread and the chance in their samples. Equal
+    values are drawn together, so that a hundred thousand prompts with 16 answers each cost what 17 prompts do.
 
     Args:
         values: one number a prompt, [P], P at least 1.
@@ -54,10 +55,10 @@ def over_prompts(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     if len(numbers) < 2:
         return Estimate(mean, float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
-    shares = np.full(len(numbers), 1 / len(numbers))
-    means = np.concatenate(
-        [rng.multinomial(len(numbers), shares, size=500) @ numbers / len(numbers) for _ in range(RESAMPLES // 500)]
-    )
+    values, counts = np.unique(numbers, return_counts=True)
+    total = len(numbers)
+    draws = (rng.multinomial(total, counts / total, size=500) for _ in range(RESAMPLES // 500))
+    means = np.concatenate([drawn @ values / total for drawn in draws])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(mean, float(low), float(high))
 
