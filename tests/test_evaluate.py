@@ -18,7 +18,7 @@ from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
-from v05.evaluate import Sampling, evaluate, fingerprint
+from v05.evaluate import Sampling, evaluate, fingerprint, summarise
 from v05.policy import Policy
 from v05.pretrained import load_policy
 from v05.rollout.engine import Rollout
@@ -214,6 +214,18 @@ def test_a_stopped_evaluation_goes_on_and_repeats_no_finished_problem(tmp_path: 
             evaluate(engine, RECORDS, pool, Sampling(samples=5, batch=2), tmp_path / "part", {}, StopRequest())
         with pytest.raises(InputError, match="problems is"):
             evaluate(engine, RECORDS[:6], pool, sampling, tmp_path / "part", {}, StopRequest())
+
+
+def test_completions_are_kept_on_the_disk_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed = []
+    monkeypatch.setattr("v05.evaluate.summarise", lambda rows, scale: summed.extend(rows) or summarise(rows, scale))
+    with RewardPool("exact") as pool:
+        for _ in range(2):  # the second reads what the first wrote
+            evaluate(Scripted(), RECORDS, pool, Sampling(samples=4), tmp_path, {}, StopRequest())
+    assert len(summed) == 2 * len(RECORDS)
+    assert not any({"prompt", "completions"} & row.keys() for row in summed)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [len(row["completions"]) for row in rows] == [4] * len(RECORDS)
 
 
 def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:
