@@ -67,6 +67,14 @@ def test_the_last_complete_box_is_the_answer() -> None:
     assert last_boxed(r"\boxed{a} \boxed{\frac{b}{c}} \boxed{d") == r"\frac{b}{c}"
     assert last_boxed("no box") is None
     assert last_boxed(r"\boxed{") is None
+    assert last_boxed(r"} \boxed{a \boxed{b} {c") == "b"
+    assert last_boxed(r"\boxed{a \boxed{b} c}") == "b"
+
+
+def test_boxes_without_end_take_no_time() -> None:
+    started = time.process_time()
+    assert last_boxed(r"\boxed{1} " + r"\boxed{ " * 30_000) == "1"
+    assert time.process_time() - started < 5
 
 
 def test_verifiers_are_imported_by_path_or_file(tmp_path: Path) -> None:
