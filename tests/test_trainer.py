@@ -139,10 +139,10 @@ def test_training_improves_the_policy() -> None:
     trainer = make_trainer(
         algorithm="v05:2", rollouts=2560, rollouts_per_update=128, learning_rate=3e-3, heldout_prompts=64
     )
-    before, total = trainer.evaluate()
+    before, total, _ = trainer.evaluate()
     while not trainer.done:
         trainer.update()
-    after, _ = trainer.evaluate()
+    after = trainer.evaluate().right
     assert after - before > 0.2 * total
 
 
@@ -214,9 +214,9 @@ def test_held_out_answers_that_never_came_are_wrong(caplog: pytest.LogCaptureFix
             )
 
     trainer = make_trainer()
-    right, total = trainer.evaluate()
+    right, total, _ = trainer.evaluate()
     trainer.engine = trainer.team.engine = Refuses(trainer.policy)
-    fewer, again = trainer.evaluate()
+    fewer, again, _ = trainer.evaluate()
     assert again == total
     assert right - 2 <= fewer < right
     assert "x; it counts as wrong" in caplog.messages

@@ -1,5 +1,8 @@
 """What samples of a model say about it: mean@n, pass@k, and intervals over prompts."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -15,6 +18,29 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class HeldOut(NamedTuple):
+    """Answers to held-out prompts.
+
+    Attributes:
+        right: how many are right.
+        total: how many there are, those that never came included.
+        worth: how many independent ones would tell as much: as many as prompts where all answers to a prompt agree, as
+            many as answers where they agree by chance alone.
+    """
+
+    right: int
+    total: int
+    worth: float
+
+    @classmethod
+    def of(cls, right: Sequence[int], samples: int) -> HeldOut:
+        """Return what so many right answers of `samples` to each prompt come to."""
+        total, share = len(right) * samples, sum(right) / (len(right) * samples)
+        spread = float(np.var(np.array(right) / samples, ddof=1)) if len(right) > 1 else 0.0
+        worth = share * (1 - share) * len(right) / spread if spread else 0.0  # p (1 - p) / worth is the mean's variance
+        return cls(sum(right), total, min(max(worth, len(right)), total))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

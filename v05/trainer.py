@@ -12,6 +12,7 @@ from v05.algorithms import equal_groups, parse_algorithm
 from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.counters import Counters
+from v05.estimates import HeldOut
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
@@ -28,7 +29,7 @@ from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
 from v05.team import Team
-from v05.value.prior import Prior
+from v05.value.prior import Middle, Prior
 
 
 class Trainer:
@@ -124,15 +125,15 @@ class Trainer:
         elif not self.streams:
             self.engine.update_weights(weights)
 
-    def evaluate(self) -> tuple[int, int]:
-        """Return how many sampled held-out answers are right, and how many there were, those that never came included.
+    def evaluate(self) -> HeldOut:
+        """Return how many sampled held-out answers are right.
 
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
         self._push()
         return self.team.lead(self._right)
 
-    def _right(self) -> tuple[int, int]:
+    def _right(self) -> HeldOut:
         """Sample and judge the held-out answers with the engine's present weights."""
         generate = self.engine.generate if self.sampler is None else self.sampler.generate
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
@@ -148,8 +149,8 @@ class Trainer:
                 max_new_tokens=self.task.max_answer_length,
             )
             tickets += self._submit(part, answers)
-        rewards = [reward for row in self._collect(tickets) for reward in row]
-        return rewards.count(self.task.reward_range[1]), len(rewards)
+        right = [row.count(self.task.reward_range[1]) for row in self._collect(tickets)]
+        return HeldOut.of(right, self.config.heldout_samples)
 
     def _sample(self) -> tuple[Sample, int, dict[str, float]]:
         """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
@@ -178,8 +179,7 @@ class Trainer:
         """Take `count` prompts off the stream, each with its expected reward."""
         first = self.counters.position
         prompts = self.task.prompts(self.config.seed, first, count)
-        middle = sum(self.task.reward_range) / 2
-        prior = torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
+        prior = (self.prior or Middle(self.task.reward_range)).predict(prompts)
         sample.start(prompts, range(first, first + count), prior)
         self.counters.position += count
 
