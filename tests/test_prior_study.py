@@ -115,9 +115,11 @@ def test_intervals_leave_out_what_a_resample_does_not_have() -> None:
     assert written["auc_by_policy"] == alone["models"][EMBEDDED]["auc_by_policy"]
 
 
+@pytest.mark.filterwarnings("error")
 def test_residual_correlations_by_hand() -> None:
     policy, prompt = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-    data = Outcomes(["a", "b"], ["x", "y"], policy, prompt, np.array([0.9, 0.1, 0.7, 0.3]), np.zeros(2, dtype=int))
+    rates, names = np.array([0.9, 0.1, 0.7, 0.3]), ["a", "b", "without a record"]
+    data = Outcomes(names, ["x", "y"], policy, prompt, rates, np.zeros(2, dtype=int))
     with_mean, with_difficulty = Scores(data, {"m": np.full(4, 0.5)}, 2.0).residual_correlations("m")
     assert np.isnan(with_mean)  # both policies have mean 0.5
     assert with_difficulty == pytest.approx(np.corrcoef([0.4, -0.4, 0.2, -0.2], [-0.2, 0.2, -0.4, 0.4])[0, 1])

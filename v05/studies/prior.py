@@ -186,7 +186,9 @@ class Scores:
         """
         data = self.data
         residual = data.rate - self.predictions[name]
-        means = np.array([data.rate[data.policy == policy].mean() for policy in range(len(data.policies))])
+        size = len(data.policies)
+        sums, records = np.bincount(data.policy, data.rate, size), np.bincount(data.policy, minlength=size)
+        means = sums / np.maximum(1, records)  # a policy may have none, as in a part of the data
         beyond = means[data.policy] - data.rate
         total = np.bincount(data.prompt, beyond, minlength=len(data.prompts))
         count = np.bincount(data.prompt, minlength=len(data.prompts))
