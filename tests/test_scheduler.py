@@ -64,7 +64,6 @@ def test_every_mode_ends_where_the_test_says_stop(mode: str) -> None:
         test = shrinkage(outcome.rewards, outcome.offsets, step.prior)
         assert not test.roll_out_more.any()
         assert step.extra == int((outcome.counts - 4).sum())
-        assert step.conflicts == sum(group.requested > 4 for group in step.groups)
 
 
 @pytest.mark.parametrize("first", MODES)
@@ -367,7 +366,7 @@ def test_a_cap_on_tokens_keeps_growth_under_it() -> None:
     assert all(step.tokens == 5 * int(step.outcome.counts.sum()) for step in steps)
 
 
-def test_a_conflict_is_counted_once_whenever_the_run_was_stopped() -> None:
+def test_what_a_step_grows_by_is_counted_once_whenever_the_run_was_stopped() -> None:
     bounds = limits("planned", prompts=24, rollouts=24 * 4 + 12)
     clean = steps_of(scheduler(LookAhead(), bounds), 1)[0]
     for when in range(0, 120, 4):
@@ -377,7 +376,7 @@ def test_a_conflict_is_counted_once_whenever_the_run_was_stopped() -> None:
         second = scheduler(LookAhead(), bounds)
         go_on(first, second)
         step = steps_of(second, 1)[0]
-        assert (step.conflicts, step.extra) == (clean.conflicts, clean.extra), when
+        assert step.extra == clean.extra, when
     assert when > 40
 
 

@@ -78,8 +78,8 @@ class StreamSampler:
         """Give the engine the policy's weights."""
         self.scheduler.push(weights, version)
 
-    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, int, dict[str, float]]:
-        """Return the groups of the next update, how many of them wanted more, and metrics.
+    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, dict[str, float]]:
+        """Return the groups of the next update, and metrics.
 
         Args:
             version: of the weights that will learn from them.
@@ -109,7 +109,7 @@ class StreamSampler:
             "in_flight": len(self.scheduler.steps),
         }
         after = self.scheduler.trouble.counts()
-        return sample, step.conflicts, metrics | {f"requests_{name}": after[name] - before[name] for name in after}
+        return sample, metrics | {f"requests_{name}": after[name] - before[name] for name in after}
 
     def generate(
         self, prompts: Sequence[str], counts: Sequence[int], *, seed: int, temperature: float, max_new_tokens: int

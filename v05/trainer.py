@@ -104,7 +104,7 @@ class Trainer:
             Stopped: `stopped` became true before the rollouts were there; everything is as before the call.
         """
         self._push()
-        sample, first_conflicts, sampled = self.team.lead(self._sample)
+        sample, sampled = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
@@ -112,8 +112,8 @@ class Trainer:
         learnt = self.learner.learn(batch, advantages, self.counters.update) if rollouts else {}
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
-        self._count(sample, first_conflicts)
-        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, first_conflicts)
+        self._count(sample, conflicts := self._conflicts(sample))
+        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, conflicts)
 
     def _push(self) -> None:
         """Give the engine the policy's weights unless it has them; all ranks call this."""
@@ -152,12 +152,12 @@ class Trainer:
         right = [row.count(self.task.reward_range[1]) for row in self._collect(tickets)]
         return HeldOut.of(right, self.config.heldout_samples)
 
-    def _sample(self) -> tuple[Sample, int, dict[str, float]]:
-        """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
+    def _sample(self) -> tuple[Sample, dict[str, float]]:
+        """Spend this update's rollouts; return the groups, and metrics."""
         left_in_run = self.config.rollouts - self.counters.rollouts
         if self.sampler is not None:
             return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
-        sample, first_conflicts, round_number, position = Sample(), 0, 0, self.counters.position
+        sample, round_number, position = Sample(), 0, self.counters.position
         target = min(self.config.rollouts_per_update, left_in_run)
         while sample.kept < target and sample.spent < left_in_run:
             if round_number and self.stopped():
@@ -166,14 +166,12 @@ class Trainer:
             budget = min(target - sample.kept, left_in_run - sample.spent)
             more = self._planned_more(sample, budget)
             first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
-            started = len(sample.prompts)
             self._start_prompts(sample, len(first))
             self._generate(sample, [*more, *first], round_number)
-            first_conflicts += self._conflicts(sample, started)
             if self.algorithm.drop_equal:
                 sample.drop(equal_groups(sample.groups))
             round_number += 1
-        return sample, first_conflicts, {}
+        return sample, {}
 
     def _start_prompts(self, sample: Sample, count: int) -> None:
         """Take `count` prompts off the stream, each with its expected reward."""
@@ -228,13 +226,15 @@ class Trainer:
         wanted = torch.where(test.roll_out_more, test.planned - test.count, 0)
         return share_out(wanted.tolist(), test.gain.tolist(), budget)
 
-    def _conflicts(self, sample: Sample, started: int) -> int:
-        """Return how many of the groups from `started` on reject their prior."""
-        if self.prior is None:
+    def _conflicts(self, sample: Sample) -> int:
+        """Return how many of the groups reject their prior after their first rollouts."""
+        if self.prior is None or not sample.prompts:
             return 0
-        return int((self._test(sample.groups, sample.prior).deviation[started:] > 0).sum())
+        first = [rewards[: self.algorithm.k_init] for rewards in sample.rewards]
+        groups = Groups.from_lists(sample.prompts, sample.ids, first)
+        return int((self._test(groups, sample.prior).deviation > 0).sum())
 
-    def _count(self, sample: Sample, first_conflicts: int) -> None:
+    def _count(self, sample: Sample, conflicts: int) -> None:
         """Add an update to the counters."""
         counters = self.counters
         counters.update += 1
@@ -242,7 +242,7 @@ class Trainer:
         counters.groups += len(sample.prompts)
         counters.kept += sample.kept
         counters.dropped += sample.dropped
-        counters.conflicts += first_conflicts
+        counters.conflicts += conflicts
         if self.prior is None or not sample.prompts:
             return
         test = self._test(sample.groups, sample.prior)
@@ -257,7 +257,7 @@ class Trainer:
         prior: Tensor,
         advantages: Tensor,
         learnt: Mapping[str, float],
-        first_conflicts: int,
+        conflicts: int,
     ) -> dict[str, Any]:
         """Return one line of metrics.jsonl; nan, where a batch is empty, is written as null."""
         means = groups.means
@@ -270,7 +270,7 @@ class Trainer:
         }
         counts = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
         troubles = self.grader.take_troubles()
-        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": first_conflicts}
+        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": conflicts}
         whole |= {"reward_failures": troubles.failures, "reward_timeouts": troubles.timeouts}
         return {**counts, **whole, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
 

@@ -245,7 +245,6 @@ class Scheduler:
         wishes = self.wishes.setdefault(step.number, [])
         for group, (more, gain) in zip(ready, self.rules.more(ready), strict=True):
             if not group.tested:
-                step.conflicts += more > 0
                 group.tested, self.expected = True, 0.98 * self.expected + 0.02 * more
             wishes.append(Wish(group, min(more, 1) if self.limits.mode in ("barrier", "async") else more, gain))
 

@@ -86,7 +86,6 @@ class Step:
         version: of the policy's weights when the step was started.
         budget: rollouts that it may have, first ones included; None for no cap.
         extra: rollouts given beyond the first ones.
-        conflicts: groups that wanted more after their first rollouts.
     """
 
     number: int
@@ -94,7 +93,6 @@ class Step:
     version: int
     budget: int | None = None
     extra: int = 0
-    conflicts: int = 0
 
     @property
     def done(self) -> bool:
