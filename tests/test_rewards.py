@@ -246,6 +246,14 @@ def test_a_pool_without_workers_takes_any_number_of_answers(tmp_path: Path) -> N
     broken.close()
 
 
+def test_a_verifier_that_closes_the_connection_and_goes_on_fails_alone(pool: RewardPool) -> None:
+    started = time.monotonic()
+    first, second = pool.collect(submit(pool, ["close", "0.5"]))
+    assert (first.reward, first.problem, second) == (0.0, "failure", Verdict(0.5))
+    assert "closed its connection" in first.reason
+    assert time.monotonic() - started < 60
+
+
 def test_a_pool_whose_workers_cannot_start_says_why(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def score(prompt, completion, record):\n    return 1.0\n")

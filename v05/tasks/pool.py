@@ -16,6 +16,7 @@ from v05.tasks.verifiers import make_verifier
 from v05.tasks.worker import Answer, Verdict, serve
 
 START_SECONDS: Final = 300.0  # for a worker to import its verifier
+ENDING_SECONDS: Final = 1.0  # for a process to end whose connection is closed
 STARTS: Final = 3  # workers that may fail to start, one after the other, before the pool gives up
 TRIES: Final = 2  # an answer whose worker died is judged once more: something else may have killed it
 MEMORY: Final = 4 * 2**30  # bytes that a worker may add to what it starts with
@@ -44,6 +45,13 @@ class Worker:
     def due(self) -> float:
         """Return when what it is doing has to be done, on the monotonic clock."""
         return self.deadline if self.ticket is not None or not self.ready else float("inf")
+
+    def ended_with(self) -> int | None:
+        """Return the exit status of a process whose connection is closed; None where it goes on all the same."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while self.process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # `join` has no timeout where the process has closed all its files
+        return self.process.exitcode
 
     def stop(self) -> None:
         """Kill the process and all that it started."""
@@ -237,8 +245,8 @@ class RewardPool:
 
     def _died(self, worker: Worker) -> None:
         """Queue the answer of a dead process again, in front, or settle it where it killed another one before."""
-        worker.process.join()
-        reason = f"the process ended with status {worker.process.exitcode}"
+        status = worker.ended_with()
+        reason = "the process closed its connection" if status is None else f"the process ended with status {status}"
         ticket = worker.ticket
         if ticket is not None:
             self._deaths[ticket] = self._deaths.get(ticket, 0) + 1
