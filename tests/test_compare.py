@@ -16,6 +16,7 @@ from v05.cli import app
 from v05.compare import Curve, compare, comparison, reference_of
 from v05.config import TrainConfig
 from v05.errors import InputError
+from v05.estimates import HeldOut
 from v05.run import binomial_interval, read_metrics
 
 TINY = TrainConfig(
@@ -84,6 +85,25 @@ def test_the_interval_of_a_share() -> None:
     assert (low, high) == (pytest.approx(0.0552, abs=1e-4), pytest.approx(0.1744, abs=1e-4))
     assert binomial_interval(0, 10)[0] == 0.0
     assert binomial_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("alike", [0.3, 1.0, 1e6])
+def test_intervals_of_held_out_answers_hold_where_those_to_a_prompt_are_alike(alike: float) -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        chances = rng.beta(0.4 * alike, 0.6 * alike, 256)
+        right, total, worth = HeldOut.of(rng.binomial(4, chances).tolist(), 4)
+        low, high = binomial_interval(worth * right / total, worth)
+        covered += low <= 0.4 <= high
+    assert 0.93 <= covered / 400 <= 0.98
+
+
+def test_what_held_out_answers_are_worth_by_hand() -> None:
+    assert HeldOut.of([4, 0, 4, 0], 4) == (8, 16, 4)
+    assert HeldOut.of([2, 2, 2, 1], 4)[2] == 16
+    assert HeldOut.of([0, 0], 4) == (0, 8, 2)
+    assert HeldOut.of([1], 4) == (1, 4, 1)
 
 
 def write_config(folder: Path) -> Path:

@@ -50,6 +50,7 @@ def test_an_unknown_key_is_named_with_what_is_allowed(tmp_path: Path) -> None:
         ("learning_rate", float("nan"), "above 0"),
         ("temperature", float("inf"), "finite"),
         ("seed", -1, "0 or more"),
+        ("cost", float("inf"), "finite"),
         ("prior", "oracle", "v0, history, constant, none"),
         ("algorithm", 4, "str"),
     ],

@@ -9,6 +9,8 @@ from v05.engines import PolicyCodec, check_engine, make_engine
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
+from v05.rollout.streaming import EngineDied
+from v05.rollout.vllm_server import ServerSettings
 from v05.rollout.weights_file import check_weights, weights_file
 
 
@@ -42,6 +44,15 @@ def test_what_is_not_allowed() -> None:
         make_engine("http://x", policy, options={"block_size": 32})
     for name in ("hf", "vllm", "vllm-sync", "http://127.0.0.1:8000", "https://x"):
         check_engine(name)
+
+
+def test_an_address_without_a_server_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(settings: ServerSettings) -> None:
+        raise EngineDied(f"the server at {settings.url} is not healthy after {settings.startup_timeout:g} s")
+
+    monkeypatch.setattr("v05.engines.ServerEngine", nobody)
+    with pytest.raises(InputError, match=r"http://here:1 is not healthy after 2 s; allowed: the address of a server"):
+        make_engine("http://here:1", make_policy("01", "tiny", 0), model="m", options={"startup_timeout": 2.0})
 
 
 def test_weights_in_a_file_are_the_weights_and_are_gone_after_use(tmp_path: Path) -> None:

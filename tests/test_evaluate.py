@@ -4,6 +4,7 @@ import datetime
 import itertools
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
-from v05.evaluate import Sampling, evaluate, fingerprint
+from v05.evaluate import Sampling, evaluate, fingerprint, summarise
 from v05.policy import Policy
 from v05.pretrained import load_policy
 from v05.rollout.engine import Rollout
@@ -54,6 +55,17 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     assert powers(16) == [1, 2, 4, 8, 16]
     assert powers(6) == [1, 2, 4, 6]
     assert powers(1) == [1]
+
+
+def test_intervals_of_many_prompts_take_no_more_than_their_different_values() -> None:
+    values = np.random.default_rng(0).integers(0, 17, 100_000) / 16
+    tracemalloc.start()
+    found = over_prompts(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (found.high - found.value, found.value - found.low) == pytest.approx((half, half), rel=0.05)
+    assert peak < 16 * values.nbytes
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -202,6 +214,18 @@ def test_a_stopped_evaluation_goes_on_and_repeats_no_finished_problem(tmp_path: 
             evaluate(engine, RECORDS, pool, Sampling(samples=5, batch=2), tmp_path / "part", {}, StopRequest())
         with pytest.raises(InputError, match="problems is"):
             evaluate(engine, RECORDS[:6], pool, sampling, tmp_path / "part", {}, StopRequest())
+
+
+def test_completions_are_kept_on_the_disk_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed = []
+    monkeypatch.setattr("v05.evaluate.summarise", lambda rows, scale: summed.extend(rows) or summarise(rows, scale))
+    with RewardPool("exact") as pool:
+        for _ in range(2):  # the second reads what the first wrote
+            evaluate(Scripted(), RECORDS, pool, Sampling(samples=4), tmp_path, {}, StopRequest())
+    assert len(summed) == 2 * len(RECORDS)
+    assert not any({"prompt", "completions"} & row.keys() for row in summed)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [len(row["completions"]) for row in rows] == [4] * len(RECORDS)
 
 
 def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:

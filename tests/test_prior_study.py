@@ -12,6 +12,7 @@ from records import v0_folder
 from tiny_models import LettersEmbedder
 
 from v05.cli import main
+from v05.cli.study import summarise, without_nan
 from v05.errors import BadLine, InputError
 from v05.scored import Scored, by_policy, read_scored, to_record
 from v05.studies.prior import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
@@ -98,9 +99,27 @@ def test_the_bootstrap_draws_prompts_and_pairs_models() -> None:
     assert [v.tolist() for v in scores.of("a", ones)] == [v.tolist() for v in scores.of("a")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_intervals_leave_out_what_a_resample_does_not_have() -> None:
+    """Two records of a policy are missing in one resample of seven; its one success in every third."""
+    rng = np.random.default_rng(0)
+    rows = [Scored(f"{number}", rng.random(), "many") for number in range(60)]
+    data = outcomes_of([*rows, Scored("1", 0.9, "few"), Scored("2", 0.2, "few")], (0.0, 1.0), 2, 0)
+    entry = summarise(Scores(data, {EMBEDDED: rng.random(len(data.rate))}, 1.0), 200)["models"][EMBEDDED]
+    for name in ("auc", "squared_error"):
+        low, high = entry[f"{name}_interval"]
+        assert low < entry[name] < high
+    alone = summarise(Scores(outcomes_of(rows, (0.0, 1.0), 2, 0), {EMBEDDED: rng.random(60)}, 1.0), 0)
+    written = json.loads(json.dumps(without_nan(alone), allow_nan=False))["models"][EMBEDDED]
+    assert written["residual_correlation_with_context_mean"] is None
+    assert written["auc_by_policy"] == alone["models"][EMBEDDED]["auc_by_policy"]
+
+
+@pytest.mark.filterwarnings("error")
 def test_residual_correlations_by_hand() -> None:
     policy, prompt = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-    data = Outcomes(["a", "b"], ["x", "y"], policy, prompt, np.array([0.9, 0.1, 0.7, 0.3]), np.zeros(2, dtype=int))
+    rates, names = np.array([0.9, 0.1, 0.7, 0.3]), ["a", "b", "without a record"]
+    data = Outcomes(names, ["x", "y"], policy, prompt, rates, np.zeros(2, dtype=int))
     with_mean, with_difficulty = Scores(data, {"m": np.full(4, 0.5)}, 2.0).residual_correlations("m")
     assert np.isnan(with_mean)  # both policies have mean 0.5
     assert with_difficulty == pytest.approx(np.corrcoef([0.4, -0.4, 0.2, -0.2], [-0.2, 0.2, -0.4, 0.4])[0, 1])
@@ -146,7 +165,7 @@ def test_the_published_records_from_the_command_line(tmp_path: Path, capsys, mon
         main()
     assert not stopped.value.code
     assert "embedded V0" in capsys.readouterr().out
-    report = json.loads(output.read_text())
+    report = json.loads(output.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert report["policies"] == ["Qwen3-4B-Instruct step 16"]
     for name in ("context mean", "ridge, embedder", "the same, pooled", EMBEDDED):
         entry = report["models"][name]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_the_last_complete_box_is_the_answer() -> None:
     assert last_boxed(r"\boxed{a} \boxed{\frac{b}{c}} \boxed{d") == r"\frac{b}{c}"
     assert last_boxed("no box") is None
     assert last_boxed(r"\boxed{") is None
+    assert last_boxed(r"} \boxed{a \boxed{b} {c") == "b"
+    assert last_boxed(r"\boxed{a \boxed{b} c}") == "b"
+
+
+def test_boxes_without_end_take_no_time() -> None:
+    started = time.process_time()
+    assert last_boxed(r"\boxed{1} " + r"\boxed{ " * 30_000) == "1"
+    assert time.process_time() - started < 5
 
 
 def test_verifiers_are_imported_by_path_or_file(tmp_path: Path) -> None:
@@ -208,6 +217,41 @@ def test_answers_are_judged_while_nobody_waits(pool: RewardPool) -> None:
     while not pool.done(first):
         os.sched_yield()
     assert pool.collect([first]) == [Verdict(0.5)]
+
+
+def test_collecting_looks_at_every_ticket_a_few_times_whatever_comes_first(pool: RewardPool) -> None:
+    class Counting(dict[int, Verdict]):
+        looks = 0
+
+        def __contains__(self, ticket: object) -> bool:
+            self.looks += 1
+            return super().__contains__(ticket)
+
+    pool._verdicts = verdicts = Counting()
+    assert pool.collect(submit(pool, ["0.5"] * 400)) == [Verdict(0.5)] * 400
+    assert verdicts.looks <= 3 * 400
+
+
+def test_a_pool_without_workers_takes_any_number_of_answers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompt, completion, record):\n    return 1.0\n")
+    broken = RewardPool(f"{file}:score", UNIT, workers=1)
+    file.write_text("raise RuntimeError('out of order')\n")
+    with pytest.raises(PoolBroken):
+        broken.collect([broken.submit("", "", {})])
+    many = threading.Thread(target=lambda: [broken.submit("", "", {}) for _ in range(20_000)], daemon=True)
+    many.start()
+    many.join(60)
+    assert not many.is_alive()
+    broken.close()
+
+
+def test_a_verifier_that_closes_the_connection_and_goes_on_fails_alone(pool: RewardPool) -> None:
+    started = time.monotonic()
+    first, second = pool.collect(submit(pool, ["close", "0.5"]))
+    assert (first.reward, first.problem, second) == (0.0, "failure", Verdict(0.5))
+    assert "closed its connection" in first.reason
+    assert time.monotonic() - started < 60
 
 
 def test_a_pool_whose_workers_cannot_start_says_why(tmp_path: Path) -> None:

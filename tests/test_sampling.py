@@ -105,6 +105,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, algorithm: str) -> No
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_conflicts_are_those_of_first_rollouts_whoever_samples(tmp_path: Path) -> None:
+    """Groups that cannot grow conflict with a prior in the middle all the same: three failures are far from it."""
+    for mode in ("batch", "stream"):
+        summary = train(tmp_path / mode, tmp_path / "cache", StreamConfig(mode), algorithm="v05:3-3", prior="none")
+        assert summary["conflicts"] == sum(line["conflicts"] for line in read_metrics(tmp_path / mode)[1:])
+        assert summary["conflicts"] > 0.5 * summary["prompts"]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_share_one_budget(tmp_path: Path, rule: str) -> None:
     train(tmp_path, tmp_path / "cache", StreamConfig("planned", rule), algorithm="v05")

@@ -47,6 +47,15 @@ def test_records_writes_every_cell_and_a_picture(context, tmp_path):
     assert "30 % hallucinated" in output
 
 
+def test_the_command_in_a_table_repeats_it(context, tmp_path):
+    options = ("--recorded", 4, "--seed", 3, "--reward-range", -2, 1)
+    records(context, tmp_path / "out", *options)
+    command = json.loads((tmp_path / "out" / "table.json").read_text())["command"]
+    words = command.replace("context.jsonl", str(context)).replace("runs/records", str(tmp_path / "again")).split()
+    run(*words[2:])
+    assert lines(tmp_path / "again") == lines(tmp_path / "out")
+
+
 def test_a_stopped_study_goes_on_to_the_same_numbers(context, tmp_path):
     records(context, tmp_path / "whole")
     records(context, tmp_path / "stopped")

@@ -14,7 +14,7 @@ from v05.config import TrainConfig
 from v05.counters import Counters
 from v05.errors import InputError
 from v05.policy import make_policy
-from v05.rollout.engine import Unanswered
+from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import AGGREGATIONS, pack
 from v05.rollout.sample import Sample, first_rollouts
@@ -82,16 +82,30 @@ def test_every_algorithm_spends_exactly_its_rollouts(algorithm: str) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in trainer.policy.model.parameters())
 
 
+@pytest.mark.parametrize("algorithm", ["spo", "grpo:4", "v05:4-4"])
+def test_groups_of_one_size_are_sampled_at_once(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, counts = make_trainer(algorithm=algorithm), list[int]()
+    generate = trainer.engine.generate
+
+    def counting(prompts: list[str], wanted: list[int], **limits: object) -> list[list[Rollout]]:
+        counts.append(sum(wanted))
+        return generate(prompts, wanted, **limits)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.engine, "generate", counting)
+    trainer.update()
+    assert counts == [64]
+
+
 def test_v05_grows_groups_that_contradict_the_prior_and_no_others() -> None:
     trainer = make_trainer(algorithm="v05", rollouts=6400, rollouts_per_update=128)
     total = 0
     for _ in range(4):
-        sample, conflicts, _ = trainer._sample()
+        sample, _ = trainer._sample()
         counts = sample.groups.counts
         assert sample.spent == 128 == int(counts.sum())
         assert int(counts.max()) <= 16
         grown = int((counts > 4).sum())
-        assert grown <= conflicts
+        assert grown <= trainer._conflicts(sample)
         total += grown
         trainer.update()
     assert total > 0
@@ -99,7 +113,7 @@ def test_v05_grows_groups_that_contradict_the_prior_and_no_others() -> None:
 
 def test_dapo_learns_from_mixed_groups_only_and_refills() -> None:
     trainer = make_trainer(algorithm="dapo:4", rollouts=1000)
-    sample, _, _ = trainer._sample()
+    sample, _ = trainer._sample()
     assert not equal_groups(sample.groups).any()
     assert sample.kept == 64
     assert sample.spent == 64 + sample.dropped > 64
@@ -111,7 +125,7 @@ def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int)
     gradients = []
     for micro_batches in (1, parts):
         trainer = make_trainer(micro_batches=micro_batches)
-        sample, _, _ = trainer._sample()
+        sample, _ = trainer._sample()
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, aggregation, max_length=3)
         trainer.learner.learn(batch, sample.groups.rewards - 0.4, 0)
@@ -125,10 +139,10 @@ def test_training_improves_the_policy() -> None:
     trainer = make_trainer(
         algorithm="v05:2", rollouts=2560, rollouts_per_update=128, learning_rate=3e-3, heldout_prompts=64
     )
-    before, total = trainer.evaluate()
+    before, total, _ = trainer.evaluate()
     while not trainer.done:
         trainer.update()
-    after, _ = trainer.evaluate()
+    after = trainer.evaluate().right
     assert after - before > 0.2 * total
 
 
@@ -175,7 +189,7 @@ def test_dapo_stops_while_it_looks_for_groups_that_differ() -> None:
     with pytest.raises(Stopped):
         stopped.update()
     assert len(rounds) == 2
-    assert stopped.counters == Counters()
+    assert stopped.counters == Counters(expected_extra=0.0)
     stopped.stopped = lambda: False
     assert stopped.update() == plain.update()
 
@@ -200,9 +214,9 @@ def test_held_out_answers_that_never_came_are_wrong(caplog: pytest.LogCaptureFix
             )
 
     trainer = make_trainer()
-    right, total = trainer.evaluate()
+    right, total, _ = trainer.evaluate()
     trainer.engine = trainer.team.engine = Refuses(trainer.policy)
-    fewer, again = trainer.evaluate()
+    fewer, again, _ = trainer.evaluate()
     assert again == total
     assert right - 2 <= fewer < right
     assert "x; it counts as wrong" in caplog.messages

@@ -327,6 +327,7 @@ def test_settings_of_a_users_model(tmp_path: Path) -> None:
         ({"model": "m", "data": "d", "heldout_share": 1.0}, "allowed: above 0 and below 1"),
         ({"model": "m", "data": "d", "loss": "cubic"}, "allowed: linear, logits"),
         ({"model": "m", "data": "d", "reward_high": -1.0}, "allowed: above 0"),
+        ({"model": "m", "data": "d", "reward_low": -math.inf}, "reward_low is -inf; allowed: a finite number"),
         ({"model": "m", "data": "d", "max_new_tokens": 0}, "1 or more"),
         ({"model": "m", "data": "d", "gradient_checkpointing": 1}, "allowed: bool"),
     ):

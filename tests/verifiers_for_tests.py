@@ -18,6 +18,9 @@ def behave(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
         case ["spin"]:
             while True:
                 pass
+        case ["close"]:
+            os.closerange(3, 256)  # the pool's own connection too
+            time.sleep(1000)
         case ["child", path]:
             child = subprocess.Popen(["sleep", "1000"])
             Path(path).write_text(str(child.pid))

@@ -47,6 +47,11 @@ class Algorithm:
     fusion: Literal["v05", "calibrated"] = "v05"
     cost: float | None = None
 
+    @property
+    def grows(self) -> bool:
+        """Return whether groups may get more than their first rollouts."""
+        return self.k_max > self.k_init
+
     def advantages(
         self,
         groups: Groups,
@@ -144,7 +149,7 @@ def parse_algorithm(text: str) -> Algorithm:
 def _sizes(size: str, algorithm: Algorithm, smallest: int, text: str) -> tuple[int, int]:
     """Return the first and the largest size of a group; only an algorithm that grows takes two numbers."""
     first, dash, last = size.partition("-")
-    if algorithm.k_max == algorithm.k_init:
+    if not algorithm.grows:
         if not size.isdecimal() or int(size) < smallest:
             raise InputError(f"k is {size!r} in {text!r}; allowed: {smallest} or more")
         return int(size), int(size)

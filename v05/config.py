@@ -27,7 +27,7 @@ class TrainConfig:
         seed: fixes the order of prompts and every sample; the warm start has its own.
         rollouts: rollouts to spend in all.
         rollouts_per_update: rollouts that one step of the optimiser learns from.
-        learning_rate: of Adam, constant.
+        learning_rate: of Adam, after the first updates, see `v05.learner.WARM_UP`.
         temperature: of sampling and of log-probabilities.
         cost: price of a rollout in the look-ahead, in units of the largest reward variance.
         epochs: passes over each batch; from the second on the ratio is clipped.
@@ -69,7 +69,7 @@ class TrainConfig:
         for name in (*whole, "heldout_prompts", "heldout_samples", "checkpoint_every"):
             check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
         for name in ("seed", "warm_start_seed", "warm_start_steps", "cost"):
-            check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
+            check(name, getattr(self, name), lambda value: 0 <= value < float("inf"), "0 or more, and finite")
         for name in ("learning_rate", "temperature"):
             check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
         check("prior", self.prior, lambda value: value in PRIORS, ", ".join(PRIORS))

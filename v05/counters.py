@@ -15,7 +15,8 @@ class Counters:
         kept: rollouts learnt from.
         conflicts: groups whose first rollouts contradicted their prior.
         dropped: rollouts dropped because their group's rewards were all equal.
-        expected_extra: decayed mean of the rollouts that a prompt wants beyond its first ones.
+        expected_extra: decayed mean of the rollouts that a prompt wants beyond its first ones; 0 where groups do not
+            grow.
     """
 
     update: int = 0

@@ -11,6 +11,7 @@ from v05.policy import Policy
 from v05.rollout.engine import Engine
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.queued import QueuedEngine
+from v05.rollout.streaming import EngineDied
 from v05.rollout.vllm_async import AsyncVllm
 from v05.rollout.vllm_in_process import InProcessVllm
 from v05.rollout.vllm_library import VllmSettings
@@ -65,8 +66,8 @@ def make_engine(
         options: more arguments of vLLM's engine, or fields of `ServerSettings` for a server; none for `hf`.
 
     Raises:
-        InputError: no engine has that name, an option is not allowed, or a package is missing.
-        EngineDied: there is no healthy server at the address.
+        InputError: no engine has that name, an option is not allowed, a package is missing, or there is no healthy
+            server at the address.
     """
     check_engine(name)
     options = dict(options or {})
@@ -80,7 +81,10 @@ def make_engine(
     else:
         allowed = {field.name for field in dataclasses.fields(ServerSettings)} - {"url", "model", "chat"}
         _check_options(name, options, allowed)
-        engine = ServerEngine(ServerSettings(name, model, **options))
+        try:
+            engine = ServerEngine(ServerSettings(name, model, **options))
+        except EngineDied as error:
+            raise InputError(f"{error}; allowed: the address of a server that runs") from error
     engine.codec = PolicyCodec(policy)
     return cast(Engine, engine)
 

@@ -1,5 +1,8 @@
 """What samples of a model say about it: mean@n, pass@k, and intervals over prompts."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -15,6 +18,29 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class HeldOut(NamedTuple):
+    """Answers to held-out prompts.
+
+    Attributes:
+        right: how many are right.
+        total: how many there are, those that never came included.
+        worth: how many independent ones would tell as much: as many as prompts where all answers to a prompt agree, as
+            many as answers where they agree by chance alone.
+    """
+
+    right: int
+    total: int
+    worth: float
+
+    @classmethod
+    def of(cls, right: Sequence[int], samples: int) -> HeldOut:
+        """Return what so many right answers of `samples` to each prompt come to."""
+        total, share = len(right) * samples, sum(right) / (len(right) * samples)
+        spread = float(np.var(np.array(right) / samples, ddof=1)) if len(right) > 1 else 0.0
+        worth = share * (1 - share) * len(right) / spread if spread else 0.0  # p (1 - p) / worth is the mean's variance
+        return cls(sum(right), total, min(max(worth, len(right)), total))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -43,7 +69,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def over_prompts(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     """Return the mean over prompts with a percentile bootstrap interval that resamples the prompts.
 
-    Prompts are the independent units: the interval holds both their spread and the chance in their samples.
+    Prompts are the independent units: the interval holds both their spread and the chance in their samples. Equal
+    values are drawn together, so that a hundred thousand prompts with 16 answers each cost what 17 prompts do.
 
     Args:
         values: one number a prompt, [P], P at least 1.
@@ -54,10 +81,10 @@ def over_prompts(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     if len(numbers) < 2:
         return Estimate(mean, float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
-    shares = np.full(len(numbers), 1 / len(numbers))
-    means = np.concatenate(
-        [rng.multinomial(len(numbers), shares, size=500) @ numbers / len(numbers) for _ in range(RESAMPLES // 500)]
-    )
+    values, counts = np.unique(numbers, return_counts=True)
+    total = len(numbers)
+    draws = (rng.multinomial(total, counts / total, size=500) for _ in range(RESAMPLES // 500))
+    means = np.concatenate([drawn @ values / total for drawn in draws])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(mean, float(low), float(high))
 

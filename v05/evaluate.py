@@ -116,7 +116,7 @@ def evaluate(
             others are written.
     """
     identity = {**settings, **asdict(sampling), "problems": digest(records), "reward_range": list(pool.reward_range)}
-    results = StudyFolder(folder, identity, ["problem"])
+    results = StudyFolder(folder, identity, ["problem"], on_disk=["prompt", "completions"])
     starts = range(0, len(records), sampling.batch)
     todo = [list(range(start, min(start + sampling.batch, len(records)))) for start in starts]
     todo = [batch for batch in todo if not all(results.has(problem=number) for number in batch)]

@@ -33,6 +33,11 @@ def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     )
 
 
+def worth(line: Mapping[str, Any]) -> float:
+    """Return how many independent answers an evaluation's are worth; all of them where an older run did not note it."""
+    return float(line.get("heldout_worth", line["heldout_total"]))
+
+
 def append_line(file: Path, line: Mapping[str, Any]) -> None:
     """Add a line to a file."""
     with file.open("a", encoding="utf-8") as stream:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +73,8 @@ class ModelConfig:
         check("engine_options", self.engine_options, is_object, "a JSON object")
         check("reward_timeout", self.reward_timeout, lambda value: 0 < value < float("inf"), "above 0 and finite")
         check("heldout_share", self.heldout_share, lambda value: 0 < value < 1, "above 0 and below 1")
+        for name in ("reward_low", "reward_high"):
+            check(name, getattr(self, name), math.isfinite, "a finite number")
         check("reward_high", self.reward_high, lambda value: self.reward_low < value, f"above {self.reward_low:g}")
         check("loss", self.loss, lambda value: value in LOSSES, ", ".join(LOSSES))
 

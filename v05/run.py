@@ -15,7 +15,7 @@ from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint
 from v05.config import TrainConfig, read_settings
 from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
-from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics
+from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics, worth
 from v05.model_config import ModelConfig
 from v05.plots.training import plot_run
 from v05.priors import make_prior
@@ -181,12 +181,12 @@ def make_user_trainer(
         raise
 
 
-def binomial_interval(right: int, total: int) -> tuple[float, float]:
+def binomial_interval(right: float, total: float) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a share.
 
     Args:
         right: successes, 0 to `total`.
-        total: trials, 1 or more.
+        total: independent trials, 1 or more; neither need be whole, see `v05.estimates.HeldOut`.
 
     Returns:
         Lower and upper bound, from 0 to 1.
@@ -237,11 +237,12 @@ def progress_of(trainer: Trainer, folder: Path) -> str:
 
 def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock: Clock) -> float:
     """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
-    right, total = trainer.evaluate()
-    _note(trainer, folder / "metrics.jsonl", {**metrics, "heldout_right": right, "heldout_total": total})
+    found = trainer.evaluate()
+    noted = {f"heldout_{name}": value for name, value in found._asdict().items()}
+    _note(trainer, folder / "metrics.jsonl", {**metrics, **noted})
     when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
     _note(trainer, folder / "times.jsonl", when)
-    return right / total
+    return found.right / found.total
 
 
 def _note(trainer: Trainer, file: Path, line: Mapping[str, Any]) -> None:
@@ -272,6 +273,7 @@ def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, 
         "parameters": trainer.policy.parameters,
         "heldout_before": [evaluated[0]["heldout_right"], evaluated[0]["heldout_total"]],
         "heldout_after": [evaluated[-1]["heldout_right"], evaluated[-1]["heldout_total"]],
+        "heldout_worth": [worth(evaluated[0]), worth(evaluated[-1])],
         "rollouts": counters.rollouts,
         "prompts": counters.groups,
         "rollouts_per_prompt": counters.kept / max(1, counters.groups),

@@ -78,8 +78,8 @@ class StreamSampler:
         """Give the engine the policy's weights."""
         self.scheduler.push(weights, version)
 
-    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, int, dict[str, float]]:
-        """Return the groups of the next update, how many of them wanted more, and metrics.
+    def sample(self, version: int, stopped: Callable[[], bool], left: int) -> tuple[Sample, dict[str, float]]:
+        """Return the groups of the next update, and metrics.
 
         Args:
             version: of the weights that will learn from them.
@@ -109,7 +109,7 @@ class StreamSampler:
             "in_flight": len(self.scheduler.steps),
         }
         after = self.scheduler.trouble.counts()
-        return sample, step.conflicts, metrics | {f"requests_{name}": after[name] - before[name] for name in after}
+        return sample, metrics | {f"requests_{name}": after[name] - before[name] for name in after}
 
     def generate(
         self, prompts: Sequence[str], counts: Sequence[int], *, seed: int, temperature: float, max_new_tokens: int
@@ -123,21 +123,20 @@ class StreamSampler:
         middle = sum(self.task.reward_range) / 2
         return prompts, torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
 
-    def state(self) -> dict[str, Any]:
-        """Return what is in flight, as JSON can hold it."""
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what is in flight, see `Scheduler.state`."""
         return self.scheduler.state()
 
-    def load_state(self, state: Mapping[str, Any], mixture: Tensor | None) -> None:
+    def load_state(self, state: Mapping[str, Any], tokens: Mapping[str, Tensor], mixture: Tensor | None) -> None:
         """Go on from a state, with the mixture of calibrated fusion."""
         if isinstance(self.rule, LookAhead):
             self.rule.state = mixture
-        self.scheduler.load_state(state)
+        self.scheduler.load_state(state, tokens)
 
 
 def prompts_of(rollouts: int, algorithm: Algorithm) -> int:
     """Return the prompts of an update: where groups may grow a third of its rollouts is kept back for that."""
-    grows = algorithm.k_max > algorithm.k_init
-    return max(1, round(rollouts / (algorithm.k_init * (1.5 if grows else 1))))
+    return max(1, round(rollouts / (algorithm.k_init * (1.5 if algorithm.grows else 1))))
 
 
 def make_rule(
@@ -149,7 +148,7 @@ def make_rule(
         return allocation(mean, reward_range, smallest=2 if mean >= 2 else 1)
     if name == "reinforce-ada":
         return ReinforceAda(algorithm.k_init, max(algorithm.k_init, algorithm.k_max), reward_range)
-    if name == "fixed" or algorithm.k_max == algorithm.k_init:
+    if name == "fixed" or not algorithm.grows:
         return Fixed(algorithm.k_init if name == "look-ahead" else max(1, int(mean)), reward_range)
     cost = config.cost if algorithm.cost is None else algorithm.cost
     return LookAhead(algorithm.k_init, algorithm.k_max, cost, algorithm.fusion, reward_range)

@@ -12,6 +12,7 @@ from v05.algorithms import equal_groups, parse_algorithm
 from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.counters import Counters
+from v05.estimates import HeldOut
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
@@ -28,7 +29,7 @@ from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
 from v05.team import Team
-from v05.value.prior import Prior
+from v05.value.prior import Middle, Prior
 
 
 class Trainer:
@@ -87,7 +88,7 @@ class Trainer:
             parts = (self.algorithm, task, cast(StreamingEngine, engine), self.grader, prior)
             self.sampler = StreamSampler(config, stream, *parts, lambda prompt: policy.encode([prompt])[0])
         self.stopped: Callable[[], bool] = lambda: False  # asked while an update is being sampled
-        self.counters = Counters()
+        self.counters = Counters() if self.algorithm.grows else Counters(expected_extra=0.0)
         self.pushed: int | None = None  # updates behind the weights that the engine has
         self.mixture: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
@@ -103,7 +104,7 @@ class Trainer:
             Stopped: `stopped` became true before the rollouts were there; everything is as before the call.
         """
         self._push()
-        sample, first_conflicts, sampled = self.team.lead(self._sample)
+        sample, sampled = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
         advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
@@ -111,8 +112,8 @@ class Trainer:
         learnt = self.learner.learn(batch, advantages, self.counters.update) if rollouts else {}
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
-        self._count(sample, first_conflicts)
-        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, first_conflicts)
+        self._count(sample, conflicts := self._conflicts(sample))
+        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, conflicts)
 
     def _push(self) -> None:
         """Give the engine the policy's weights unless it has them; all ranks call this."""
@@ -124,15 +125,15 @@ class Trainer:
         elif not self.streams:
             self.engine.update_weights(weights)
 
-    def evaluate(self) -> tuple[int, int]:
-        """Return how many sampled held-out answers are right, and how many there were, those that never came included.
+    def evaluate(self) -> HeldOut:
+        """Return how many sampled held-out answers are right.
 
         Prompts, their order and the seeds are the same at every evaluation of every run; temperature is 1.
         """
         self._push()
         return self.team.lead(self._right)
 
-    def _right(self) -> tuple[int, int]:
+    def _right(self) -> HeldOut:
         """Sample and judge the held-out answers with the engine's present weights."""
         generate = self.engine.generate if self.sampler is None else self.sampler.generate
         prompts = self.task.prompts(self.config.heldout_seed, 0, self.config.heldout_prompts, "heldout")
@@ -148,15 +149,15 @@ class Trainer:
                 max_new_tokens=self.task.max_answer_length,
             )
             tickets += self._submit(part, answers)
-        rewards = [reward for row in self._collect(tickets) for reward in row]
-        return rewards.count(self.task.reward_range[1]), len(rewards)
+        right = [row.count(self.task.reward_range[1]) for row in self._collect(tickets)]
+        return HeldOut.of(right, self.config.heldout_samples)
 
-    def _sample(self) -> tuple[Sample, int, dict[str, float]]:
-        """Spend this update's rollouts; return the groups, how many first tests found a conflict, and metrics."""
+    def _sample(self) -> tuple[Sample, dict[str, float]]:
+        """Spend this update's rollouts; return the groups, and metrics."""
         left_in_run = self.config.rollouts - self.counters.rollouts
         if self.sampler is not None:
             return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
-        sample, first_conflicts, round_number, position = Sample(), 0, 0, self.counters.position
+        sample, round_number, position = Sample(), 0, self.counters.position
         target = min(self.config.rollouts_per_update, left_in_run)
         while sample.kept < target and sample.spent < left_in_run:
             if round_number and self.stopped():
@@ -165,21 +166,18 @@ class Trainer:
             budget = min(target - sample.kept, left_in_run - sample.spent)
             more = self._planned_more(sample, budget)
             first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
-            started = len(sample.prompts)
             self._start_prompts(sample, len(first))
             self._generate(sample, [*more, *first], round_number)
-            first_conflicts += self._conflicts(sample, started)
             if self.algorithm.drop_equal:
                 sample.drop(equal_groups(sample.groups))
             round_number += 1
-        return sample, first_conflicts, {}
+        return sample, {}
 
     def _start_prompts(self, sample: Sample, count: int) -> None:
         """Take `count` prompts off the stream, each with its expected reward."""
         first = self.counters.position
         prompts = self.task.prompts(self.config.seed, first, count)
-        middle = sum(self.task.reward_range) / 2
-        prior = torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
+        prior = (self.prior or Middle(self.task.reward_range)).predict(prompts)
         sample.start(prompts, range(first, first + count), prior)
         self.counters.position += count
 
@@ -222,19 +220,21 @@ class Trainer:
 
     def _planned_more(self, sample: Sample, budget: int) -> list[int]:
         """Return the rollouts that each group gets now, at most `budget` in all; the largest gains come first."""
-        if self.algorithm.k_max == self.algorithm.k_init or not sample.prompts:
+        if not self.algorithm.grows or not sample.prompts:
             return [0] * len(sample.prompts)
         test = self._test(sample.groups, sample.prior)
         wanted = torch.where(test.roll_out_more, test.planned - test.count, 0)
         return share_out(wanted.tolist(), test.gain.tolist(), budget)
 
-    def _conflicts(self, sample: Sample, started: int) -> int:
-        """Return how many of the groups from `started` on reject their prior."""
-        if self.prior is None:
+    def _conflicts(self, sample: Sample) -> int:
+        """Return how many of the groups reject their prior after their first rollouts."""
+        if self.prior is None or not sample.prompts:
             return 0
-        return int((self._test(sample.groups, sample.prior).deviation[started:] > 0).sum())
+        first = [rewards[: self.algorithm.k_init] for rewards in sample.rewards]
+        groups = Groups.from_lists(sample.prompts, sample.ids, first)
+        return int((self._test(groups, sample.prior).deviation > 0).sum())
 
-    def _count(self, sample: Sample, first_conflicts: int) -> None:
+    def _count(self, sample: Sample, conflicts: int) -> None:
         """Add an update to the counters."""
         counters = self.counters
         counters.update += 1
@@ -242,13 +242,13 @@ class Trainer:
         counters.groups += len(sample.prompts)
         counters.kept += sample.kept
         counters.dropped += sample.dropped
-        counters.conflicts += first_conflicts
-        if self.algorithm.k_max > self.algorithm.k_init and sample.prompts:
-            test = self._test(sample.groups, sample.prior)
-            extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
-            counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
-        if self.algorithm.fusion == "calibrated" and sample.prompts:
-            self.mixture = self._test(sample.groups, sample.prior).state
+        counters.conflicts += conflicts
+        if self.prior is None or not sample.prompts:
+            return
+        test = self._test(sample.groups, sample.prior)
+        extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
+        counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
+        self.mixture = test.state
 
     def _metrics(
         self,
@@ -257,7 +257,7 @@ class Trainer:
         prior: Tensor,
         advantages: Tensor,
         learnt: Mapping[str, float],
-        first_conflicts: int,
+        conflicts: int,
     ) -> dict[str, Any]:
         """Return one line of metrics.jsonl; nan, where a batch is empty, is written as null."""
         means = groups.means
@@ -270,7 +270,7 @@ class Trainer:
         }
         counts = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
         troubles = self.grader.take_troubles()
-        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": first_conflicts}
+        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": conflicts}
         whole |= {"reward_failures": troubles.failures, "reward_timeouts": troubles.timeouts}
         return {**counts, **whole, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
 
@@ -284,8 +284,8 @@ class Trainer:
             "prior": {} if self.prior is None else self.prior.state_dict(),
             "mixture": {} if self.mixture is None else {"state": self.mixture},
         }
-        in_flight = {} if self.sampler is None else {"in_flight": self.sampler.state()}
-        return tensors, asdict(self.counters) | in_flight
+        in_flight, tokens = ({}, {}) if self.sampler is None else self.sampler.state()
+        return {**tensors, "in_flight": tokens}, {**asdict(self.counters), "in_flight": in_flight}
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Go on from a state that `state` returned."""
@@ -297,4 +297,4 @@ class Trainer:
         self.pushed = None
         self._push()
         if self.sampler is not None:
-            self.sampler.load_state(counters["in_flight"], self.mixture)
+            self.sampler.load_state(counters["in_flight"], tensors["in_flight"], self.mixture)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,6 +172,31 @@ def test_an_answer_that_does_not_come(engine: ServerEngine, script: type[Script]
     outcome = answer(engine)
     assert "TimeoutError: no answer from" in outcome.error
     assert "in 1 s" in outcome.error
+
+
+def test_no_more_connections_than_files(server: ThreadingHTTPServer, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (16, 1 << 20))
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    class Counting(Script):
+        def do_POST(self) -> None:
+            nonlocal under_way, most
+            with lock:
+                under_way += 1
+                most = max(most, under_way)
+            time.sleep(0.02)
+            with lock:
+                under_way -= 1
+            super().do_POST()
+
+    server.RequestHandlerClass = Counting
+    engine = ServerEngine(ServerSettings(f"http://127.0.0.1:{server.server_port}", folder))
+    try:
+        rows = engine.generate(["1+2="] * 10, [10] * 10, seed=0, temperature=1.0, max_new_tokens=9)
+    finally:
+        engine.close()
+    assert [len(row) for row in rows] == [10] * 10
+    assert 1 < most <= 12
 
 
 def test_a_sick_server_is_a_dead_engine_until_it_is_well(engine: ServerEngine, script: type[Script]) -> None:

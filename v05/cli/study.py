@@ -19,7 +19,7 @@ from v05.cli.outputs import check_outputs
 from v05.errors import InputError
 from v05.records import check_range, whole_file
 from v05.scored import read_scored
-from v05.studies.prior import EMBEDDED, Scores, cross_predict, outcomes_of, predictors_of
+from v05.studies.prior import EMBEDDED, Scores, cross_predict, mean_of_known, outcomes_of, predictors_of
 from v05.value.measure import reliability
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def prior(
     show(report, scores, console)
     if output is not None:
         with whole_file(output) as out:
-            out.write(json.dumps(report, indent=2) + "\n")
+            out.write(json.dumps(without_nan(report), indent=2, allow_nan=False) + "\n")
         console.print(f"numbers: {output}", soft_wrap=True)
     if plot is not None:
         draw(scores, plot, console)
@@ -109,7 +109,7 @@ def summarise(scores: Scores, resamples: int) -> dict[str, Any]:
         with_mean, with_difficulty = scores.residual_correlations(name)
         curve = reliability(prediction, scores.data.rate)
         entry: dict[str, Any] = {
-            "auc": float(np.nanmean(aucs)),
+            "auc": mean_of_known(aucs),
             "squared_error": float(errors.mean()),
             "auc_by_policy": aucs.tolist(),
             "squared_error_by_policy": errors.tolist(),
@@ -119,12 +119,27 @@ def summarise(scores: Scores, resamples: int) -> dict[str, Any]:
             "reliability": {"predicted": curve.predicted.tolist(), "observed": curve.observed.tolist()},
         }
         if draws:
-            edges = np.quantile(draws[name], [0.025, 0.975], axis=0)
-            behind = np.quantile(draws[EMBEDDED] - draws[name], [0.025, 0.975], axis=0)
+            edges, behind = interval_of(draws[name]), interval_of(draws[EMBEDDED] - draws[name])
             entry |= {"auc_interval": edges[:, 0].tolist(), "squared_error_interval": edges[:, 1].tolist()}
             entry |= {"v0_minus_auc": behind[:, 0].tolist(), "v0_minus_squared_error": behind[:, 1].tolist()}
         report["models"][name] = entry
     return report
+
+
+def interval_of(draws: np.ndarray) -> np.ndarray:
+    """Return the 95 % interval of each column of draws, [2, columns], leaving out what is nan in a draw."""
+    known = (column[~np.isnan(column)] for column in draws.T)
+    none = np.full(2, np.nan)
+    return np.stack([np.quantile(part, [0.025, 0.975]) if len(part) else none for part in known], axis=1)
+
+
+def without_nan(value: Any) -> Any:
+    """Return a report with null in the place of nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def show(report: dict[str, Any], scores: Scores, console: Console) -> None:

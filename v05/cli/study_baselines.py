@@ -22,7 +22,7 @@ from v05.records import check_keys, check_number, check_range, parse_object, rea
 from v05.run import make_trainer
 from v05.studies.folder import StudyFolder
 from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
-from v05.studies.records import DEFAULT, PRIORS, Cell, RecordsStudy, cells
+from v05.studies.records import DEFAULT, PRIORS, RANGE, Cell, RecordsStudy, cells
 from v05.studies.table import StudyTable
 
 FIXED = ",".join(ESTIMATORS)
@@ -101,15 +101,22 @@ def records(
                         folder.add(cell._asdict())
                 progress.advance(task)
     found = [Cell(**row) for row in folder.results.values()]
-    names = ",".join(study.estimators)
-    command = (
-        f"v05 study records --context context.jsonl --output runs/records --estimators {names} --rollouts {rollouts}"
-    )
-    table = cells_table(found, study, command)
+    table = cells_table(found, study, command_of(study, reward_range))
     table.write(output / "table.json")
     plot_baseline_errors(found, output / "baselines.png")
     Console().print(table.rich())
     Console().print(f"results: {output}", soft_wrap=True)
+
+
+def command_of(study: RecordsStudy, reward_range: tuple[float, float]) -> str:
+    """The command that repeats a study of records: its names and sizes, and what else is not as by default."""
+    chosen = f"--estimators {','.join(study.estimators)} --rollouts {','.join(map(str, study.rollouts))}"
+    for name in ("repeats", "batch", "recorded", "seed"):
+        if (value := getattr(study, name)) != getattr(RecordsStudy, name):
+            chosen += f" --{name} {value}"
+    if reward_range != RANGE:
+        chosen += " --reward-range {:g} {:g}".format(*reward_range)
+    return f"v05 study records --context context.jsonl --output runs/records {chosen}"
 
 
 def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTable:
@@ -161,8 +168,9 @@ def gradient(
                 folder.add(quality(sampled, drawn)._asdict())
             progress.advance(bar)
     found = [GradientQuality(**row) for row in folder.results.values()]
-    sizes = f"--prompts {prompts} --pool {pool} --repeats {repeats} --cost {cost}"
-    chosen = f'--priors "{priors}" --estimators {estimators}'
+    sizes = f"--prompts {prompts} --pool {pool} --repeats {repeats} --cost {','.join(listed(cost))}"
+    sizes += f" --seed {seed}" if seed else ""
+    chosen = f'--priors "{priors}" --estimators {",".join(listed(estimators))}'
     command = f"v05 study gradient --output runs/gradient --task {task} {chosen} {sizes}"
     table = gradients_table(found, f"Gradients on {task} relative to the truth, ±95 %", command)
     table.write(output / "table.json")

@@ -170,10 +170,10 @@ def _one(
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for label, key in (("held-out accuracy before", "heldout_before"), ("held-out accuracy after", "heldout_after")):
-        right, total = summary[key]
-        low, high = binomial_interval(right, total)
-        table.add_row(label, f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
+    for when, worth in zip(("before", "after"), summary["heldout_worth"], strict=True):
+        right, total = summary[f"heldout_{when}"]
+        low, high = binomial_interval(worth * right / total, worth)
+        table.add_row(f"held-out accuracy {when}", f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
     answers = settings.heldout_samples
     samples = f"{summary['heldout_after'][1] // answers:,} prompts, {answers} answers each, temperature 1"
     table.add_row("held out", samples)

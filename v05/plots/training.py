@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from v05.metrics import worth
 from v05.studies.interquartile import interquartile_mean
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def plot_run(metrics: Sequence[Mapping[str, Any]], name: str, file: Path) -> Non
     updates = [line for line in metrics if line["update"] > 0 and line["prompts"]]
     spent = [line["rollouts"] for line in updates]
     shares = np.array([line["heldout_right"] / line["heldout_total"] for line in evaluated])
-    errors = 1.96 * np.sqrt(shares * (1 - shares) / [line["heldout_total"] for line in evaluated])
+    errors = 1.96 * np.sqrt(shares * (1 - shares) / [worth(line) for line in evaluated])
     at = [line["rollouts"] for line in evaluated]
     axes[0].fill_between(at, 100 * (shares - errors), 100 * (shares + errors), color=COLOURS[0], alpha=0.15, lw=0)
     axes[0].plot(at, 100 * shares, color=COLOURS[0], lw=2, marker="o", ms=4)

@@ -17,6 +17,7 @@ from v05.rollout.partners import Judge, Source
 from v05.rollout.requests import Asked, Requests
 from v05.rollout.revived import RevivedEngine
 from v05.rollout.rules import Rules
+from v05.rollout.saved import steps_of, tokens_of
 from v05.rollout.share import share_out
 from v05.rollout.step import Group, Step, Trouble, Wish
 from v05.rollout.streaming import Outcome, StreamingEngine
@@ -244,7 +245,6 @@ class Scheduler:
         wishes = self.wishes.setdefault(step.number, [])
         for group, (more, gain) in zip(ready, self.rules.more(ready), strict=True):
             if not group.tested:
-                step.conflicts += more > 0
                 group.tested, self.expected = True, 0.98 * self.expected + 0.02 * more
             wishes.append(Wish(group, min(more, 1) if self.limits.mode in ("barrier", "async") else more, gain))
 
@@ -266,22 +266,22 @@ class Scheduler:
         step.extra += sum(given)
         self._ask(step, [wish.group for wish in wishes], given, urgent=True)
 
-    def state(self) -> dict[str, Any]:
-        """Return everything that has finished and is not learnt from yet, as JSON can hold it."""
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return everything that has finished and is not learnt from yet: as JSON can hold it, but for the tokens."""
         steps = [step.state() for step in self.steps]
         counts = {"position": self.position, "next_number": self.next_number, "version": self.version}
         wishes = [[step, wish.group.position, *wish[1:]] for step, rows in self.wishes.items() for wish in rows]
         changed = [[step, group.position] for step, groups in self.changed.items() for group in groups]
         open_ends = {"expected": self.expected, "wishes": wishes, "changed": changed}
-        return {**counts, **open_ends, "trouble": self.trouble.counts(), "steps": steps}
+        return {**counts, **open_ends, "trouble": self.trouble.counts(), "steps": steps}, tokens_of(self.steps)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
         """Go on from a state; rollouts that had not finished are asked for again, with the same seeds."""
         self.position, self.next_number, self.version = state["position"], state["next_number"], state["version"]
         self.expected = state["expected"]
         for name, count in state["trouble"].items():
             setattr(self.trouble, name, count)
-        self.steps = [Step.from_state(entry) for entry in state["steps"]]
+        self.steps = steps_of(state["steps"], tokens)
         requests, groups = [], {(step.number, group.position): group for step in self.steps for group in step.groups}
         for number, position, more, gain in state["wishes"]:
             self.wishes.setdefault(number, []).append(Wish(groups[number, position], more, gain))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,12 @@ class Group:
         """Return the places of finished rollouts, in the order of asking, whatever order they finished in."""
         return sorted(self.rewards)
 
+    def state(self) -> dict[str, Any]:
+        """Return everything but tokens as JSON can hold it."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "prompt_ids"}
+        rollouts = {place: [rollout.text, rollout.finished] for place, rollout in self.rollouts.items()}
+        return own | {"lost": dict(self.lost), "rollouts": rollouts, "rewards": dict(self.rewards)}
+
 
 class Wish(NamedTuple):
     """What a group wants: `more` rollouts, 0 to stop, the next of which is worth `gain`."""
@@ -80,7 +86,6 @@ class Step:
         version: of the policy's weights when the step was started.
         budget: rollouts that it may have, first ones included; None for no cap.
         extra: rollouts given beyond the first ones.
-        conflicts: groups that wanted more after their first rollouts.
     """
 
     number: int
@@ -88,7 +93,6 @@ class Step:
     version: int
     budget: int | None = None
     extra: int = 0
-    conflicts: int = 0
 
     @property
     def done(self) -> bool:
@@ -139,25 +143,20 @@ class Step:
         return [version - min(r.versions) for group in self.groups for r in group.rollouts.values() if r.versions]
 
     def state(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        return asdict(self)
+        """Return everything but tokens, which `v05.rollout.saved` keeps, as JSON can hold it."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return own | {"groups": [group.state() for group in self.groups]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Step:
         """Return the step of a `state`; what was asked for and had not come is to be asked for again."""
         groups = []
         for entry in state["groups"]:
-            rollouts = {int(place): _rollout(values) for place, values in entry["rollouts"].items()}
+            rollouts = {int(place): Rollout((), (), (), *rest) for place, rest in entry["rollouts"].items()}
             rewards = {int(place): value for place, value in entry["rewards"].items()}
             lost = {int(place): reason for place, reason in entry["lost"].items()}
-            changed = {"lost": lost, "rollouts": rollouts, "rewards": rewards, "prompt_ids": tuple(entry["prompt_ids"])}
-            groups.append(Group(**{**entry, **changed}))
+            groups.append(Group(**{**entry, "lost": lost, "rollouts": rollouts, "rewards": rewards}))
         return cls(**{**state, "groups": groups})
-
-
-def _rollout(values: Mapping[str, Any]) -> Rollout:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return Rollout(**fields)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A vLLM server, or another OpenAI-compatible one, that somebody else started."""
 
 import asyncio
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -89,8 +90,16 @@ class Refusal(RuntimeError):
         self.status = status
 
 
+def most_at_once() -> int:
+    """Return how many answers may be under way: each has a connection, and others need files of this process too."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4)
+
+
 class ServerEngine(ConcurrentEngine):
     """One HTTP request per answer; see `StreamingEngine` and `Engine`.
+
+    Three quarters of the files that this process may open (`ulimit -n`) are requests at a time; more wait here, in the
+    order of asking.
 
     The server must report log-probabilities at the sampling temperature (`--logprobs-mode processed_logprobs`); no
     answer tells whether it does, but `v05 train` warns when it does not (`v05.sampler_gap`).
@@ -117,6 +126,7 @@ class ServerEngine(ConcurrentEngine):
         self.settings, self._wire = settings, WIRES[settings.dialect]
         self._httpx: Any = httpx
         self._client: Any = None
+        self._room = asyncio.Semaphore(most_at_once())
         try:
             self._run(self._start())
         except BaseException:
@@ -145,7 +155,8 @@ class ServerEngine(ConcurrentEngine):
 
     async def _answer(self, request: Request, prompt_ids: tuple[int, ...]) -> Rollout:
         model = self.settings.served_model or str(self.settings.model)
-        answer = await self._post(self._wire.path, self._wire.body(request, prompt_ids, model))
+        async with self._room:
+            answer = await self._post(self._wire.path, self._wire.body(request, prompt_ids, model))
         sampled = self._read(answer)
         return make_rollout(self.codec, prompt_ids, sampled.token_ids, sampled.logprobs, sampled.reason, sampled.spans)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,18 +16,21 @@ from v05.errors import InputError
 class StudyFolder:
     """Results by key, in `results.jsonl`, of a study with the settings in `settings.json`."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], keys: Sequence[str], on_disk: Sequence[str] = ()
+    ) -> None:
         """Open a folder, new or of a study with the same settings.
 
         Args:
             path: made where missing.
             settings: everything that a result depends on beside its key, as JSON can hold it.
             keys: fields that name a result.
+            on_disk: fields that are too much for memory, and are in the file alone.
 
         Raises:
             InputError: the folder has a study with other settings.
         """
-        self.path, self.keys = path, tuple(keys)
+        self.path, self.keys, self.on_disk = path, tuple(keys), frozenset(on_disk)
         path.mkdir(parents=True, exist_ok=True)
         file = path / "settings.json"
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -39,12 +43,16 @@ class StudyFolder:
             write_text(file, text)
         self.results: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._file = path / "results.jsonl"
-        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that was being written when the study was stopped
-            self.results[self._key(row)] = row
+        if not self._file.exists():
+            return
+        with self._file.open(encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):  # a line that was being written when it was stopped
+                    self._keep(json.loads(line))
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        kept = {name: value for name, value in row.items() if name not in self.on_disk}
+        self.results[self._key(row)] = kept
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row.get(key) for key in self.keys)
@@ -62,4 +70,4 @@ class StudyFolder:
             stream.write((("\n" if cut_off else "") + json.dumps(row) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
-        self.results[self._key(row)] = dict(row)
+        self._keep(row)

@@ -147,6 +147,8 @@ class Scores:
         Args:
             name: of the model.
             weights: how often each prompt was drawn, [P]; None for once.
+
+        Both are nan for a policy without a record, AUC also for one whose outcomes are all of one kind.
         """
         prediction, data = self.predictions[name], self.data
         aucs, errors = [], []
@@ -157,12 +159,14 @@ class Scores:
             # Models that know a policy's mean only rank by fold: that is no ranking, so they get AUC 0.5.
             value = 0.5 if name == "context mean" else auc(prediction[rows], data.rate[rows] >= 0.5)
             aucs.append(value)
-            errors.append(np.mean((prediction[rows] - data.rate[rows]) ** 2) * self.span**2)
+            squares = (prediction[rows] - data.rate[rows]) ** 2
+            errors.append(squares.mean() * self.span**2 if len(rows) else np.nan)
         return np.array(aucs), np.array(errors)
 
     def bootstrap(self, resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
         """Return AUC and error averaged over policies for each resample of the prompts, [resamples, 2] by name.
 
+        A policy of which a resample has no record, or none of one kind, is left out of its means; nan where all are.
         All models see the same resamples, so that differences between them are paired.
         """
         generator, count = np.random.default_rng(seed), len(self.data.prompts)
@@ -171,7 +175,7 @@ class Scores:
             weights = np.bincount(generator.integers(count, size=count), minlength=count)
             for name in self.predictions:
                 aucs, errors = self.of(name, weights)
-                values[name].append([float(np.nanmean(aucs)), float(errors.mean())])
+                values[name].append([mean_of_known(aucs), mean_of_known(errors)])
         return {name: np.array(rows) for name, rows in values.items()}
 
     def residual_correlations(self, name: str) -> tuple[float, float]:
@@ -182,10 +186,18 @@ class Scores:
         """
         data = self.data
         residual = data.rate - self.predictions[name]
-        means = np.array([data.rate[data.policy == policy].mean() for policy in range(len(data.policies))])
+        size = len(data.policies)
+        sums, records = np.bincount(data.policy, data.rate, size), np.bincount(data.policy, minlength=size)
+        means = sums / np.maximum(1, records)  # a policy may have none, as in a part of the data
         beyond = means[data.policy] - data.rate
         total = np.bincount(data.prompt, beyond, minlength=len(data.prompts))
         count = np.bincount(data.prompt, minlength=len(data.prompts))
         others = count[data.prompt] > 1
         difficulty = (total[data.prompt] - beyond)[others] / (count[data.prompt] - 1)[others]
         return correlation(residual, means[data.policy]), correlation(residual[others], difficulty)
+
+
+def mean_of_known(values: np.ndarray) -> float:
+    """Return the mean of what is not nan; nan where nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

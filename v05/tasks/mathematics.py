@@ -1,5 +1,6 @@
 """Mathematical answers, compared by Math-Verify: numbers, expressions, sets, intervals, matrices."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -8,6 +9,7 @@ from v05.errors import InputError
 
 LONGEST: Final = 2000  # characters of a boxed answer; a longer one is wrong without being parsed
 TAIL: Final = 4000  # characters at the end of a completion without a box that are searched for an answer
+BRACES: Final = re.compile(r"\\boxed\{|[{}]")
 SECONDS: Final = 3  # for one parse or one comparison; the pool's own limit catches what ignores this one
 
 
@@ -59,15 +61,14 @@ def boxed(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     """Return what is inside the last complete `\\boxed{...}`, or None where there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for position in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : position]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    opened: list[int] = []  # for each brace that is open, where a box's content begins, or -1
+    first, last = -1, -1
+    for found in BRACES.finditer(text):  # once, since an answer may open boxes without end
+        if found[0] != "}":
+            opened.append(-1 if found[0] == "{" else found.end())
+        elif (start := opened.pop() if opened else -1) > first:
+            first, last = start, found.start()
+    return text[first:last] if first >= 0 else None
 
 
 def math_verify() -> tuple[Any, Any]:

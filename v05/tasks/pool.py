@@ -16,6 +16,7 @@ from v05.tasks.verifiers import make_verifier
 from v05.tasks.worker import Answer, Verdict, serve
 
 START_SECONDS: Final = 300.0  # for a worker to import its verifier
+ENDING_SECONDS: Final = 1.0  # for a process to end whose connection is closed
 STARTS: Final = 3  # workers that may fail to start, one after the other, before the pool gives up
 TRIES: Final = 2  # an answer whose worker died is judged once more: something else may have killed it
 MEMORY: Final = 4 * 2**30  # bytes that a worker may add to what it starts with
@@ -44,6 +45,13 @@ class Worker:
     def due(self) -> float:
         """Return when what it is doing has to be done, on the monotonic clock."""
         return self.deadline if self.ticket is not None or not self.ready else float("inf")
+
+    def ended_with(self) -> int | None:
+        """Return the exit status of a process whose connection is closed; None where it goes on all the same."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while self.process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # `join` has no timeout where the process has closed all its files
+        return self.process.exitcode
 
     def stop(self) -> None:
         """Kill the process and all that it started."""
@@ -99,6 +107,7 @@ class RewardPool:
         self._broken, self._closed = "", False
         self._changed = threading.Condition()
         self._wake_reader, self._wake = multiprocessing.Pipe(duplex=False)
+        self._woken = False  # a message is in that pipe: a second one would say no more, and many would fill it
         self._thread: threading.Thread | None = None
 
     def submit(self, prompt: str, completion: str, record: Mapping[str, Any]) -> int:
@@ -117,8 +126,14 @@ class RewardPool:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="v05-rewards", daemon=True)
                 self._thread.start()
-        self._wake.send_bytes(b".")
+            self._wake_up()
         return ticket
+
+    def _wake_up(self) -> None:
+        """Have the thread look at what has changed; whoever calls this holds the lock."""
+        if not self._woken:
+            self._woken = True
+            self._wake.send_bytes(b".")
 
     def done(self, ticket: int) -> bool:
         """Return whether `collect` would return this verdict without waiting."""
@@ -137,21 +152,26 @@ class RewardPool:
             for ticket in tickets:
                 if ticket not in self._answers and ticket not in self._verdicts:
                     raise KeyError(ticket)
-            self._changed.wait_for(
-                lambda: self._broken or self._closed or all(ticket in self._verdicts for ticket in tickets)
-            )
+            waiting = list(tickets)
+            self._changed.wait_for(lambda: self._broken or self._closed or self._judged(waiting))
             if self._broken:
                 raise PoolBroken(f"no reward worker can be started: {self._broken}")
             if self._closed:
                 raise RuntimeError("the reward pool is closed")
             return [self._verdicts.pop(ticket) for ticket in tickets]
 
+    def _judged(self, waiting: list[int]) -> bool:
+        """Take tickets with a verdict off the end of a list, to look at each once, and return whether none is left."""
+        while waiting and waiting[-1] in self._verdicts:
+            waiting.pop()
+        return not waiting
+
     def close(self) -> None:
         """Stop all processes; calling it twice is allowed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._wake.send_bytes(b".")
+            self._wake_up()
         if self._thread is not None:
             self._thread.join()
 
@@ -176,7 +196,9 @@ class RewardPool:
                 places: list[Any] = [self._wake_reader, *(worker.connection for worker in self._workers)]
                 ready = wait(places, None if due == float("inf") else max(0.0, due - time.monotonic()))
                 if self._wake_reader in ready:
-                    self._wake_reader.recv_bytes()
+                    with self._changed:
+                        self._wake_reader.recv_bytes()
+                        self._woken = False
                 for worker in [worker for worker in self._workers if worker.connection in ready]:
                     self._take_in(worker)
                 for worker in [worker for worker in self._workers if worker.due <= time.monotonic()]:
@@ -223,8 +245,8 @@ class RewardPool:
 
     def _died(self, worker: Worker) -> None:
         """Queue the answer of a dead process again, in front, or settle it where it killed another one before."""
-        worker.process.join()
-        reason = f"the process ended with status {worker.process.exitcode}"
+        status = worker.ended_with()
+        reason = "the process closed its connection" if status is None else f"the process ended with status {status}"
         ticket = worker.ticket
         if ticket is not None:
             self._deaths[ticket] = self._deaths.get(ticket, 0) + 1
