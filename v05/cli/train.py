@@ -170,8 +170,9 @@ def _one(
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for when, worth in zip(("before", "after"), summary["heldout_worth"], strict=True):
-        right, total = summary[f"heldout_{when}"]
+    answered = {when: summary[f"heldout_{when}"] for when in ("before", "after")}
+    worths = summary.get("heldout_worth", [total for _, total in answered.values()])  # an older run has none
+    for (when, (right, total)), worth in zip(answered.items(), worths, strict=True):
         low, high = binomial_interval(worth * right / total, worth)
         table.add_row(f"held-out accuracy {when}", f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
     answers = settings.heldout_samples
