@@ -65,7 +65,3 @@ class Inputs(NamedTuple):
         targets = localised(self.targets, last - first, SKIPPED, first)
         bias = None if self.bias is None else self.bias[first:last]
         return self._replace(weight=self.weight[first:last], bias=bias, targets=targets)
-
-    def inverse_temperature(self) -> Tensor | float:
-        """1 / temperature in float64, `[T]` or one for all."""
-        return 1 / self.temperature if self.temperatures is None else 1 / self.temperatures

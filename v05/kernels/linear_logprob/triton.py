@@ -28,7 +28,7 @@ from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 from v05.kernels.token_logprob.ranks import Ranks
 from v05.kernels.token_logprob.rules import rows_of
-from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax, finish
+from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax, finish, inverse_temperature
 
 ROWS_ADDED = 8192  # of a product that is added in a step of its own
 ROWS_SUMMED = 32768  # at a time: what slices leave of more would take memory, and they keep a GPU busy
@@ -258,7 +258,7 @@ def backward(
     """Gradients from those of log-prob and entropy; in float16, scaled by a power of two that fits it meanwhile."""
     if given.weight.dtype != torch.float16 or len(given.targets) == 0:
         return passes.backward(Gpu(), given, softmax, by_logprob, by_entropy, needs, chunk)
-    upstream = [None if values is None else values * given.inverse_temperature() for values in (by_logprob, by_entropy)]
+    upstream = [None if values is None else values * inverse_temperature(given) for values in (by_logprob, by_entropy)]
     largest = torch.stack([values.abs().nan_to_num(0).max() for values in upstream if values is not None]).max()
     scale = torch.exp2(torch.where(largest > 0, (LARGEST_FLOAT16 / largest).log2().floor().clamp(-60, 60), 0))
     scaled = [None if values is None else (values * scale).to(values.dtype) for values in (by_logprob, by_entropy)]

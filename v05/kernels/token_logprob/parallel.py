@@ -31,10 +31,6 @@ class Rows(NamedTuple):
         """The dtype of statistics."""
         return segments.working_dtype(self.logits)
 
-    def inverse_temperature(self) -> Tensor | float:
-        """1 / temperature in float64, `[T]` or one for all."""
-        return 1 / self.temperature if self.temperatures is None else 1 / self.temperatures
-
 
 def ranks_of(group: dist.ProcessGroup, check_values: bool, logits: object) -> Ranks:
     """The ranks of one call."""

@@ -25,8 +25,18 @@ class Rows(Protocol):
     def wide(self) -> torch.dtype:
         """The dtype of statistics."""
 
-    def inverse_temperature(self) -> Tensor | float:
-        """1 / temperature in float64, `[T]` or one for all."""
+    @property
+    def temperatures(self) -> Tensor | None:
+        """`[T]` float64, or None: one for all."""
+
+    @property
+    def temperature(self) -> float:
+        """The one for all."""
+
+
+def inverse_temperature(rows: Rows) -> Tensor | float:
+    """1 / temperature in float64, `[T]` or one for all."""
+    return 1 / rows.temperature if rows.temperatures is None else 1 / rows.temperatures
 
 
 def localised(targets: Tensor, columns: int, ignore_index: int, start: Tensor | int = 0) -> Tensor:
@@ -74,7 +84,7 @@ def finish(given: Rows, part: Partial, ranks: Ranks | None = None) -> Softmax:
     In a group every rank gets what all know, in one meeting, and works out the same. The entropy of slices together is
     sum_b w_b (H_b - log w_b), in which no term is negative.
     """
-    inverse, found = given.inverse_temperature(), given.targets >= 0
+    inverse, found = inverse_temperature(given), given.targets >= 0
     if ranks is None:
         largest = part.largest.double()
         base = torch.where(largest > -INFINITY, largest, 0)
