@@ -123,6 +123,16 @@ def refused_alike(rank, given, targets, **options):
     return messages
 
 
+def nothing(given, targets, group):
+    """No rows, and rows that are all ignored."""
+    hidden, weight, bias = given
+    for some, wanted in ((hidden[:0], targets[:0]), (hidden, torch.full_like(targets, -100))):
+        outputs = linear_logprob(some, weight.requires_grad_(), wanted, bias=bias, group=group)
+        (gradient,) = torch.autograd.grad(sum(value.sum() for value in outputs), weight)
+        assert [len(value) for value in outputs] == [len(wanted)] * 2
+        assert not any(value.any() for value in (*outputs, gradient))
+
+
 def work(rank, world, store, folder):
     torch.set_num_threads(1)
     start = dict(init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -132,6 +142,7 @@ def work(rank, world, store, folder):
     own = [given[0], given[1][first:last], given[2][first:last]]
     results = everything(own, targets, group=dist.group.WORLD), refused(own, targets, group=dist.group.WORLD)
     alike = refused_alike(rank, own, targets, group=dist.group.WORLD)
+    nothing([x.clone() for x in own], targets, dist.group.WORLD)
     again = everything(own, targets, group=dist.group.WORLD)
     assert all(torch.equal(*pair) for name in again for pair in zip(results[0][name], again[name], strict=True))
     selected = drawn(rank, own, targets, group=dist.group.WORLD)

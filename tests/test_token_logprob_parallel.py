@@ -85,6 +85,17 @@ def refused_alike(rank, logits, targets, group):
     return messages
 
 
+def nothing(logits, targets, group):
+    """Outputs and gradient of no rows, and of rows that are all ignored."""
+    ignored = torch.full_like(targets, -100)
+    for given, wanted in ((logits[:0], targets[:0]), (logits, ignored)):
+        leaf = given.clone().requires_grad_()
+        outputs = token_logprob(leaf, wanted, group=group)
+        (gradient,) = torch.autograd.grad(sum(value.sum() for value in outputs), leaf)
+        assert [len(value) for value in (*outputs, gradient)] == [len(wanted)] * 3
+        assert not any(value.any() for value in (*outputs, gradient))
+
+
 def against_torch(world, rank):
     """The largest differences from torch's own cross-entropy of split logits: of log-probs, and of the gradient."""
     mesh = init_device_mesh("cpu", (world,))
@@ -114,6 +125,7 @@ def work(rank, world, store, folder):
         again = results_of(*rows_of(dtype), columns, **options)
         assert all(torch.equal(*pair) for pair in zip(found[-1], again, strict=True))
     logits, targets = rows_of(torch.float32)
+    nothing(logits[:, columns], targets, group)
     messages = refused_alike(rank, logits[:, columns], targets, group)
     torch.save((found, messages, against_torch(world, rank)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

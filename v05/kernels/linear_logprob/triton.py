@@ -28,7 +28,7 @@ from v05.kernels.linear_logprob.triton_kernels import join_kernel, slice_kernel
 from v05.kernels.token_logprob import triton as token_logprob
 from v05.kernels.token_logprob.ranks import Ranks
 from v05.kernels.token_logprob.rules import rows_of
-from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax, finish, inverse_temperature
+from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax, finish, inverse_temperature, partial_of
 
 ROWS_ADDED = 8192  # of a product that is added in a step of its own
 ROWS_SUMMED = 32768  # at a time: what slices leave of more would take memory, and they keep a GPU busy
@@ -88,12 +88,7 @@ class Gpu:
 
     def statistics(self, logits: Tensor, given: Inputs) -> Partial:
         """Of one slice of logits."""
-        inside = given.targets >= 0
-        targets = torch.where(given.targets == SKIPPED, SKIPPED, given.targets.clamp(min=0))
-        run = token_logprob.token_logprob
-        _, entropy, statistics = run(logits, targets, given.temperatures, given.temperature, SKIPPED)
-        target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-        return Partial(statistics[0], statistics[1], entropy, torch.where(inside, target, 0))
+        return partial_of(token_logprob.token_logprob, logits, given)
 
     def join(self, slices: list[Partial], given: Inputs) -> Partial:
         """The only slice there is."""

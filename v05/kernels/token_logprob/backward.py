@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from v05.kernels import dispatch
@@ -77,3 +79,12 @@ def _(
     backend: str,
 ) -> None:
     return None
+
+
+def gradient_of(logits: Tensor, inplace: bool, *given: Any) -> Tensor:
+    """Gradient of the logits, over them where that is asked for and they are contiguous."""
+    if not (inplace and logits.is_contiguous()):
+        return backward(logits, *given)
+    gradient = logits.detach()
+    backward_into(gradient, *given)
+    return gradient

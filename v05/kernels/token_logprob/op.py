@@ -11,7 +11,7 @@ from torch import Tensor
 from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op
 from v05.kernels.token_logprob import parallel, reference
-from v05.kernels.token_logprob.backward import backward, backward_into
+from v05.kernels.token_logprob.backward import gradient_of
 from v05.kernels.token_logprob.ranks import check_split
 from v05.kernels.token_logprob.rules import check_shapes
 from v05.kernels.token_logprob.rules import check_values as check_logit_values
@@ -67,11 +67,7 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     grad_logits = None
     if grad_logprob is not None or grad_entropy is not None:
         given = (targets, temperatures, *ctx.numbers, entropy, statistics, grad_logprob, grad_entropy, ctx.backend)
-        if ctx.inplace and logits.is_contiguous():
-            grad_logits = logits.detach()
-            backward_into(grad_logits, *given)
-        else:
-            grad_logits = backward(logits, *given)
+        grad_logits = gradient_of(logits, ctx.inplace, *given)
     return grad_logits, *[None] * 6
 
 

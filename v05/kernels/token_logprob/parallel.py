@@ -10,10 +10,10 @@ from torch import Tensor
 
 from v05.kernels import dispatch, segments
 from v05.kernels.custom import once
-from v05.kernels.token_logprob.backward import backward, backward_into
+from v05.kernels.token_logprob.backward import gradient_of
 from v05.kernels.token_logprob.ranks import Ranks
 from v05.kernels.token_logprob.rules import check_targets, check_values
-from v05.kernels.token_logprob.softmax import ELSEWHERE, SKIPPED, Partial, Softmax, finish, localised
+from v05.kernels.token_logprob.softmax import ELSEWHERE, SKIPPED, Partial, Softmax, finish, localised, partial_of
 
 SAME = ("rows", "rows that count")
 
@@ -37,16 +37,6 @@ def ranks_of(group: dist.ProcessGroup, check_values: bool, logits: object) -> Ra
     return Ranks(group, check_values, logits, "logits and targets", SAME)
 
 
-def _partial(rows: Rows, backend: str) -> Partial:
-    """What this slice knows of each row; on the CPU it raises at a bad logit."""
-    own = rows.targets.clamp(min=0)
-    asked = torch.where(rows.targets == ELSEWHERE, 0, rows.targets)  # log-probs of tokens elsewhere are not used
-    run = dispatch.implementation("token_logprob", backend).token_logprob
-    _, entropy, statistics = run(rows.logits, asked, rows.temperatures, rows.temperature, SKIPPED)
-    target = rows.logits.gather(1, own[:, None]).squeeze(1).to(rows.wide)
-    return Partial(statistics[0], statistics[1], entropy, torch.where(rows.targets >= 0, target, 0))
-
-
 class _TokenLogprob(torch.autograd.Function):
     """Log-prob and entropy of the ranks' slices together."""
 
@@ -67,12 +57,7 @@ class _TokenLogprob(torch.autograd.Function):
         if by_logprob is None and by_entropy is None:
             return (None,) * 5
         given = (targets, temperatures, temperature, SKIPPED, entropy, statistics, by_logprob, by_entropy, backend)
-        if inplace and logits.is_contiguous():
-            gradient = logits.detach()
-            backward_into(gradient, *given)
-        else:
-            gradient = backward(logits, *given)
-        return gradient, *(None,) * 4
+        return gradient_of(logits, inplace, *given), *(None,) * 4
 
 
 def token_logprob(
@@ -92,6 +77,7 @@ def token_logprob(
             check_targets(rows.targets, rows.temperatures, int(sizes.sum()), kept, f", or ignore_index {ignore_index}")
         if checks and ranks.device.type != "cpu":
             check_values(local.logits, torch.where(targets == ELSEWHERE, 0, targets), rows.temperatures, SKIPPED)
-        part = _partial(local, backend)
+        run = dispatch.implementation("token_logprob", backend).token_logprob  # on the CPU it raises at a bad logit
+        part = partial_of(run, local.logits, local)
     softmax = finish(local, part, ranks)
     return _TokenLogprob.apply(rows.logits, softmax, local, inplace, backend)

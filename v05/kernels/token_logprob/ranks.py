@@ -82,7 +82,7 @@ class Ranks:
         if self.heeds:
             self._raise_if(bool(table[:, -1].any()))
             table = table[:, :-1]
-        return table.view(-1, *values.shape)
+        return table.view(len(every), *values.shape)
 
     def add(self, values: Tensor) -> None:
         """Sums values up over the ranks, in their place."""

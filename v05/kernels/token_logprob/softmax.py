@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -54,6 +55,14 @@ class Partial(NamedTuple):
     log_sum: Tensor
     entropy: Tensor
     target: Tensor
+
+
+def partial_of(run: Callable[..., tuple[Tensor, Tensor, Tensor]], logits: Tensor, given: Rows) -> Partial:
+    """What a slice of logits knows of its rows, by a backend's `token_logprob`."""
+    asked = torch.where(given.targets == ELSEWHERE, 0, given.targets)  # log-probs of tokens elsewhere are not used
+    _, entropy, statistics = run(logits, asked, given.temperatures, given.temperature, SKIPPED)
+    target = logits.gather(1, given.targets.clamp(min=0)[:, None]).squeeze(1)
+    return Partial(statistics[0], statistics[1], entropy, torch.where(given.targets >= 0, target, 0))
 
 
 class Softmax(NamedTuple):
