@@ -141,7 +141,7 @@ def case(spec: Spec) -> Case:
     contenders.append(Contender("Megatron", None, "not measured: nothing here calls it"))
     elements = rows * columns // RANKS
     return Case(
-        op="split vocabulary",
+        op="split_vocabulary",
         shape=f"{rows} x {columns} on {RANKS} ranks",
         dtype=str(dtype).removeprefix("torch."),
         direction="forward + backward" if backward else "forward",
