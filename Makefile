@@ -69,7 +69,7 @@ test-portable: $(VENV)/.tests
 	rm -rf build/portable && mkdir -p build/portable && cp -r v05 tests csrc build/portable
 	rm -f build/portable/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="-DV05_X86=0" $(BIN)/python setup.py -q build_ext -b build/portable -t build/portable/objects
-	cd build/portable && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal -p no:cacheprovider -c ../../pyproject.toml --rootdir . \
+	cd build/portable && OMP_NUM_THREADS=1 V05_DATA=$${V05_DATA:-$(abspath ../shared/data)} $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal -p no:cacheprovider -c ../../pyproject.toml --rootdir . \
 	  -k "not compile and not memory" $(addprefix tests/test_,$(CPU_TESTS))
 
 # TRL and verl want versions of transformers of their own.
