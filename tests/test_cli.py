@@ -1,5 +1,6 @@
 """The command line as a whole: help that is quick and says what the commands say of themselves."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,6 +9,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from v05.cli import COMMANDS, app, load
+from v05.config import TrainConfig
+from v05.model_config import ModelConfig
+from v05.stream_config import StreamConfig
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
@@ -28,3 +32,12 @@ def test_help_says_what_the_command_says(name: str, place: str, said: str) -> No
     assert "--help" in result.output
     assert "--install-completion" not in result.output
     assert CliRunner().invoke(app, [name, "--no-such-option"]).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, ModelConfig, StreamConfig])
+def test_help_of_train_shows_the_default_of_every_setting(kind: type) -> None:
+    settings = {field.name: field.default for field in dataclasses.fields(kind) if field.default != ""}
+    options = {option.name: option for option in get_command(load("v05.cli.train:train")).params}
+    shown = {name: getattr(options[name], "show_default", None) for name in settings if name in options}
+    assert shown
+    assert shown == {name: str(settings[name]) for name in shown}

@@ -30,31 +30,81 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")] = Path("runs/train"),
     algorithm: Annotated[
         str | None,
-        typer.Option(help="Name[:k], k rollouts to start with: v05_from_one (the default), v05, grpo, rloo, spo, ..."),
+        typer.Option(
+            help="Name[:k], k rollouts to start with: v05_from_one, v05, grpo, rloo, spo, ...",
+            show_default=str(TrainConfig.algorithm),
+        ),
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Algorithms to run beside it, such as grpo:16,dr_grpo:4.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of a comparison, such as 0,1,2; by default --seed.")] = None,
-    rollouts: Annotated[int | None, typer.Option(help="Rollouts to spend.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam; 1e-6 with --model.")] = None,
-    prior: Annotated[str | None, typer.Option(help=f"{', '.join(PRIORS)}.")] = None,
+    rollouts: Annotated[
+        int | None, typer.Option(help="Rollouts to spend.", show_default=str(TrainConfig.rollouts))
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of Adam; 1e-6 with --model.", show_default=str(TrainConfig.learning_rate))
+    ] = None,
+    prior: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PRIORS)}.", show_default=str(TrainConfig.prior))
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a language model of yours.")] = None,
     data: Annotated[str | None, typer.Option(help="With --model: .jsonl or .parquet file, or a data set.")] = None,
-    verifier: Annotated[str | None, typer.Option(help="With --model: math, exact, module:function.")] = None,
-    engine: Annotated[str | None, typer.Option(help="With --model: hf, vllm, vllm-sync, http://host:port.")] = None,
-    engine_options: Annotated[str | None, typer.Option(help="More arguments of vLLM, a JSON object.")] = None,
-    template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="With --model: longest answer.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="With --model: bfloat16 or float32.")] = None,
-    loss: Annotated[str | None, typer.Option(help="With --model: linear, or logits, which keeps them.")] = None,
-    mode: Annotated[str | None, typer.Option(help="batch; with a scheduler barrier, async, planned, stream.")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="With a scheduler, who gets how many: look-ahead, fixed, utility, variance, ...")
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="With --model: math, exact, module:function.", show_default=str(ModelConfig.verifier)),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Updates in flight at most, with --mode stream.")] = None,
-    rollouts_per_update: Annotated[int | None, typer.Option(help="Rollouts that one step learns from.")] = None,
-    micro_batches: Annotated[int | None, typer.Option(help="Parts of a batch in memory one after the other.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes the order of prompts and every sample.")] = None,
-    heldout_seed: Annotated[int | None, typer.Option(help="Chooses the held-out prompts.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="With --model: hf, vllm, vllm-sync, http://host:port.", show_default=str(ModelConfig.engine)),
+    ] = None,
+    engine_options: Annotated[
+        str | None,
+        typer.Option(help="More arguments of vLLM, a JSON object.", show_default=str(ModelConfig.engine_options)),
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="With --model: longest answer.", show_default=str(ModelConfig.max_new_tokens))
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --model: bfloat16 or float32.", show_default=str(ModelConfig.dtype))
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="With --model: linear, or logits, which keeps them.", show_default=str(ModelConfig.loss)),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="batch; with a scheduler barrier, async, planned, stream.", show_default=str(StreamConfig.mode)
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="With a scheduler, who gets how many: look-ahead, fixed, utility, variance, ...",
+            show_default=str(StreamConfig.rule),
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Updates in flight at most, with --mode stream.", show_default=str(StreamConfig.window)),
+    ] = None,
+    rollouts_per_update: Annotated[
+        int | None,
+        typer.Option(help="Rollouts that one step learns from.", show_default=str(TrainConfig.rollouts_per_update)),
+    ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts of a batch in memory one after the other.", show_default=str(TrainConfig.micro_batches)
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Fixes the order of prompts and every sample.", show_default=str(TrainConfig.seed)),
+    ] = None,
+    heldout_seed: Annotated[
+        int | None, typer.Option(help="Chooses the held-out prompts.", show_default=str(TrainConfig.heldout_seed))
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings; options override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; a finished warm start is kept.")] = False,
