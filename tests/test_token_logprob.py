@@ -150,6 +150,19 @@ def test_ignored_rows_are_exactly_zero_whatever_they_hold(backend, dtype):
     assert gradient[3].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_an_upstream_gradient_has_none_whatever_becomes_of_it(dtype):
+    logits, targets = random_rows(3, 5003, dtype=dtype)
+    logits.requires_grad_()
+    outputs = token_logprob(logits, targets)
+    logits.data[1] = float("nan")
+    with poisoned_outputs():
+        upstream = [torch.tensor([1, 0, 2], dtype=values.dtype) for values in outputs]
+        (gradient,) = torch.autograd.grad(outputs, logits, upstream)
+    assert not gradient[1].any()
+    assert gradient[::2].any(1).all()
+
+
 def test_every_row_ignored_and_another_ignore_index(backend):
     logits, _ = random_rows(3, 5)
     outputs = run(logits, torch.full((3,), 2), backend, ignore_index=2)

@@ -126,15 +126,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide) == 8 ? 1 : 2)
   out.log_sum[t] = log_sum;
 }
 
-// The gradient of a row: dz_j = [g_l (1[j = y] - p_j) - g_H p_j (log p_j + H)] / temperature, which is g_l /
-// temperature where j = y, plus p_j (level - slope y_j), where y_j = unit log p_j.
+// The gradient of a row: dz_j = [g_l (1[j = y] - p_j) - g_H p_j (log p_j + H)] / temperature, where g_l / temperature
+// is by_logprob and g_H / temperature by_entropy.
 template <class Wide>
 struct RowSlope {
-  Wide max, scale, log_sum, level, slope;
+  Wide max, scale, log_sum, by_logprob, by_entropy, entropy;
+
+  // unit log p
+  __device__ __forceinline__ Wide exponent(Wide logit) const { return finite((logit - max) * scale - log_sum); }
 
   __device__ __forceinline__ Wide at(Wide logit) const {
-    const Wide y = finite((logit - max) * scale - log_sum);
+    const Wide y = exponent(logit), level = -by_logprob - by_entropy * entropy, slope = by_entropy / unit<Wide>();
     return power(y) * (level - slope * y);
+  }
+
+  // Its p is close to 1 in most rows, where 1 - p would have few digits left.
+  __device__ __forceinline__ Wide at_target(Wide logit) const {
+    const Wide y = exponent(logit), log_p = y / unit<Wide>();
+    return -by_logprob * expm1(log_p) - by_entropy * power(y) * (log_p + entropy);
   }
 };
 
@@ -154,18 +163,24 @@ __device__ __forceinline__ void write_vectors(const T* x, int first, int columns
   }
 }
 
-// The target, whose share is its own, is written once more by the thread that wrote it before.
+// The target, the only one with a share of its own, is written once more by the thread that wrote it before; -1: none.
 template <bool kWhole, class T, class Wide>
-__device__ __forceinline__ void write_slopes(const T* x, int columns, const RowSlope<Wide>& row, int target, Wide own,
-                                             T* out) {
+__device__ __forceinline__ void write_slopes(const T* x, int columns, const RowSlope<Wide>& row, int target, T* out) {
   constexpr int kSize = Vector<T>::kSize, kStep = kThreads * kSize;
-  const bool owns = target / kSize % kThreads == threadIdx.x;
-  const Wide chosen = owns ? row.at(Wide(widen(x[target]))) + own : Wide(0);
+  const bool owns = target >= 0 && target / kSize % kThreads == threadIdx.x;
+  const Wide chosen = owns ? row.at_target(Wide(widen(x[target]))) : Wide(0);
   int i = threadIdx.x * kSize;
   for (; i < columns - (kUnrollBackward - 1) * kStep; i += kUnrollBackward * kStep)
     write_vectors<kWhole, kUnrollBackward>(x, i, columns, row, out);
   for (; i < columns; i += kStep) write_vectors<kWhole, 1>(x, i, columns, row, out);
   if (owns) out[target] = narrow<T>(chosen);
+}
+
+template <bool kWhole, class T>
+__device__ __forceinline__ void write_zeros(T* out, int columns) {
+  constexpr int kSize = Vector<T>::kSize;
+  for (int i = threadIdx.x * kSize; i < columns; i += kThreads * kSize)
+    store_vector<kWhole>(out, i, columns, Vector<T>{});
 }
 
 // grad_logits may be the logits, of which each is read before it is written.
@@ -178,22 +193,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide) == 8 ? 1 : 2)
   const T* x = rows.logits + t * rows.stride;
   T* out = grad_logits + t * grad_stride;
   const Wide max = saved.max[t];
-  if (target == rows.ignore_index || max == minus_infinity<Wide>()) {
-    for (int i = threadIdx.x; i < columns; i += kThreads) out[i] = narrow<T>(Wide(0));
-    return;
-  }
   const Wide inverse_temperature = Wide(1 / rows.temperature_of(t));
   const Wide by_logprob = grad_logprob ? grad_logprob[t] * inverse_temperature : Wide(0);
   const Wide by_entropy = grad_entropy ? grad_entropy[t] * inverse_temperature : Wide(0);
-  const RowSlope<Wide> row{max, inverse_temperature * unit<Wide>(), saved.log_sum[t] * unit<Wide>(),
-                           -by_logprob - by_entropy * saved.entropy[t], by_entropy / unit<Wide>()};
-  const bool inside = target >= 0 && target < columns;
-  const int place = inside ? int(target) : 0;
-  const Wide own = inside ? by_logprob : Wide(0);
-  if (in_vectors(x, columns) && in_vectors(out, columns))
-    write_slopes<true>(x, columns, row, place, own, out);
+  const bool wide = in_vectors(out, columns), idle = by_logprob == Wide(0) && by_entropy == Wide(0);
+  if (target == rows.ignore_index || max == minus_infinity<Wide>() || idle) {  // whatever the row holds
+    wide ? write_zeros<true>(out, columns) : write_zeros<false>(out, columns);
+    return;
+  }
+  const RowSlope<Wide> row{max,
+                           inverse_temperature * unit<Wide>(),
+                           saved.log_sum[t] * unit<Wide>(),
+                           by_logprob,
+                           by_entropy,
+                           saved.entropy[t]};
+  const int place = target >= 0 && target < columns ? int(target) : -1;
+  if (wide && in_vectors(x, columns))
+    write_slopes<true>(x, columns, row, place, out);
   else
-    write_slopes<false>(x, columns, row, place, own, out);
+    write_slopes<false>(x, columns, row, place, out);
 }
 
 }  // namespace

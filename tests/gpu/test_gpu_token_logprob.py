@@ -20,6 +20,7 @@ from common import (
 )
 
 from v05.kernels import token_logprob
+from v05.testing import poisoned_outputs
 
 
 @pytest.fixture(params=BACKENDS)
@@ -151,3 +152,35 @@ def test_bad_values_are_named_where_asked_for(backend, column, value, target, te
     )
     with pytest.raises(ValueError, match=message):
         token_logprob(logits, targets, temperature=rows, check_values=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_that_the_loss_masks_may_hold_anything(backend, dtype, inplace):
+    """Their upstream gradient is 0: so is theirs, and no other row's bits change."""
+    source = torch.randn(6, 3001, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    upstream = torch.tensor([1.5, 0, -1, 0, 2, 0], device=DEVICE)
+    gradients = []
+    for held in (0.5, math.nan):
+        logits = source.clone()
+        logits[1::2] = held
+        with poisoned_outputs():
+            outputs = token_logprob(
+                logits.requires_grad_(), torch.arange(6, device=DEVICE), inplace_backward=inplace, backend=backend
+            )
+            weighed = [upstream.to(values.dtype) for values in outputs]
+            gradients += torch.autograd.grad(outputs, logits, weighed)
+    assert not gradients[1][1::2].any()
+    assert gradients[1][::2].any(1).all()
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-6])
+def test_the_gradient_of_a_target_that_is_nearly_certain(share):
+    """1 - p, of a p whose rounding would leave it few digits, has all those of the log-prob. CUDA's, as the CPU's."""
+    logits = torch.zeros(1, 2501, device=DEVICE)
+    logits[0, 7] = math.log(2500 / share)
+    logprob, _ = token_logprob(logits.requires_grad_(), torch.tensor([7], device=DEVICE), backend="cuda")
+    logprob.sum().backward()
+    torch.testing.assert_close(logits.grad[0, 7], -logprob[0].detach().double().expm1().float(), rtol=1e-6, atol=0)

@@ -66,3 +66,24 @@ def test_a_gradient_in_place_has_the_same_bits():
 def test_no_rows():
     logprob, entropy = token_logprob(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), backend="triton")
     assert logprob.numel() == entropy.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_that_the_loss_masks_may_hold_anything(dtype, inplace):
+    """Their upstream gradient is 0: so is theirs, and no other row's bits change."""
+    source = torch.randn(6, 3001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    upstream = torch.tensor([1.5, 0, -1, 0, 2, 0])
+    gradients = []
+    for held in (0.5, float("nan")):
+        logits = source.clone()
+        logits[1::2] = held
+        with poisoned_outputs():
+            outputs = token_logprob(
+                logits.requires_grad_(), torch.arange(6), inplace_backward=inplace, backend="triton"
+            )
+            weighed = [upstream.to(values.dtype) for values in outputs]
+            gradients += torch.autograd.grad(outputs, logits, weighed)
+    assert not gradients[1][1::2].any()
+    assert gradients[1][::2].any(1).all()
+    assert torch.equal(*gradients)

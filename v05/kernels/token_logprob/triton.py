@@ -163,17 +163,22 @@ def backward_kernel(
     grad_logits += row * grad_stride
     o_place = tl.arange(0, BLOCK_V)
     whole = columns.to(tl.int32) // BLOCK_V * BLOCK_V  # in blocks without a mask, whose loads and stores are wide
-    if (target == ignore_index) | (row_max == float("-inf")):
-        for start in range(0, columns.to(tl.int32), BLOCK_V):
-            tl.store(grad_logits + start + o_place, tl.zeros([BLOCK_V], kind), mask=start + o_place < columns)
+    idle = (target == ignore_index) | (row_max == float("-inf"))
+    by_logprob = tl.full([], 0, acc)
+    by_entropy = tl.full([], 0, acc)
+    if HAS_LOGPROB:
+        by_logprob = tl.load(grad_logprob + row).to(acc)
+    if HAS_ENTROPY:
+        by_entropy = tl.load(grad_entropy + row).to(acc)
+    if idle | ((by_logprob == 0) & (by_entropy == 0)):  # whatever the row holds
+        for start in range(0, whole, BLOCK_V):
+            tl.store(grad_logits + start + o_place, tl.zeros([BLOCK_V], kind))
+        if whole < columns:
+            tl.store(grad_logits + whole + o_place, tl.zeros([BLOCK_V], kind), mask=whole + o_place < columns)
     else:
         inverse = inverse_temperature_of(temperatures, temperature, row, PER_ROW, acc)
-        by_logprob = tl.full([], 0, acc)
-        by_entropy = tl.full([], 0, acc)
-        if HAS_LOGPROB:
-            by_logprob = tl.load(grad_logprob + row).to(acc) * inverse
-        if HAS_ENTROPY:
-            by_entropy = tl.load(grad_entropy + row).to(acc) * inverse
+        by_logprob *= inverse
+        by_entropy *= inverse
         log_total = tl.load(statistics + tl.num_programs(0).to(tl.int64) + row) * unit_of(acc)
         level = -by_logprob - by_entropy * tl.load(entropy + row)
         slope = by_entropy / unit_of(acc)
