@@ -63,6 +63,7 @@ test: $(VENV)/.tests build/emulated/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 	OMP_NUM_THREADS=1 V05_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not large" tests/gpu
 	OMP_NUM_THREADS=1 V05_EMULATED=1 V05_EMULATED_ARCH=80 $(BIN)/python -m pytest tests/gpu/test_gpu_policy_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-disable
 
 # What processors get for which there is no choice of instruction sets, in a copy.
 test-portable: $(VENV)/.tests

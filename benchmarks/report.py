@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.harness import OURS
 from benchmarks.plots import Line, grouped, listed, number, threads_of
+from benchmarks.wins import seconds_of
 from v05.studies.table import StudyTable
 
 CASE = ("op", "shape", "dtype", "pass", "threads")  # what contenders have in common that are compared
@@ -19,7 +20,8 @@ Written by `python -m benchmarks` from `results.csv`; every number was measured 
 by side on the same inputs, one call each in every round, the order reversed from round to round.
 
 * *ms*: median, with the 20th and 80th percentile. **Bold** is the fastest.
-* *time / v05*: the median over the rounds of the contender's time over ours; below 1 the rival wins.
+* *time / v05*: the median over the rounds of the contender's time over ours; below 1 the rival wins. Where one of the
+  two is timed by a graph and the other is not, it is what they take as called: the longer of the GPU's time and the host's.
 * *of ceiling*: over the time taken, the time in which torch copies as many bytes (those that any implementation must
   move, read and written) or multiplies matrices with as many FLOPs, whichever is longer. Reading is cheaper than
   writing and caches help small inputs, so it can pass 100 %.
@@ -38,12 +40,29 @@ def read(path: Path) -> list[Line]:
 def latest(path: Path) -> list[Line]:
     """The newest row of every contender, a measured one where there is one, in the order of their first appearance."""
     chosen: dict[tuple[str, ...], Line] = {}
-    for line in read(path):
+    for line in as_called(read(path)):
         row = line | {"threads": ""} if line["architecture"] else line
         key = tuple(row[name] for name in ("op", "device", "threads", "shape", "dtype", "pass", "contender"))
         if row["p50_ms"] or not chosen.get(key, row)["p50_ms"]:
             chosen[key] = row
     return list(chosen.values())
+
+
+def as_called(rows: list[Line]) -> list[Line]:
+    """The rows; a ratio of times by unlike clocks is that of what a caller waits for, as a graph leaves out the host."""
+
+    def measurement(row: Line) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("run", "device", *CASE))
+
+    own = {measurement(row): row for row in rows if row["contender"] == OURS}
+    compared = []
+    for row in rows:
+        ours = own.get(measurement(row), row)
+        if row["timed_by"] != ours["timed_by"] and row["p50_ms"] and ours["p50_ms"]:
+            note = "; ".join(filter(None, (row["note"], "ratio as called")))
+            row = row | {"ratio_to_ours": f"{seconds_of(row) / seconds_of(ours):.3g}", "note": note}
+        compared.append(row)
+    return compared
 
 
 def table(rows: list[Line]) -> str:

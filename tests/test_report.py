@@ -68,3 +68,13 @@ def test_each_device_has_its_own_part_and_plots(report, tmp_path):
     for name in ("policy_loss_cpu", "policy_loss_gpu", "roofline_cpu", "roofline_gpu"):
         assert f"![{name.split('_cpu')[0].split('_gpu')[0]}](plots/{name}.png)" in text
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
+
+
+def test_times_by_unlike_clocks_are_compared_as_called(report):
+    """A graph's time has no host in it: 0.1 ms of GPU, for which the host takes 0.5, beside a rival's 2 ms by events."""
+    gpu = dict(device="a GPU", architecture="sm_90", threads="")
+    own = row("v05", "0.1", "1", timed_by="graph", host_us="500", **gpu)
+    other = row("verl", "2", "20", timed_by="events", host_us="1800", **gpu)
+    text = report(own, other, row("torch eager", "0.4", "4", timed_by="graph", host_us="900", **gpu))
+    assert "| verl | 2 | 0.9 to 1.1 | 4 | 50% | 1 | 1,800 | ratio as called; by events |" in text
+    assert "| torch eager | 0.4 | 0.9 to 1.1 | 4 | 50% | 1 | 900 | |" in text.replace("|  |", "| |")
