@@ -73,14 +73,14 @@ void batch_moments(Address rewards, Address lengths, int64_t n, double eps, Addr
   });
 }
 
-void advantage(Address rewards, Address offsets, Address prior, Address moments, int64_t groups, int baseline,
-               int scale, double low, double high, double eps, Address out, Address stream, int dtype) {
+void advantage(Address rewards, Address offsets, Address prior, Address lengths, Address moments, int64_t groups,
+               int baseline, int scale, double low, double high, double eps, Address out, Address stream, int dtype) {
   with_dtype(dtype, [&](auto zero) {
     using Reward = decltype(zero);
     using T = typename v05::cuda::WideOf<Reward>::type;
     v05::cuda::advantage(at<const Reward>(rewards), at<const int64_t>(offsets), at<const T>(prior),
-                         at<const T>(moments), groups, v05::Baseline(baseline), v05::Scale(scale), T(low), T(high),
-                         T(eps), at<T>(out), reinterpret_cast<cudaStream_t>(stream));
+                         at<const T>(lengths), at<const T>(moments), groups, v05::Baseline(baseline), v05::Scale(scale),
+                         T(low), T(high), T(eps), at<T>(out), reinterpret_cast<cudaStream_t>(stream));
   });
 }
 

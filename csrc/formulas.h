@@ -112,7 +112,7 @@ V05_FN Fusion<T> fuse(T mean, int64_t count, T prior, const Budget<T>& budget) {
 
 // ---- advantages --------------------------------------------------------------------------------------------------
 
-enum class Baseline : int { fused = 0, fused_loo = 1, group = 2, loo = 3, batch = 4, given = 5 };
+enum class Baseline : int { fused = 0, fused_loo = 1, group = 2, loo = 3, batch = 4, given = 5, by_length = 6 };
 enum class Scale : int { none = 0, group = 1, batch = 2, baseline = 3 };
 
 // The mean of a group without one of its rewards, from shifted sums: sum = sum of (r - first).

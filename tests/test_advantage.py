@@ -28,6 +28,8 @@ def combinations():
 
 def advantages(data, estimator, backend=None, **options):
     prior = data.prior if ESTIMATORS[estimator].needs_prior else None
+    if ESTIMATORS[estimator].needs_lengths:
+        options = dict(lengths=torch.arange(data.rewards.numel()) % 7) | options
     return group_advantage(data.rewards, data.offsets, estimator=estimator, prior=prior, backend=backend, **options)
 
 
@@ -72,7 +74,7 @@ def test_baselines_of_the_batch_by_hand(backend):
         return group_advantage(rewards, offsets, estimator=estimator, backend=backend, **options).tolist()
 
     assert of("opo", lengths=lengths)[:2] == pytest.approx([1.5, -0.5])  # the mean by length is (1 - 3) / 4
-    assert of("opo") == pytest.approx(of("dr_grpo"))
+    assert of("opo", lengths=torch.full((9,), 7)) == pytest.approx(of("dr_grpo"))
     assert of("gpg") == of("dr_grpo")  # no reward is 0
     # The first group's others have means 1, -1 and 1 and no variance within, so its own other reward stands: rloo.
     assert of("james_stein")[:2] == pytest.approx([2.0, -2.0])
@@ -175,6 +177,7 @@ def test_same_bits_from_any_number_of_threads():
         (dict(estimator="grpo", prior=torch.zeros(2)), "prior is given; estimator 'grpo' needs none"),
         (dict(estimator="grpo", eps=-1), "eps is -1"),
         (dict(estimator="grpo", lengths=torch.ones(3)), r"lengths has shape \[3\]; allowed: \[4\]"),
+        (dict(estimator="opo"), "lengths is missing; estimator 'opo' needs them"),
         (dict(estimator="opo", lengths=torch.ones(4, device="meta")), "lengths is on meta; allowed: cpu"),
         (dict(estimator="opo", lengths=torch.tensor([1.0, 2, math.nan, 1])), r"lengths\[2\] is nan; allowed: 0 to"),
         (dict(estimator="opo", lengths=torch.tensor([1, -2, 1, 1])), r"lengths\[1\] is -2; allowed: 0 to"),
@@ -204,6 +207,8 @@ def test_finite_and_equal_to_the_reference(lengths, name, seed):
     prior = torch.rand(len(lengths), generator=rng, dtype=torch.float64) * 2 - 1
     estimator, scale = name
     options = dict(estimator=estimator, scale=scale, prior=prior if ESTIMATORS[estimator].needs_prior else None)
+    tokens = torch.randint(0, 3, rewards.shape, generator=rng) if ESTIMATORS[estimator].needs_lengths else None
+    options["lengths"] = tokens
     result = group_advantage(rewards, offsets, **options)
     assert torch.isfinite(result).all()
     torch.testing.assert_close(result, group_advantage(rewards, offsets, backend="reference", **options))
@@ -219,3 +224,8 @@ def test_opcheck_and_compile():
         return group_advantage(rewards, offsets, prior=prior, scale="baseline") + 1
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*data), step(*data))
+
+    def shrunk(rewards, offsets):
+        return group_advantage(rewards, offsets, estimator="james_stein")
+
+    torch.testing.assert_close(torch.compile(shrunk, fullgraph=True)(*data[:2]), shrunk(*data[:2]))

@@ -71,7 +71,7 @@ def test_each_device_has_its_own_part_and_plots(report, tmp_path):
 
 
 def test_times_by_unlike_clocks_are_compared_as_called(report):
-    """A graph's time has no host in it: 0.1 ms of GPU, for which the host takes 0.5, beside a rival's 2 ms by events."""
+    """A graph's time has no host in it: 0.1 ms of GPU, for which a host takes 0.5, beside 2 ms by events."""
     gpu = dict(device="a GPU", architecture="sm_90", threads="")
     own = row("v05", "0.1", "1", timed_by="graph", host_us="500", **gpu)
     other = row("verl", "2", "20", timed_by="events", host_us="1800", **gpu)

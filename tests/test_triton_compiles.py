@@ -86,7 +86,7 @@ def test_calibration_of_the_mixture(target, wide, remembers):
     + [(*types, Baseline.GROUP, Scale.GROUP) for types in DTYPES[1:]],
 )
 def test_advantage(target, dtype, wide, baseline, scale):
-    types = dict.fromkeys(("prior", "moments", "out"), f"*{wide}") | {"rewards": f"*{dtype}"}
+    types = dict.fromkeys(("prior", "lengths", "moments", "out"), f"*{wide}") | {"rewards": f"*{dtype}"}
     types |= {"offsets": "*i64", "groups": "i64", "low": "fp64", "high": "fp64", "eps": "fp64"}
     constants = {"BASELINE": int(baseline), "SCALE": int(scale), **BLOCKS}
     assert_it_fits(target, compile_for(target, advantage_kernel, types, constants))

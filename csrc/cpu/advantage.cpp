@@ -44,6 +44,14 @@ Moments batch_moments(const T* rewards, const T* lengths, int64_t n, double eps)
   return {mean, inverse_std(squares, total - 1, eps)};
 }
 
+// Mean of a group's rewards, each weighted by its length; its first reward where all are 0.
+template <class T>
+double mean_by_length(const T* rewards, const T* lengths, int64_t begin, int64_t end) {
+  double first = rewards[begin], total = 0, shifted = 0;
+  for (int64_t i = begin; i < end; ++i) total += lengths[i], shifted += lengths[i] * (rewards[i] - first);
+  return first + shifted / (total > 0 ? total : 1);
+}
+
 }  // namespace
 
 template <class T>
@@ -65,6 +73,7 @@ void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T
         for (int64_t i = begin; i < end; ++i) squares += (rewards[i] - mean) * (rewards[i] - mean);
       if (baseline == Baseline::fused) common = fused_baseline(mean, double(count), value, s);
       if (baseline == Baseline::batch) common = batch.mean;
+      if (baseline == Baseline::by_length) common = mean_by_length(rewards, lengths, begin, end);
       if (scale == Scale::group) factor = inverse_std(squares, double(count - 1), eps);
       if (scale == Scale::batch) factor = batch.inverse_std;
       for (int64_t i = begin; i < end; ++i) {

@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kPoolThreads)
 template <class Reward, class T>
 __global__ void __launch_bounds__(kThreads)
     advantage_kernel(const Reward* __restrict__ rewards, const int64_t* __restrict__ offsets,
-                     const T* __restrict__ prior, const T* __restrict__ moments, int64_t groups, Baseline baseline,
-                     Scale scale, T low, T high, T eps, T* __restrict__ out) {
+                     const T* __restrict__ prior, const T* __restrict__ lengths, const T* __restrict__ moments,
+                     int64_t groups, Baseline baseline, Scale scale, T low, T high, T eps, T* __restrict__ out) {
   Team<kLanes, T> team(offsets, groups);
   const T value = prior && team.present && baseline != Baseline::given ? prior[team.group] : T(0);
   team.load(rewards);
@@ -77,6 +77,15 @@ __global__ void __launch_bounds__(kThreads)
   T common = mean, factor = 1;
   if (baseline == Baseline::fused) common = fused_baseline(mean, k, value, s);
   if (baseline == Baseline::batch) common = moments[0];
+  if (baseline == Baseline::by_length) {  // the first reward where all lengths are 0
+    T total = 0, shifted = 0;
+    team.each(rewards, [&](int64_t i, T reward) {
+      total += lengths[i];
+      shifted += lengths[i] * (reward - team.first);
+    });
+    total = team_sum<kLanes>(total);
+    common = team.first + team_sum<kLanes>(shifted) / (total > 0 ? total : T(1));
+  }
   if (scale == Scale::batch) factor = 1 / moments[1];
   if (scale == Scale::group) {
     T squares = 0;
@@ -110,18 +119,18 @@ void batch_moments(const Reward* rewards, const T* lengths, int64_t n, double ep
 }
 
 template <class Reward, class T>
-void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
-               Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream) {
+void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* lengths, const T* moments,
+               int64_t groups, Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream) {
   if (groups == 0) return;
-  launch(advantage_kernel<Reward, T>, blocks_for<kLanes>(groups), kThreads, stream, rewards, offsets, prior, moments,
-         groups, baseline, scale, low, high, eps, out);
+  launch(advantage_kernel<Reward, T>, blocks_for<kLanes>(groups), kThreads, stream, rewards, offsets, prior, lengths,
+         moments, groups, baseline, scale, low, high, eps, out);
   check_launch("advantage");
 }
 
-#define V05_INSTANTIATE(Reward, T)                                                                                  \
-  template void batch_moments(const Reward*, const T*, int64_t, double, Pool*, T*, cudaStream_t);                   \
-  template void advantage(const Reward*, const int64_t*, const T*, const T*, int64_t, Baseline, Scale, T, T, T, T*, \
-                          cudaStream_t);
+#define V05_INSTANTIATE(Reward, T)                                                                                     \
+  template void batch_moments(const Reward*, const T*, int64_t, double, Pool*, T*, cudaStream_t);                      \
+  template void advantage(const Reward*, const int64_t*, const T*, const T*, const T*, int64_t, Baseline, Scale, T, T, \
+                          T, T*, cudaStream_t);
 V05_INSTANTIATE(float, float)
 V05_INSTANTIATE(double, double)
 V05_INSTANTIATE(__nv_bfloat16, float)

@@ -38,10 +38,10 @@ void batch_moments(const Reward* rewards, const T* lengths, int64_t n, double ep
                    cudaStream_t stream);
 
 // moments [2], as above, are read only where baseline or scale is the batch's. A given baseline [n] comes in place of
-// the prior.
+// the prior; lengths [n] are read where the baseline is by_length.
 template <class Reward, class T>
-void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* moments, int64_t groups,
-               Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream);
+void advantage(const Reward* rewards, const int64_t* offsets, const T* prior, const T* lengths, const T* moments,
+               int64_t groups, Baseline baseline, Scale scale, T low, T high, T eps, T* out, cudaStream_t stream);
 
 // The dtype in which sums over values of T are kept.
 template <class T>

@@ -96,6 +96,8 @@ def run_shrinkage(backend: str | None, data, **options) -> Outputs:
 def run_advantage(backend: str | None, data, estimator: str = "v05", **options) -> Outputs:
     prior = data.prior if ESTIMATORS[estimator].needs_prior else None
     named = dict(estimator=estimator, prior=prior, backend=backend)
+    if ESTIMATORS[estimator].needs_lengths:
+        options = dict(lengths=torch.arange(data.rewards.numel(), device=data.rewards.device) % 7) | options
     return {"advantages": group_advantage(data.rewards, data.offsets, **named, **options)}
 
 

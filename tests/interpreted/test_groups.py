@@ -109,6 +109,8 @@ ALLOWED = [
 
 def compare_advantage(data, estimator, **options):
     prior = data.prior if ESTIMATORS[estimator].needs_prior else None
+    if ESTIMATORS[estimator].needs_lengths:
+        options = dict(lengths=torch.arange(data.rewards.numel()) % 7) | options
     options["estimator"] = estimator
     wide = None if prior is None else prior.double()
     exact = group_advantage(data.rewards.double(), data.offsets, prior=wide, backend="reference", **options)

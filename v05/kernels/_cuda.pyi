@@ -50,6 +50,7 @@ def advantage(
     rewards: int,
     offsets: int,
     prior: int,
+    lengths: int,
     moments: int,
     groups: int,
     baseline: int,

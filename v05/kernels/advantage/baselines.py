@@ -1,4 +1,4 @@
-"""Baselines that are made before the launch, one per rollout: calibrated fusion, James-Stein, and OPO's optimal one."""
+"""Baselines that are made before the launch, one per rollout: calibrated fusion and James-Stein."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from v05.kernels import segments
 from v05.kernels.shrinkage.op import shrinkage
-from v05.kernels.shrinkage.rules import group_sums
 
 
 class Given(NamedTuple):
@@ -19,7 +18,6 @@ class Given(NamedTuple):
     rewards: Tensor  # [N]
     offsets: Tensor  # [G+1]
     prior: Tensor | None  # [G]
-    lengths: Tensor | None  # [N]
     low: float
     high: float
     backend: str | None
@@ -45,15 +43,6 @@ def calibrated_loo(given: Given) -> Tensor:
     return own
 
 
-def optimal(given: Given) -> Tensor:
-    """Mean of each group's rewards weighted by length, sum(l r) / sum(l) (OPO, arXiv 2505.23585, equation 8)."""
-    first, _, ids, count = group_sums(given.rewards, given.offsets)
-    lengths = torch.ones_like(given.rewards) if given.lengths is None else given.lengths
-    total = segments.segment_sum(lengths, ids, count.numel())
-    shifted = segments.segment_sum(lengths * (given.rewards - first[ids]), ids, count.numel())
-    return (first + shifted / torch.where(total > 0, total, 1))[ids]
-
-
 def james_stein(given: Given) -> Tensor:
     """Mean of the group's other rewards, shrunk to the mean of the other groups (arXiv 2511.03710).
 
@@ -64,11 +53,11 @@ def james_stein(given: Given) -> Tensor:
         return given.rewards
     origin = given.rewards[0]  # equal rewards then have a baseline without rounding
     rewards = (given.rewards - origin).double()
-    _, total, ids, count = group_sums(rewards, given.offsets)
-    groups, k = count.numel(), count.double()
-    total = segments.segment_sum(rewards, ids, groups)
+    ids, count = _ids(given), segments.lengths(given.offsets)
+    k, sums = count.double(), dict(offsets=given.offsets, unsafe=True)  # unsafe: without a look at the offsets
+    total = torch.segment_reduce(rewards, "sum", **sums)  # in a fixed order, without atomics
     mean = total / k.clamp(min=1)
-    squares = segments.segment_sum((rewards - mean[ids]).square(), ids, groups)
+    squares = torch.segment_reduce((rewards - mean[ids]).square(), "sum", **sums)
     some, several = (count > 0).double(), (count > 1).double()
     within = several * squares / (k - 1).clamp(min=1) / k.clamp(min=1)
     others = some.sum() - some
@@ -85,6 +74,5 @@ def james_stein(given: Given) -> Tensor:
 MAKERS: dict[str, Callable[[Given], Tensor]] = {
     "calibrated": calibrated,
     "calibrated_loo": calibrated_loo,
-    "optimal": optimal,
     "james_stein": james_stein,
 }

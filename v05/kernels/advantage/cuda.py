@@ -11,9 +11,8 @@ from v05.kernels.device import on_device_of, stream_of
 
 
 def batch_moments(rewards: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
-    """The reference's mean and std + eps `[2]` of contiguous rewards, summed in float64: one launch, two if many."""
+    """The reference's mean and std + eps `[2]` of contiguous inputs, summed in float64: one launch, two if many."""
     n = rewards.numel()
-    lengths = None if lengths is None else lengths.contiguous()
     moments = rewards.new_empty(2, dtype=segments.working_dtype(rewards))
     partial = rewards.new_empty(_cuda.moment_blocks(n), 3, dtype=torch.float64)
     addresses = (rewards.data_ptr(), segments.address(lengths), n, eps, partial.data_ptr(), moments.data_ptr())
@@ -35,6 +34,7 @@ def group_advantage(
     """Same contract as the reference; one launch beyond the moments of the batch, no synchronisation."""
     rewards, offsets = rewards.contiguous(), offsets.contiguous()
     prior = None if prior is None else prior.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     out = rewards.new_empty(rewards.shape, dtype=segments.working_dtype(rewards))
     if rewards.numel() == 0:
         return out
@@ -45,6 +45,7 @@ def group_advantage(
             rewards.data_ptr(),
             offsets.data_ptr(),
             segments.address(prior),
+            segments.address(lengths),
             segments.address(moments),
             offsets.numel() - 1,
             int(baseline),

@@ -15,6 +15,7 @@ class Baseline(IntEnum):
     LOO = 3  # mean of the rest of the group
     BATCH = 4  # mean of the batch
     GIVEN = 5  # one per rollout, made before the launch: see baselines.py
+    BY_LENGTH = 6  # mean of the group, each rollout weighted by its length
 
 
 class Scale(IntEnum):
@@ -42,6 +43,11 @@ class Estimator(NamedTuple):
         """Whether the baseline is fused with a prior."""
         return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO) or self.made.startswith("calibrated")
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the baseline is made of the rollouts' lengths."""
+        return self.baseline is Baseline.BY_LENGTH
+
 
 ESTIMATORS = {
     "v05": Estimator(Baseline.FUSED),  # arXiv 2603.10848
@@ -52,7 +58,7 @@ ESTIMATORS = {
     "dr_grpo": Estimator(Baseline.GROUP),  # arXiv 2503.20783
     "rloo": Estimator(Baseline.LOO),  # arXiv 2402.14740
     "reinforce_plus_plus": Estimator(Baseline.BATCH, Scale.BATCH),  # arXiv 2501.03262
-    "opo": Estimator(Baseline.GIVEN, made="optimal"),  # arXiv 2505.23585
+    "opo": Estimator(Baseline.BY_LENGTH),  # arXiv 2505.23585
     "gpg": Estimator(Baseline.GROUP, by_signal=True),  # arXiv 2504.02546
     "james_stein": Estimator(Baseline.GIVEN, made="james_stein"),  # arXiv 2511.03710
 }

@@ -75,7 +75,7 @@ def group_advantage(
             Where a std is 0 or undefined the advantage is left unscaled.
         eps: added to a std, and the floor of the implied variance.
         lengths: `[N]` tokens of each rollout, finite and 0 or above; where given, the statistics of the batch are taken
-            over tokens.
+            over tokens. `"opo"` needs them.
         reward_range: the smallest and the largest reward possible, 1e-15 to 1e15 apart; for half rewards, both as their
             dtype rounds them.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
@@ -98,6 +98,8 @@ def group_advantage(
     if resolved.needs_prior != (prior is not None):
         state = "given" if prior is not None else "missing"
         raise ValueError(f"prior is {state}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
+    if resolved.needs_lengths and lengths is None:
+        raise ValueError(f"lengths is missing; estimator {estimator!r} needs them")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     rewards, prior, (low, high, *_) = prepared(rewards, offsets, prior, given)
@@ -116,7 +118,7 @@ def group_advantage(
     if lengths is not None and (check_values or on_cpu):
         segments.check_range("lengths", lengths, 0, torch.finfo(dtype).max)
     if resolved.made:
-        prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, lengths, low, high, backend))
+        prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, low, high, backend))
     rewards = readable(rewards, chosen)
     kinds = (int(resolved.baseline), int(resolved.scale))
     if chosen == "reference":

@@ -54,6 +54,11 @@ def group_advantage(
     elif baseline == Baseline.GIVEN:
         assert prior is not None
         mu = prior
+    elif baseline == Baseline.BY_LENGTH:
+        assert lengths is not None
+        total = segments.segment_sum(lengths, ids, count.numel())
+        weighed = segments.segment_sum(lengths * (rewards - first[ids]), ids, count.numel())
+        mu = (first + weighed / torch.where(total > 0, total, 1))[ids]
     elif baseline == Baseline.LOO:
         mu = torch.where(others > 0, rest, rewards)
     elif baseline == Baseline.BATCH:

@@ -25,6 +25,7 @@ FUSED_LOO = tl.constexpr(int(Baseline.FUSED_LOO))
 LOO = tl.constexpr(int(Baseline.LOO))
 BATCH = tl.constexpr(int(Baseline.BATCH))
 GIVEN = tl.constexpr(int(Baseline.GIVEN))
+BY_LENGTH = tl.constexpr(int(Baseline.BY_LENGTH))
 BY_GROUP = tl.constexpr(int(Scale.GROUP))
 BY_BATCH = tl.constexpr(int(Scale.BATCH))
 BY_BASELINE = tl.constexpr(int(Scale.BASELINE))
@@ -35,6 +36,7 @@ def advantage_kernel(
     rewards,
     offsets,
     prior,
+    lengths,
     moments,
     out,
     groups: tl.int64,
@@ -61,6 +63,15 @@ def advantage_kernel(
         _deviation, common = fused_baseline(mean, k, value, s)
     if BASELINE == BATCH:
         common = tl.zeros([BLOCK_G], acc) + tl.load(moments)
+    if BASELINE == BY_LENGTH:  # the first reward where all lengths are 0
+        tokens = tl.zeros([BLOCK_G], acc)
+        shifted = tl.zeros([BLOCK_G], acc)
+        for start in range(0, tl.max(end - begin), BLOCK_K):
+            o_rollout, m_rollout, b_reward = load_tile(rewards, begin, end, start, acc, BLOCK_K)
+            b_length = tl.load(lengths + o_rollout, mask=m_rollout, other=0)
+            tokens += tl.sum(b_length, axis=1)
+            shifted += tl.sum(b_length * (b_reward - first[:, None]), axis=1)
+        common = first + shifted / tl.where(tokens > 0, tokens, 1)
     divisor = tl.full([BLOCK_G], 1, acc)
     if SCALE == BY_BATCH:
         divisor *= tl.load(moments + 1)
@@ -115,6 +126,7 @@ def group_advantage(
             rewards,
             offsets,
             rewards if prior is None else prior.contiguous(),
+            rewards if lengths is None else lengths.contiguous(),
             moments,
             out,
             groups,
