@@ -21,7 +21,8 @@ by side on the same inputs, one call each in every round, the order reversed fro
 
 * *ms*: median, with the 20th and 80th percentile. **Bold** is the fastest.
 * *time / v05*: the median over the rounds of the contender's time over ours; below 1 the rival wins. Where one of the
-  two is timed by a graph and the other is not, it is what they take as called: the longer of the GPU's time and the host's.
+  two is timed by a graph and the other is not, it is what they take as called: the longer of the GPU's time and the
+  host's.
 * *of ceiling*: over the time taken, the time in which torch copies as many bytes (those that any implementation must
   move, read and written) or multiplies matrices with as many FLOPs, whichever is longer. Reading is cheaper than
   writing and caches help small inputs, so it can pass 100 %.
@@ -49,7 +50,7 @@ def latest(path: Path) -> list[Line]:
 
 
 def as_called(rows: list[Line]) -> list[Line]:
-    """The rows; a ratio of times by unlike clocks is that of what a caller waits for, as a graph leaves out the host."""
+    """The rows; a ratio of times by unlike clocks is that of what callers wait for, as a graph leaves out the host."""
 
     def measurement(row: Line) -> tuple[str, ...]:
         return tuple(row[name] for name in ("run", "device", *CASE))

@@ -1,4 +1,4 @@
-"""pytest-benchmark entry points: `pytest benchmarks/test_speed.py` times every op, and a rival, on its smallest case."""
+"""pytest-benchmark entry points: `pytest benchmarks/test_speed.py` times every op and a rival on the smallest case."""
 
 import pytest
 import torch

@@ -54,10 +54,15 @@ def james_stein(given: Given) -> Tensor:
     origin = given.rewards[0]  # equal rewards then have a baseline without rounding
     rewards = (given.rewards - origin).double()
     ids, count = _ids(given), segments.lengths(given.offsets)
-    k, sums = count.double(), dict(offsets=given.offsets, unsafe=True)  # unsafe: without a look at the offsets
-    total = torch.segment_reduce(rewards, "sum", **sums)  # in a fixed order, without atomics
+    k = count.double()
+
+    def summed(values: Tensor) -> Tensor:
+        """By group, in a fixed order, without atomics and without a look at the offsets."""
+        return torch.segment_reduce(values, "sum", offsets=given.offsets, unsafe=True)
+
+    total = summed(rewards)
     mean = total / k.clamp(min=1)
-    squares = torch.segment_reduce((rewards - mean[ids]).square(), "sum", **sums)
+    squares = summed((rewards - mean[ids]).square())
     some, several = (count > 0).double(), (count > 1).double()
     within = several * squares / (k - 1).clamp(min=1) / k.clamp(min=1)
     others = some.sum() - some
