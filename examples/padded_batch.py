@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import group_advantage, policy_loss
-from v05.packing import Layout
-from v05.rollout.pack import normalizer, token_weights
+from v05.packing import Layout, normalizer, token_weights
 
 
 def padded_loss(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from v05.packing import AGGREGATIONS, normalizer, token_weights
 from v05.rollout.engine import Rollout
-from v05.rollout.pack import AGGREGATIONS, normalizer, pack, token_weights
+from v05.rollout.pack import pack
 
 OFFSETS = torch.tensor([0, 2, 2, 6])  # sequences of 2, 0 and 4 tokens
 

@@ -13,10 +13,11 @@ from v05.batch import Groups
 from v05.config import TrainConfig
 from v05.counters import Counters
 from v05.errors import InputError
+from v05.packing import AGGREGATIONS
 from v05.policy import make_policy
 from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
-from v05.rollout.pack import AGGREGATIONS, pack
+from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
 from v05.run import make_prior

@@ -25,7 +25,7 @@ class Algorithm:
         k_max: rollouts that a prompt may grow to; `k_init` for groups of fixed size.
         estimator: an estimator of `group_advantage`, or `prior` for reward minus prior.
         prior: whether a prior is used: the configured one, one running mean for all prompts, or none.
-        aggregation: how tokens are weighed, see `v05.rollout.pack`.
+        aggregation: how tokens are weighed, see `v05.packing.token_weights`.
         clip_low: lower bound of the ratio is `1 - clip_low`.
         clip_high: upper bound of the ratio is `1 + clip_high`.
         drop_equal: whether groups with all rewards equal are dropped and replaced.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import policy_loss, select_by_covariance
-from v05.packing import Layout
-from v05.rollout.pack import token_weights
+from v05.packing import Layout, token_weights
 
 
 class Kind(NamedTuple):
