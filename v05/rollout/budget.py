@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import shrinkage
-from v05.kernels.shrinkage.op import Shrinkage
+from v05.kernels import Shrinkage
 from v05.kernels.shrinkage.rules import make_budget
 
 
