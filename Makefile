@@ -1,6 +1,7 @@
 # Each target sets itself up from a bare checkout: Python 3.11 or newer and a C++ compiler are all it needs.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TESTING := "pytest>=8.2" "pytest-xdist>=3.6" "hypothesis>=6.100"
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -91,7 +92,7 @@ test-peers: .venv-peers/.installed
 	.venv-trl/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-trl/bin/python -m pip install -q "trl==1.16.0" peft
 	V05_BUILD_CUDA=0 .venv-trl/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-trl/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	.venv-trl/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-trl: .venv-trl/.installed
@@ -103,7 +104,7 @@ test-trl: .venv-trl/.installed
 	.venv-verl/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-verl/bin/python -m pip install -q "verl==0.9.1" "TransferQueue==0.1.11" "transformers<5.11" ray cachetools uvicorn fastapi
 	V05_BUILD_CUDA=0 .venv-verl/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-verl/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	.venv-verl/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-verl: .venv-verl/.installed
@@ -118,7 +119,7 @@ test-verl: .venv-verl/.installed
 	.venv-vllm/bin/python -m pip install -q "trl==1.16.0"
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	V05_BUILD_CUDA=0 .venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-vllm/bin/python -m pip install -q "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	.venv-vllm/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-vllm: .venv-vllm/.installed

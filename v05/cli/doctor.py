@@ -21,11 +21,12 @@ def doctor() -> None:
     for name in ("op", "tensors", "runs"):
         table.add_column(name, no_wrap=True)
     table.add_column("does not run, because")
-    for line in report.backends():
+    backends = report.backends()
+    for line in backends:
         reasons = [f"{name}: {reason}" for name, reason in line.reasons.items() if reason is not None]
         table.add_row(line.op, line.device, line.chosen, "\n".join(reasons))
     console.print(table)
-    if "cuda" not in {line.device for line in report.backends()}:
+    if "cuda" not in {line.device for line in backends}:
         console.print("No GPU is visible to torch: the cuda and triton backends need one.")
     measured = len(wins.recorded())
     what = "1 measurement decides" if measured == 1 else f"{measured} measurements decide"

@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from v05.kernels import shrinkage
-from v05.kernels import Shrinkage
+from v05.kernels import Shrinkage, shrinkage
 from v05.kernels.shrinkage.rules import make_budget
 
 
