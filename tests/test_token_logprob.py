@@ -355,6 +355,7 @@ GOOD = (torch.zeros(3, 5), torch.tensor([0, -100, 4]))
     [
         ((torch.zeros(5), GOOD[1]), {}, r"logits has shape \[5\]"),
         ((torch.zeros(3, 0), GOOD[1]), {}, r"logits has shape \[3, 0\]"),
+        ((torch.zeros(1, 3, 5), GOOD[1]), {}, r"logits has shape \[1, 3, 5\]; .* as of logits.flatten\(0, -2\) and"),
         ((torch.zeros(3, 5, dtype=torch.int32), GOOD[1]), {}, "logits is torch.int32"),
         ((GOOD[0], GOOD[1].int()), {}, "targets is torch.int32"),
         ((GOOD[0], GOOD[1][:2]), {}, r"targets has shape \[2\]; allowed: \[3\]"),

@@ -25,7 +25,8 @@ def check_shapes(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
     """Raises where logits `[T, V]`, targets `[T]` and temperature do not fit together; no element is read."""
     segments.check_tensor("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {list(logits.shape)}; allowed: two dimensions, at least one column")
+        hint = ", as of logits.flatten(0, -2) and targets.flatten()" if logits.dim() > 2 else ""
+        raise ValueError(f"logits has shape {list(logits.shape)}; allowed: two dimensions, at least one column{hint}")
     if logits.shape[1] > MOST_COLUMNS:
         raise ValueError(f"logits has {logits.shape[1]} columns; allowed: up to {MOST_COLUMNS}")
     if logits.dtype not in segments.DTYPES:
