@@ -16,6 +16,7 @@ from v05.cli.study import summarise, without_nan
 from v05.errors import BadLine, InputError
 from v05.scored import Scored, by_policy, read_scored, to_record
 from v05.studies.prior import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
+from v05.studies.rivals import describer
 from v05.value.model import V0, Record
 
 TEXTS = [f"compute {a}+{b} of {'many primes' if a % 2 else 'x'}" for a in range(10) for b in range(6)]
@@ -84,6 +85,14 @@ def test_prompts_without_a_word_in_common_are_judged_by_their_sentence_vectors(t
     found = cross_predict(data, {name: models[name] for name in models if name != EMBEDDED})
     assert np.array_equal(found["ridge, embedder + TF-IDF"], found["ridge, embedder"])
     assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_a_word_counts_once_for_a_prompt_that_several_policies_answered() -> None:
+    def embed(given: Sequence[str]) -> np.ndarray:
+        return np.ones((len(given), 1))
+
+    assert describer(["one two", "one two", "three four"], embed, words=True) is embed  # no word is in two prompts
+    assert describer(["one two", "two three"], embed, words=True)(["one two"]).shape == (1, 2)
 
 
 def test_the_bootstrap_draws_prompts_and_pairs_models() -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from v05.cli import app, main
 from v05.errors import InputError
-from v05.rollout.budget import LookAhead
+from v05.rollout.budget import Fixed, LookAhead
 from v05.rollout.simulated import LogNormal, Observed, SimulatedEngine
 from v05.rollout.streaming import Request
 from v05.simulation import Contender, Simulation, contenders, run
@@ -45,6 +45,16 @@ def test_slots_and_queue_by_hand() -> None:
     assert [outcome.number for outcome in engine.wait(10)] == [11]
     assert engine.now == 9  # its slot was free at once
     assert engine.wait(5) == []
+
+
+def test_time_over_ideal_and_busy_slots_by_hand() -> None:
+    """Two steps of three answers on two slots: 4 4 | 4 takes 8 steps, and 6 | 2 4 takes 6 with nothing idle."""
+    lengths = iter([4, 4, 4, 6, 2, 4])
+    simulation = Simulation(prompts=3, slots=2, steps=2, length=lambda draw: next(lengths))
+    result = run(simulation, Contender("fixed 1", "planned", Fixed(1)))
+    assert result.time == (8 + 6) / 2
+    assert result.over_ideal == pytest.approx(14 / ((12 + 12) / 2))
+    assert result.busy == 1  # after the first step
 
 
 def test_an_answer_depends_on_its_seed_alone() -> None:

@@ -135,6 +135,16 @@ def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int)
     assert (gradients[0] - gradients[1]).abs().max() < 1e-6
 
 
+def test_the_learning_rate_rises_over_ten_updates() -> None:
+    trainer, rates = make_trainer(learning_rate=0.5), []
+    sample, _ = trainer._sample()
+    batch = pack([rollout for group in sample.rollouts for rollout in group], "token-mean", max_length=3)
+    for update in (0, 4, 20):
+        trainer.learner.learn(batch, sample.groups.rewards, update)
+        rates.append(trainer.learner.optimizer.param_groups[0]["lr"])
+    assert rates == [0.05, 0.25, 0.5]
+
+
 def test_training_improves_the_policy() -> None:
     trainer = make_trainer(
         algorithm="v05:2", rollouts=2560, rollouts_per_update=128, learning_rate=3e-3, heldout_prompts=64
