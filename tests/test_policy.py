@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,9 @@ from v05.rollout.hf import TransformersEngine
 from v05.tasks import make_task
 from v05.warm_start import ADAM_RATE, MUON_RATE, cache_key, imitate, imitation_loss, make_optimizers, warm_start
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHABET = "0123456789+="
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,13 +24,7 @@ from v05.seeds import seed_of
 from v05.tasks import Split
 from v05.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FirstDigit:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import TINY, StopAfter, assert_same_run, silent
+from test_checkpoint import TINY
 from tiny_models import LettersEmbedder
+from training_runs import StopAfter, assert_same_run, silent
 
 from v05.checkpoint import StopRequest
 from v05.config import PRIORS
@@ -149,17 +150,14 @@ def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:
     assert torch.equal(whole.predict(EASY), resumed.predict(EASY))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_with_v0_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings, threads = dataclasses.replace(TINY, prior="v0"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole, stopped, stop = tmp_path / "whole", tmp_path / "stopped", StopRequest()
-        train_run(settings, whole, tmp_path / "warm", StopRequest(), silent)
-        with pytest.raises(Interrupted):
-            train_run(settings, stopped, tmp_path / "warm", stop, StopAfter(stop, 96))
-        train_run(settings, stopped, tmp_path / "warm", StopRequest(), silent, resume=True)
-    finally:
-        torch.set_num_threads(threads)
+    settings, whole, stopped = dataclasses.replace(TINY, prior="v0"), tmp_path / "whole", tmp_path / "stopped"
+    stop = StopRequest()
+    train_run(settings, whole, tmp_path / "warm", StopRequest(), silent)
+    with pytest.raises(Interrupted):
+        train_run(settings, stopped, tmp_path / "warm", stop, StopAfter(stop, 96))
+    train_run(settings, stopped, tmp_path / "warm", StopRequest(), silent, resume=True)
     assert_same_run(whole, stopped)
 
 
