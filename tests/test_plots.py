@@ -62,9 +62,8 @@ def test_an_evaluation_is_in_per_cent_and_counts_problems(drawn: list[Figure]) -
 
 
 def test_reliability_has_intervals_of_95_per_cent(drawn: list[Figure]) -> None:
-    plot_reliability(
-        {"V0": Reliability(np.array([0.2, 0.6]), np.array([0.3, 0.5]), np.array([0.1, 0.05]), np.ones(2))}, "", FILE
-    )
+    curve = Reliability(np.array([0.2, 0.6]), np.array([0.3, 0.5]), np.array([0.1, 0.05]), np.ones(2))
+    plot_reliability({"V0": curve}, "title", FILE)
     (panel,) = drawn[0].axes
     assert panel.containers[0][0].get_xydata().tolist() == [[0.2, 0.3], [0.6, 0.5]]
     assert half_widths(panel)[0] == pytest.approx([0.196, 0.098])
@@ -78,10 +77,8 @@ def test_errors_of_baselines_stand_at_their_prior(drawn: list[Figure]) -> None:
     two, four = drawn[0].axes
     assert [bars[0].get_ydata().tolist() for bars in two.containers] == [[0.5, 0.75], [0.25]]
     assert half_widths(two) == [[0.25, 0.125], [0.03125]]
-    assert [bars[0].get_xdata().tolist() for bars in two.containers] == [
-        pytest.approx([-0.06, 0.94]),
-        pytest.approx([0.06]),
-    ]
+    places = [bars[0].get_xdata().tolist() for bars in two.containers]
+    assert places == [pytest.approx([-0.06, 0.94]), pytest.approx([0.06])]
     assert four.containers[0][0].get_ydata().tolist() == [0.375]
 
 
@@ -111,15 +108,15 @@ def test_a_simulation_shows_time_over_ideal_and_v05s_error(drawn: list[Figure]) 
     assert [dots.get_offsets().tolist() for dots in right.collections] == [[[1, 0.25]], [[2, 0.375]]]
 
 
-def test_fusion_shows_noise_jittered_pairs_and_plans(drawn: list[Figure]) -> None:
+def test_fusion_shows_the_noise_of_the_first_rollouts(drawn: list[Figure]) -> None:
     sample = np.array([[0.0, -0.5, 0.5, 0.75], [0.0, 1.0, 0.0, 0.25]])
-    plot_fusion(
-        Summary(groups=2, conflicts=1, planned=20, plans={16: 1, 4: 1}, sample=sample), FuseConfig(k_init=4), FILE
-    )
+    summary = Summary(groups=2, conflicts=1, planned=20, plans={16: 1, 4: 1}, sample=sample)
+    plot_fusion(summary, FuseConfig(reward_range=(-2.0, 2.0), k_init=16), FILE)
     left, right = drawn[0].axes[:2]
-    assert band(left) == (-1.5, 1.5)  # the deviation of a mean of four: half the range over 2
-    assert np.abs(left.collections[1].get_offsets() - sample[:, 1:3]).max() < 0.08  # moved apart by 0.016 at random
-    assert left.collections[1].get_array().tolist() == [0.75, 0.25]
+    assert band(left) == (-2.5, 2.5)  # the deviation of a mean of 16 is at most half the range over 4
+    dots = left.collections[1]
+    assert np.abs(dots.get_offsets() - sample[:, 1:3]).max() < 0.15  # moved apart by 0.03 at random
+    assert dots.get_array().tolist() == [0.75, 0.25]
     assert "2 prompts, 50% in conflict" in left.get_title()
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in right.patches] == [(4, 1), (16, 1)]
     assert right.get_title() == "10.00 per prompt"
@@ -129,7 +126,7 @@ def test_a_run_shows_shares_of_prompts_against_rollouts(drawn: list[Figure]) -> 
     line = dict(update=0, rollouts=0, prompts=0, conflicts=0, rollouts_per_prompt=0, heldout_right=None)
     evaluated = [
         line | dict(heldout_right=16, heldout_total=64, heldout_worth=48),
-        line | dict(rollouts=64, heldout_right=32, heldout_total=64),
+        line | dict(rollouts=64, heldout_right=32, heldout_total=64, heldout_worth=64),
     ]
     updates = [line | dict(update=1, rollouts=64, prompts=16, conflicts=4, rollouts_per_prompt=4.0)]
     plot_run([*evaluated, *updates], "v05", FILE)
@@ -141,14 +138,14 @@ def test_a_run_shows_shares_of_prompts_against_rollouts(drawn: list[Figure]) -> 
 
 
 def test_training_is_drawn_against_rollouts_and_against_seconds(drawn: list[Figure]) -> None:
-    accuracy = np.array([[0.25, 0.5], [0.25, 0.75]])
-    seconds = np.array([[0.0, 2.0], [0.0, 4.0]])
+    accuracy = np.array([[0.25, 0.0], [0.25, 0.5], [0.25, 0.75], [0.25, 0.75]])
+    seconds = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 2.0], [0.0, 8.0]])
     plot_training([Trained(Curve("v05", (0, 64), accuracy), seconds, 1e-4, 4.0)], 0.625, FILE)
     by_rollouts, by_seconds = drawn[0].axes
-    assert by_rollouts.lines[0].get_xydata().tolist() == [[0, 25], [64, 62.5]]
+    assert by_rollouts.lines[0].get_xydata().tolist() == [[0, 25], [64, 62.5]]  # the mean of the two in the middle
     assert by_seconds.lines[0].get_xydata().tolist() == [[0, 25], [3, 62.5]]
     assert [panel.lines[1].get_ydata() for panel in (by_rollouts, by_seconds)] == [[62.5, 62.5]] * 2
     plot_comparison({"v05": ((0, 64), accuracy)}, FILE)
     (panel,) = drawn[1].axes
-    assert panel.lines[0].get_xydata().tolist() == [[0, 25], [64, 62.5]]
-    assert band(panel) == (25, 75)
+    assert panel.lines[0].get_xydata().tolist() == [[0, 25], [64, 50]]
+    assert band(panel) == (0, 75)
