@@ -45,6 +45,12 @@ def test_the_narrowest_kernel_by_hand() -> None:
     assert prior.errors[0] == pytest.approx(8 * 0.25 / 2, rel=1e-5)  # it was right, and half is forgotten
 
 
+def test_a_running_mean_by_hand() -> None:
+    prior = RunningMean((0.0, 2.0), half_life=8)  # starts from one rollout of 1
+    prior.observe(["a", "b"], torch.tensor([2.0, 0.5]), torch.tensor([6, 2]))
+    assert prior.predict(["c"]).tolist() == pytest.approx([(0.5 + 6 * 2 + 2 * 0.5) / (0.5 + 8)])
+
+
 @pytest.mark.parametrize("prior", [HistoryPrior((0.0, 1.0)), RunningMean((0.0, 1.0))])
 def test_old_outcomes_are_forgotten(prior: Prior) -> None:
     assert prior.predict(["1+1="]).tolist() == [0.5]
