@@ -127,6 +127,22 @@ def test_a_hallucinated_prior_is_sure_of_the_opposite():
     assert (guess - truth)[~wrong].std() == pytest.approx(0.1, abs=0.005)
 
 
+@pytest.mark.parametrize("deviation", [0.1, 0.3, 0.5, 1.0])
+def test_a_noisy_prior_is_off_by_its_deviation(deviation):
+    guess = PRIORS[f"sd {deviation}"](torch.zeros(10_000), torch.Generator().manual_seed(0))
+    assert (guess.abs() < deviation).double().mean() == pytest.approx(0.683, abs=0.02)  # as of any normal noise
+    assert guess.abs().max() <= 1
+
+
+def test_truth_is_drawn_around_the_record():
+    """Of ten recorded rollouts none was right: Beta(0.3, 10.3), whose mean is 0.3 of 10.6."""
+    truth, rewards, _ = next(batches([-1.0], RecordsStudy(batch=20_000), "constant", 2))
+    rate = (truth + 1) / 2
+    assert rate.mean() == pytest.approx(0.3 / 10.6, abs=0.002)
+    assert rate.std() == pytest.approx(math.sqrt(0.3 * 10.3 / 10.6**2 / 11.6), rel=0.05)
+    assert (rewards > 0).double().mean() == pytest.approx(0.3 / 10.6, abs=0.003)
+
+
 def test_every_prior_and_group_size_has_draws_of_its_own():
     study = RecordsStudy()
     drawn = [
