@@ -124,6 +124,19 @@ def test_intervals_leave_out_what_a_resample_does_not_have() -> None:
     assert written["auc_by_policy"] == alone["models"][EMBEDDED]["auc_by_policy"]
 
 
+def test_scores_by_hand() -> None:
+    """Rewards from -1 to 1: an error of probability counts four times."""
+    policy, prompt, rates = np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([0.9, 0.1, 0.75])
+    data = Outcomes(["a", "b"], ["x", "y"], policy, prompt, rates, np.zeros(2, dtype=int))
+    scores = Scores(data, {"m": np.array([0.5, 0.25, 0.5])}, 2.0)
+    aucs, errors = scores.of("m")
+    assert errors == pytest.approx([4 * (0.4**2 + 0.15**2) / 2, 4 * 0.25**2])
+    assert aucs[0] == 1
+    assert np.isnan(aucs[1])
+    aucs, errors = scores.of("m", np.array([1, 3]))  # y drawn three times
+    assert errors == pytest.approx([4 * (0.4**2 + 3 * 0.15**2) / 4, 4 * 0.25**2])
+
+
 @pytest.mark.filterwarnings("error")
 def test_residual_correlations_by_hand() -> None:
     policy, prompt = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
