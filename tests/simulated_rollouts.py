@@ -15,7 +15,10 @@ from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
 from v05.rollout.scheduler import Scheduler
 from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.step import Step
 from v05.rollout.streaming import EngineDied, Outcome, Request, StreamingEngine
+
+LONG = 1e9
 
 
 class Signs:
@@ -56,6 +59,10 @@ def short(draw: random.Random) -> int:
     return draw.randint(1, 40)
 
 
+def limits(mode: str = "stream", **changes: object) -> Limits:
+    return Limits(**{"prompts": 6, "mode": mode, "max_new_tokens": 64, "seconds": LONG, "poll": LONG, **changes})  # type: ignore[arg-type]
+
+
 def scheduler(
     rule: BudgetRule, limits: Limits, engine: StreamingEngine | None = None, slots: int = 8, seed: int = 0
 ) -> Scheduler:
@@ -63,6 +70,35 @@ def scheduler(
     engine = engine or SimulatedEngine(slots, success, short)
     clock = engine.clock  # type: ignore[attr-defined]
     return Scheduler(engine, source, Signs(), rule, limits, seed, clock, encode=lambda prompt: (1,))
+
+
+def steps_of(made: Scheduler, count: int) -> list[Step]:
+    found = []
+    for version in range(count):
+        step = made.next_step()
+        assert step is not None
+        found.append(step)
+        made.push({}, version + 1)
+    return found
+
+
+def rewards_of(steps: list[Step]) -> list[list[list[float]]]:
+    return [[[group.rewards[place] for place in group.in_order] for group in step.groups] for step in steps]
+
+
+def check_whole(steps: list[Step], k_max: int) -> None:
+    """Steps in order; groups in order; every rollout that was asked for is there once, or given up."""
+    assert [step.number for step in steps] == list(range(len(steps)))
+    positions = [group.position for step in steps for group in step.groups]
+    assert positions == list(range(len(positions)))
+    for step in steps:
+        for group in step.groups:
+            assert group.done
+            assert group.waiting == 0
+            assert group.requested <= k_max
+            assert set(group.rewards) == set(group.rollouts)
+            assert set(group.rewards) <= set(range(group.requested))
+            assert len(group.rewards) == group.requested - group.given_up
 
 
 def go_on(first: Scheduler, second: Scheduler) -> None:

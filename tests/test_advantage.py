@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from v05.integrations.reward_range import widened
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.advantage.estimators import ESTIMATORS, SCALES, resolve
 from v05.testing import assert_as_exact_as, offsets_of, poisoned_outputs, ragged_groups
@@ -31,6 +32,12 @@ def advantages(data, estimator, backend=None, **options):
     if ESTIMATORS[estimator].needs_lengths:
         options = dict(lengths=torch.arange(data.rewards.numel()) % 7) | options
     return group_advantage(data.rewards, data.offsets, estimator=estimator, prior=prior, backend=backend, **options)
+
+
+def test_a_range_is_widened_at_either_end_and_never_narrowed():
+    assert widened((-1.0, 1.0), torch.tensor([-3.0, 0.5])) == (-3.0, 1.0)
+    assert widened((-1.0, 1.0), torch.tensor([0.0, 2.0])) == (-1.0, 2.0)
+    assert widened((-1.0, 1.0), torch.tensor([])) == (-1.0, 1.0)
 
 
 def test_hand_computed(backend):

@@ -33,6 +33,7 @@ def test_variance_is_the_integer_optimum(total: int) -> None:
 
     assert sum(worth(g, size) for g, size in enumerate(found)) == pytest.approx(best(total, 1, 9, worth))
     assert found[2] == max(found)
+    assert Variance(4).gain(2, 0.25) == pytest.approx(0.25 * 0.75 * (1 / 2 - 1 / 3))
 
 
 def test_utility_by_hand_and_greedily() -> None:
@@ -92,6 +93,7 @@ def test_reinforce_ada_goes_on_until_both_outcomes_are_there() -> None:
     rewards, offsets = groups([1.0] * 4, [1.0, -1.0, -1.0, -1.0], [-1.0] * 14, [-1.0] * 16)
     prior = torch.zeros(4)
     assert ReinforceAda().more(rewards, offsets, prior).more.tolist() == [4, 0, 2, 0]
+    assert ReinforceAda().more(rewards, offsets, prior).gain.tolist() == pytest.approx([1 / 4, 0, 1 / 14, 1 / 16])
     assert ReinforceAda(each=2).more(rewards, offsets, prior).more.tolist() == [4, 4, 2, 0]
     zero_one = ReinforceAda(reward_range=(0.0, 1.0)).more(*groups([0.0, 1.0], [0.0, 0.0]), prior[:2])
     assert zero_one.more.tolist() == [0, 4]

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_runs import StopAfter, assert_same_run, silent
 
 from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
 from v05.config import TrainConfig
@@ -21,6 +22,8 @@ from v05.errors import InputError
 from v05.model_config import ModelConfig
 from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
 from v05.run_folder import alone_in, remove_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = TrainConfig(
     policy="tiny",
@@ -33,41 +36,6 @@ TINY = TrainConfig(
     checkpoint_every=2,
     warm_start_steps=5,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class StopAfter:
-    """Reports progress to nobody and asks for a stop once `rollouts` are spent."""
-
-    def __init__(self, stop: StopRequest, rollouts: int) -> None:
-        self.stop, self.rollouts = stop, rollouts
-
-    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
-        if stage != "warm start" and done >= self.rollouts:
-            self.stop.requested = True
-
-
-def silent(stage: str, done: int, total: int, note: str) -> None:
-    """Report nothing."""
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = read_checkpoint(folder / "checkpoints")
-    assert checkpoint is not None
-    return checkpoint.tensors["policy"]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
-    for name, value in weights(first).items():
-        assert torch.equal(value, weights(second)[name])
 
 
 @pytest.fixture(scope="module")

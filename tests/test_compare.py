@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from training_runs import silent
 from typer.testing import CliRunner
 
 from v05.checkpoint import StopRequest
@@ -18,6 +17,8 @@ from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.estimates import HeldOut
 from v05.run import binomial_interval, read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = TrainConfig(
     policy="tiny",
@@ -29,18 +30,6 @@ TINY = TrainConfig(
     heldout_samples=2,
     warm_start_steps=3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def silent(stage: str, done: int, total: int, note: str) -> None:
-    """Report nothing."""
 
 
 def test_runs_share_start_and_budget_and_are_not_repeated(tmp_path: Path) -> None:

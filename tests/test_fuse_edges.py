@@ -13,7 +13,7 @@ from records import read_lines
 import v05.cli.fuse
 import v05.cli.simulate
 from v05.errors import BadLine, InputError
-from v05.fuse import FuseConfig, fuse_file
+from v05.fuse import Decisions, FuseConfig, Summary, fuse_file
 from v05.kernels import shrinkage
 
 GOOD = {"prompt": "2+2", "rewards": [-1, -1, -1, -1], "prior": 0.6}
@@ -38,6 +38,17 @@ def test_calibrated_fusion_is_that_of_the_whole_file(tmp_path, capsys, monkeypat
     assert advantages == pytest.approx(expected.advantages.tolist())
     with pytest.raises(InputError, match="fusion is 'magic'; allowed: 'v05', 'calibrated'"):
         FuseConfig(fusion="magic")
+
+
+def test_the_sample_is_of_all_blocks_alike(monkeypatch):
+    monkeypatch.setattr("v05.fuse.PLOT_POINTS", 300)
+    summary, priors = Summary(), (0.1, 0.2, 0.3)
+    for prior in priors:
+        block = [{"rewards": [1.0], "prior": prior}] * 1000
+        summary.add(Decisions(block, FuseConfig()))
+    counts = [int((summary.sample[:, 1] == prior).sum()) for prior in priors]
+    assert sum(counts) == 300
+    assert min(counts) > 70  # 100 of each are expected, with a deviation of 8
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path):

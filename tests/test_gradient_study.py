@@ -6,7 +6,7 @@ import torch
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
-from v05.studies.gradient import Drawn, Pool, centred_gram, drawn_as, in_common, make_pool, quality
+from v05.studies.gradient import BLOCKS, Drawn, Pool, _summary, centred_gram, drawn_as, in_common, make_pool, quality
 from v05.tasks import make_task
 
 
@@ -49,6 +49,32 @@ def test_scores_are_those_of_autograd():
     coefficients = torch.zeros(pool.gram.shape[1], dtype=torch.float64)
     coefficients.index_add_(0, pool.answer[1], weights)  # centring the scores does what centring the weights does
     assert float(coefficients @ pool.gram[1] @ coefficients) == pytest.approx(squared, rel=1e-3)
+
+
+def test_factor_bias_and_variance_by_hand():
+    """Two answers with scores (1, 0) and (0, 1): the truth is (1, 0), the mean gradient of every block (2, 1)."""
+    pool = Pool(torch.zeros(1, 2), torch.tensor([[0, 1]]), torch.eye(2, dtype=torch.float64)[None], torch.tensor(0.25))
+    blocks = torch.tensor([[[2.0, 1.0]]], dtype=torch.float64).repeat(BLOCKS, 1, 1)
+    lengths = 9.0 + torch.arange(BLOCKS, dtype=torch.float64)
+    truth = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    found = _summary(pool, blocks, lengths, truth, Drawn("rloo", "constant"), 4.0)
+    factor = 2 / 5  # (2, 1) times 0.4 comes as near to (1, 0) as it can
+    assert (found.factor, found.bias) == pytest.approx((factor, 0.2**2 + 0.4**2))
+    assert found.variance == pytest.approx(factor**2 * (lengths.mean().item() - 5))
+    assert found.variance_half_width == pytest.approx(1.96 * factor**2 * lengths.std().item() / BLOCKS**0.5)
+    assert (found.bias_half_width, found.between) == pytest.approx((0, 0.75))
+
+
+def test_every_rollout_weighs_alike_in_groups_of_two_sizes(monkeypatch):
+    """Groups of 2 and 4 with a wrong answer each: over 3 rollouts a prompt, either has a gradient of 2 / 3."""
+    rewards, answer = torch.tensor([[-1.0, 1, 1, 1]] * 2, dtype=torch.float64), torch.tensor([[0, 1, 1, 1]] * 2)
+    pool = Pool(rewards, answer, torch.eye(2, dtype=torch.float64).repeat(2, 1, 1), torch.tensor(0.0))
+    places, counts = torch.arange(4).repeat(2, 1), torch.tensor([2, 4])
+    monkeypatch.setattr("v05.studies.gradient.draw_groups", lambda *given: (places, counts))
+    found = quality(pool, Drawn("rloo", "constant", 2, 4, repeats=2 * BLOCKS))
+    assert found.rollouts == 3
+    assert found.factor == pytest.approx(3 / 8 / (2 / 3))  # the truth is 3 of 4 times 1 - 0.5
+    assert (found.bias, found.variance) == pytest.approx((0, 0), abs=1e-12)
 
 
 def test_what_prompts_have_in_common_is_that_of_the_mean_over_all_of_them():

@@ -33,6 +33,24 @@ def test_without_similarity_the_wide_kernel_wins() -> None:
     assert (prior.predict(EASY[16:32] + HARD[16:32]) - 0.3).abs().max() < 0.1
 
 
+def test_the_narrowest_kernel_by_hand() -> None:
+    """To it "1" and "a" have nothing in common: each is its own outcomes and one rollout of the overall mean."""
+    prior = HistoryPrior((0.0, 1.0), half_life=8)
+    prior.observe(["1", "a"], torch.tensor([1.0, 0.0]), torch.tensor([3, 3]))
+    assert prior.predict(["1", "a"]).tolist() == pytest.approx([(3 + 0.5) / 4, 0.5 / 4])
+    prior.observe(["1"], torch.tensor([0.375]), torch.tensor([8]))
+    assert prior.errors[0] == pytest.approx(8 * (0.875 - 0.375) ** 2)
+    overall = (1.5 + 8 * 0.375) / (1.5 + 8 + 1.5)  # what was there counts half after 8 rollouts
+    prior.observe(["1"], torch.tensor([(1.5 + 8 * 0.375 + overall) / 10.5]), torch.tensor([8]))
+    assert prior.errors[0] == pytest.approx(8 * 0.25 / 2, rel=1e-5)  # it was right, and half is forgotten
+
+
+def test_a_running_mean_by_hand() -> None:
+    prior = RunningMean((0.0, 2.0), half_life=8)  # starts from one rollout of 1
+    prior.observe(["a", "b"], torch.tensor([2.0, 0.5]), torch.tensor([6, 2]))
+    assert prior.predict(["c"]).tolist() == pytest.approx([(0.5 + 6 * 2 + 2 * 0.5) / (0.5 + 8)])
+
+
 @pytest.mark.parametrize("prior", [HistoryPrior((0.0, 1.0)), RunningMean((0.0, 1.0))])
 def test_old_outcomes_are_forgotten(prior: Prior) -> None:
     assert prior.predict(["1+1="]).tolist() == [0.5]

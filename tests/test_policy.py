@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,11 @@ from v05.config import TrainConfig
 from v05.policy import Policy, make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.tasks import make_task
-from v05.warm_start import cache_key, imitate, imitation_loss, warm_start
+from v05.warm_start import ADAM_RATE, MUON_RATE, cache_key, imitate, imitation_loss, make_optimizers, warm_start
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALPHABET = "0123456789+="
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +129,17 @@ def test_imitation_lowers_the_loss_and_is_deterministic() -> None:
         losses.append((before, imitation_loss(policy, task, 1, 0, 64).item()))
     assert losses[0] == losses[1]
     assert losses[0][1] < losses[0][0] - 0.1
+
+
+def test_the_rates_of_imitation_rise_and_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, made, seen = make_task("arithmetic"), [], []
+    monkeypatch.setattr("v05.warm_start.WARM_UP", 2)
+    monkeypatch.setattr("v05.warm_start.make_optimizers", lambda policy: made.extend(make_optimizers(policy)) or made)
+    policy = make_policy(task.alphabet, "tiny", 0)
+    imitate(policy, task, 4, 0, lambda *step: seen.append([each.param_groups[0]["lr"] for each in made]))
+    muon, adam = zip(*seen, strict=True)
+    assert muon == pytest.approx([MUON_RATE * share for share in (0.5, 0.75, 0.5, 0.25)])
+    assert adam == pytest.approx([ADAM_RATE * share for share in (0.5, 0.75, 0.5, 0.25)])
 
 
 def test_a_finished_warm_start_is_reused(tmp_path: Path) -> None:

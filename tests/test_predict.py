@@ -1,6 +1,7 @@
 """`v05 predict`: lines in, lines out, bad lines, measures where scores are known, and what a user sees."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_models import LettersEmbedder
 
 from v05.errors import BadLine, InputError
 from v05.predict import predict_file
-from v05.value.measure import auc, correlation, grouped_auc, pair_accuracy, reliability
+from v05.value.measure import Reliability, auc, correlation, grouped_auc, pair_accuracy, reliability
 from v05.value.model import V0
 
 EASY = [f"compute {a}+{b}" for a in range(1, 9) for b in range(1, 6)]
@@ -45,6 +46,10 @@ def test_measures_by_hand() -> None:
     assert curve.predicted == pytest.approx([0.1, 0.8])
     assert curve.observed == pytest.approx([0.3, 0.7])
     assert curve.gap == pytest.approx(0.15)
+    halves = reliability(np.zeros(4), np.array([0.0, 0.0, 1.0, 1.0]), bins=1)
+    assert halves.error == pytest.approx([math.sqrt(4 * 0.25 / 3 / 4)])
+    bins = Reliability(np.array([0.1, 0.9]), np.array([0.2, 0.5]), np.zeros(2), np.array([1, 3]))
+    assert bins.gap == pytest.approx((1 * 0.1 + 3 * 0.4) / 4)
 
 
 def test_auc_equals_counting_pairs() -> None:

@@ -16,6 +16,7 @@ from v05.cli.study import summarise, without_nan
 from v05.errors import BadLine, InputError
 from v05.scored import Scored, by_policy, read_scored, to_record
 from v05.studies.prior import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
+from v05.studies.rivals import describer
 from v05.value.model import V0, Record
 
 TEXTS = [f"compute {a}+{b} of {'many primes' if a % 2 else 'x'}" for a in range(10) for b in range(6)]
@@ -86,6 +87,14 @@ def test_prompts_without_a_word_in_common_are_judged_by_their_sentence_vectors(t
     assert all(np.isfinite(values).all() for values in found.values())
 
 
+def test_a_word_counts_once_for_a_prompt_that_several_policies_answered() -> None:
+    def embed(given: Sequence[str]) -> np.ndarray:
+        return np.ones((len(given), 1))
+
+    assert describer(["one two", "one two", "three four"], embed, words=True) is embed  # no word is in two prompts
+    assert describer(["one two", "two three"], embed, words=True)(["one two"]).shape == (1, 2)
+
+
 def test_the_bootstrap_draws_prompts_and_pairs_models() -> None:
     data = outcomes_of(ROWS, (-1.0, 1.0), 5, 0)
     rng = np.random.default_rng(0)
@@ -113,6 +122,19 @@ def test_intervals_leave_out_what_a_resample_does_not_have() -> None:
     written = json.loads(json.dumps(without_nan(alone), allow_nan=False))["models"][EMBEDDED]
     assert written["residual_correlation_with_context_mean"] is None
     assert written["auc_by_policy"] == alone["models"][EMBEDDED]["auc_by_policy"]
+
+
+def test_scores_by_hand() -> None:
+    """Rewards from -1 to 1: an error of probability counts four times."""
+    policy, prompt, rates = np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([0.9, 0.1, 0.75])
+    data = Outcomes(["a", "b"], ["x", "y"], policy, prompt, rates, np.zeros(2, dtype=int))
+    scores = Scores(data, {"m": np.array([0.5, 0.25, 0.5])}, 2.0)
+    aucs, errors = scores.of("m")
+    assert errors == pytest.approx([4 * (0.4**2 + 0.15**2) / 2, 4 * 0.25**2])
+    assert aucs[0] == 1
+    assert np.isnan(aucs[1])
+    aucs, errors = scores.of("m", np.array([1, 3]))  # y drawn three times
+    assert errors == pytest.approx([4 * (0.4**2 + 3 * 0.15**2) / 4, 4 * 0.25**2])
 
 
 @pytest.mark.filterwarnings("error")

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from test_user_model import SUMS, TINY, batch_of, settings_for, silent
+from test_user_model import SUMS, TINY, batch_of, settings_for
 from tiny_chat import write_model
+from training_runs import StopAfter, silent
 
 from v05.algorithms import parse_algorithm
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
@@ -154,16 +155,6 @@ def test_a_team_samples_what_its_leader_asks_for(together: tuple[Path, list[dict
     assert [len(row) for row in first[0]] == [3, 0, 4]
     assert [len(row) for row in first[1]] == [1]
     assert len({rollout.logprobs for row in first[0] for rollout in row}) == 7
-
-
-class StopAfter:
-    """Asks one rank for a stop once `rollouts` are spent."""
-
-    def __init__(self, stop: StopRequest, rollouts: int) -> None:
-        self.stop, self.rollouts = stop, rollouts
-
-    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
-        self.stop.requested = done >= self.rollouts
 
 
 def run_together(ranks: Ranks, folder: Path) -> None:

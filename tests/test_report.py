@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from benchmarks.report import latest, write
+from v05.studies.table import StudyTable
 
 ROW = dict(
     op="policy_loss", shape="64 tokens", dtype="float32", note="", other_load="0.1", versions="torch 2", flops="2"
@@ -50,6 +51,31 @@ def test_a_rival_that_is_missing_is_in_the_table_with_its_reason(report):
     text = report(row("v05", "1", "1"), row("flash-attn", "", "", note="not installed"))
     assert "| flash-attn | | | | | | | not installed |" in text
     assert "| policy_loss | 64 tokens" not in text  # nothing to compare it with
+
+
+def test_a_case_s_contenders_are_listed_fastest_first(report):
+    text = report(row("v05", "3", "1"), row("torch eager", "10", "3.3"), row("torch.compile", "2", "0.67"))
+    table = text[text.index("| contender |") :]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| torch.compile", "| v05", "| torch eager"]
+    assert "| torch.compile | **2** | " in table
+    assert table.count("**") == 2
+
+
+def test_a_time_says_what_to_know_of_it(report):
+    busy, idle = row("v05", "1", "1", other_load="0.26"), row("verl", "4", "4", other_load="0.25")
+    text = report(busy, idle, row("TRL", "5", "5", note="as released", timed_by="events"))
+    assert "| others used 0.26 cores |" in text
+    assert text.count("others used") == 1
+    assert "| as released; by events |" in text
+
+
+def test_studies_come_last(report, tmp_path):
+    (tmp_path / "studies").mkdir()
+    StudyTable("Priors", "v05 study prior", ["model", "auc"], [["V0", "0.8"]]).write(
+        tmp_path / "studies" / "prior.json"
+    )
+    text = report(row("v05", "1", "1"), row("verl", "4", "4"))
+    assert text.index("## a CPU") < text.index("## Studies\n\n### Priors.\n") < text.index("| V0 | 0.8 |")
 
 
 def test_the_newest_measured_row_counts(report, tmp_path):

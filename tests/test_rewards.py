@@ -63,6 +63,12 @@ def test_mathematical_answers(answer: str, completion: str, right: bool) -> None
     assert same_answer(answer, completion) is right
 
 
+def test_how_far_an_answer_is_looked_for() -> None:
+    """Boxes of 2,000 characters, and the last 4,000 of a text without one."""
+    assert [same_answer("12", rf"\boxed{{12{' ' * spaces}}}") for spaces in (1998, 1999)] == [True, False]
+    assert [same_answer("12", "It is 12." + " " * spaces) for spaces in (3990, 4000)] == [True, False]
+
+
 def test_the_last_complete_box_is_the_answer() -> None:
     assert last_boxed(r"\boxed{a} \boxed{\frac{b}{c}} \boxed{d") == r"\frac{b}{c}"
     assert last_boxed("no box") is None

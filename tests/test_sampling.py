@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_runs import silent
 from typer.testing import CliRunner
 
 from v05.checkpoint import Interrupted, StopRequest
@@ -38,10 +39,6 @@ SMALL: dict[str, Any] = dict(
     heldout_samples=1,
     checkpoint_every=1,
 )
-
-
-def silent(stage: str, done: int, total: int, note: str) -> None:
-    pass
 
 
 def train(folder: Path, cache: Path, stream: StreamConfig, stop: StopRequest | None = None, **changes: Any) -> Any:

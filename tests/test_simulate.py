@@ -1,6 +1,7 @@
 """The simulated engine by hand, and `v05 simulate`: what it prints, writes, draws and refuses."""
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from typer.testing import CliRunner
 
 from v05.cli import app, main
 from v05.errors import InputError
-from v05.rollout.budget import LookAhead
+from v05.rollout.budget import Fixed, LookAhead
 from v05.rollout.simulated import LogNormal, Observed, SimulatedEngine
 from v05.rollout.streaming import Request
-from v05.simulation import Contender, Simulation, contenders, run
+from v05.simulation import STEPS_PER_TOKEN, Contender, Simulation, contenders, run
 
 SMALL = ("--prompts", "24", "--slots", "32", "--steps", "3")
 
@@ -47,6 +48,25 @@ def test_slots_and_queue_by_hand() -> None:
     assert engine.wait(5) == []
 
 
+def test_time_over_ideal_and_busy_slots_by_hand() -> None:
+    """Two steps of three answers on two slots: 4 4 | 4 takes 8 steps, and 6 | 2 4 takes 6 with nothing idle."""
+    lengths = iter([4, 4, 4, 6, 2, 4])
+    simulation = Simulation(prompts=3, slots=2, steps=2, length=lambda draw: next(lengths))
+    result = run(simulation, Contender("fixed 1", "planned", Fixed(1)))
+    assert result.time == (8 + 6) / 2
+    assert result.over_ideal == pytest.approx(14 / ((12 + 12) / 2))
+    assert result.busy == 1  # after the first step
+    assert result.tokens == 3 * STEPS_PER_TOKEN  # which stand for the last of an answer too
+
+
+def test_half_of_the_prompts_are_nearly_sure_either_way() -> None:
+    """As Beta(1/2, 1/2) has it, whose quartiles are sin^2(pi / 8) and cos^2(pi / 8)."""
+    chances = [Simulation().success(str(number)) for number in range(2000)]
+    low, high = math.sin(math.pi / 8) ** 2, math.cos(math.pi / 8) ** 2
+    assert sum(chance < low for chance in chances) / 2000 == pytest.approx(0.25, abs=0.03)
+    assert sum(chance > high for chance in chances) / 2000 == pytest.approx(0.25, abs=0.03)
+
+
 def test_an_answer_depends_on_its_seed_alone() -> None:
     found = []
     for slots in (1, 3):
@@ -77,11 +97,11 @@ def test_streaming_reaches_its_ideal_and_a_barrier_does_not() -> None:
     planned = run(simulation, Contender("look-ahead", "planned", LookAhead()))
     assert stream.over_ideal <= 1.15
     assert stream.busy >= 0.9
-    assert stream.stalest <= 5
+    assert 0 < stream.stale < stream.stalest <= 5
     assert planned.over_ideal > 2
     assert planned.stalest == 0
     assert stream.error_v05 == pytest.approx(planned.error_v05)  # the same rollouts, sooner
-    assert stream.error_v05 < stream.error_mean
+    assert stream.error_calibrated < stream.error_v05 < stream.error_mean
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:

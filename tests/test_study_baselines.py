@@ -1,6 +1,7 @@
 """`v05 study records` and `v05 study gradient`: tables, pictures, and studies that go on where they were stopped."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 from v05.checkpoint import write_tensors
 from v05.cli import app
 from v05.errors import InputError
+from v05.studies import records as study_records
 from v05.studies.gradient import centred_gram
-from v05.studies.records import PRIORS, RecordsStudy, cells
+from v05.studies.records import PRIORS, RecordsStudy, batches, cells
 
 
 def run(*arguments):
@@ -103,6 +105,52 @@ def test_the_true_value_has_no_error_and_the_rest_is_expected():
     half = {cell.estimator: cell.error for cell in cells([0.0], study, "constant", 4)}
     assert half["dr_grpo"] == pytest.approx(0.25, rel=0.15)  # the variance of a mean of four fair signs
     assert half["v05"] < half["dr_grpo"]
+
+
+def test_an_error_and_its_interval_by_hand(monkeypatch):
+    """Two prompts of two rollouts, twice: their means miss the truth by 0 and 0.5, then by 1 and 0."""
+    rewards = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    truths = [torch.tensor([0.0, 0.5]), torch.tensor([-1.0, 1.0])]
+    monkeypatch.setattr(study_records, "batches", lambda *given: ((truth, rewards, truth) for truth in truths))
+    (cell,) = cells([0.0], RecordsStudy(("dr_grpo",), (2,), repeats=2, batch=2), "sd 0.1", 2)
+    first, second = 0.25 / 2, 1 / 2
+    assert cell.error == pytest.approx((first + second) / 2)
+    spread = (second - first) / math.sqrt(2)  # the standard deviation of two numbers
+    assert cell.half_width == pytest.approx(1.96 * spread / math.sqrt(2))
+
+
+def test_a_hallucinated_prior_is_sure_of_the_opposite():
+    truth = torch.tensor([0.4, -0.4]).repeat(5000)
+    guess = PRIORS["30 % hallucinated"](truth, torch.Generator().manual_seed(0))
+    wrong = guess == -0.9 * truth.sign()
+    assert wrong.double().mean() == pytest.approx(0.3, abs=0.02)
+    assert (guess - truth)[~wrong].std() == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize("deviation", [0.1, 0.3, 0.5, 1.0])
+def test_a_noisy_prior_is_off_by_its_deviation(deviation):
+    guess = PRIORS[f"sd {deviation}"](torch.zeros(10_000), torch.Generator().manual_seed(0))
+    assert (guess.abs() < deviation).double().mean() == pytest.approx(0.683, abs=0.02)  # as of any normal noise
+    assert guess.abs().max() <= 1
+
+
+def test_truth_is_drawn_around_the_record():
+    """Of ten recorded rollouts none was right: Beta(0.3, 10.3), whose mean is 0.3 of 10.6."""
+    truth, rewards, _ = next(batches([-1.0], RecordsStudy(batch=20_000), "constant", 2))
+    rate = (truth + 1) / 2
+    assert rate.mean() == pytest.approx(0.3 / 10.6, abs=0.002)
+    assert rate.std() == pytest.approx(math.sqrt(0.3 * 10.3 / 10.6**2 / 11.6), rel=0.05)
+    assert (rewards > 0).double().mean() == pytest.approx(0.3 / 10.6, abs=0.003)
+
+
+def test_every_prior_and_group_size_has_draws_of_its_own():
+    study = RecordsStudy()
+    drawn = [
+        next(batches([-0.4, 0.4], study, prior, k))[0] for prior, k in (("sd 0.1", 2), ("sd 0.3", 2), ("sd 0.1", 4))
+    ]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], next(batches([-0.4, 0.4], study, "sd 0.1", 2))[0])
 
 
 def test_gradient_reads_its_pool_and_goes_on(tmp_path):

@@ -108,6 +108,9 @@ def test_the_verdict_by_hand() -> None:
     assert found["grpo:16"].seconds_needed == 8
     assert found["grpo:16"].ahead == (0, 0, 0)
     assert found["dapo:16"].needed == (float("inf"),) * 3
+    early = verdicts([trained("v05", [[0.5, 0.1, 0.5, 0.5, 0.5]] * 3 + [[0.0] * 5]), reference])[0]
+    assert early.within_quarter == 3  # having been there is enough
+    assert (early.needed.value, early.seconds_needed) == (0, 0)  # the middle half has no seed that never is
     table = table_of([faster, reference, never], "v05 study train", "accuracy")
     assert "never" in table.rows[2][8]
     assert table.rows[0][9] == "2 of 4"

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,13 +25,7 @@ from v05.seeds import seed_of
 from v05.tasks import Split
 from v05.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FirstDigit:
@@ -134,6 +127,16 @@ def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int)
         gradients.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
     assert gradients[0].abs().max() > 1e-4
     assert (gradients[0] - gradients[1]).abs().max() < 1e-6
+
+
+def test_the_learning_rate_rises_over_ten_updates() -> None:
+    trainer, rates = make_trainer(learning_rate=0.5), []
+    sample, _ = trainer._sample()
+    batch = pack([rollout for group in sample.rollouts for rollout in group], "token-mean", max_length=3)
+    for update in (0, 4, 20):
+        trainer.learner.learn(batch, sample.groups.rewards, update)
+        rates.append(trainer.learner.optimizer.param_groups[0]["lr"])
+    assert rates == [0.05, 0.25, 0.5]
 
 
 def test_training_improves_the_policy() -> None:

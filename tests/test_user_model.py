@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import pytest
 import torch
 from tiny_chat import WORDS, write_model
 from tiny_models import make_tokenizer, write_qwen3
+from training_runs import StopAfter, assert_same_run, silent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from v05.algorithms import parse_algorithm
 from v05.batch import PackedTokens
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.config import TrainConfig, make_config
 from v05.errors import InputError
@@ -32,16 +32,10 @@ from v05.sampler_gap import GapWatch
 from v05.stream_config import StreamConfig
 from v05.tasks.problems import Problems
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SUMS = ("one plus one", "one plus two", "two plus one", "two plus two", "zero plus two", "zero plus one", "one", "two")
 RECORDS = [{"prompt": prompt, "answer": "two"} for prompt in SUMS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -242,21 +236,14 @@ def settings_for(model: Path, data: Path, **options: Any) -> ModelConfig:
     return ModelConfig(**given | dict(dtype="float32", heldout_share=0.25, device="cpu") | options)  # type: ignore[arg-type]
 
 
-def silent(stage: str, done: int, total: int, note: str) -> None:
-    """Report nothing."""
-
-
 @pytest.mark.parametrize("loss", ["linear", "logits"])
 def test_a_users_run_learns_and_goes_on_bit_for_bit(loss: str, data: Path, tmp_path: Path) -> None:
     model = settings_for(write_model(tmp_path / "model", tied=loss == "linear"), data, loss=loss)
     whole, part, stop = tmp_path / "whole", tmp_path / "part", StopRequest()
 
-    def stop_after(stage: str, done: int, total: int, note: str) -> None:
-        stop.requested = done >= 160
-
     summary = train_run(TINY, whole, tmp_path, StopRequest(), silent, model=model)
     with pytest.raises(Interrupted, match="after 160 of 384"):
-        train_run(TINY, part, tmp_path, stop, stop_after, model=model)
+        train_run(TINY, part, tmp_path, stop, StopAfter(stop, 160), model=model)
     for wrong, message in ((dict(max_new_tokens=9), "max_new_tokens is 9; allowed"), (dict(dtype="bfloat16"), "dtype")):
         other = dataclasses.replace(model, **wrong)
         with pytest.raises(InputError, match=message):
@@ -270,12 +257,7 @@ def test_a_users_run_learns_and_goes_on_bit_for_bit(loss: str, data: Path, tmp_p
     with pytest.raises(InputError, match="allowed when resuming"):
         train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True)
     train_run(TINY, part, tmp_path, StopRequest(), silent, resume=True, model=model)
-    assert (whole / "metrics.jsonl").read_bytes() == (part / "metrics.jsonl").read_bytes()
-    ends = [read_checkpoint(folder / "checkpoints") for folder in (whole, part)]
-    assert ends[0] is not None
-    assert ends[1] is not None
-    for name, value in ends[0].tensors["policy"].items():
-        assert torch.equal(value, ends[1].tensors["policy"][name])
+    assert_same_run(whole, part)
     assert summary["heldout_before"][1] == 4
     updates = read_metrics(whole)[1:]
     assert any(line["reward_failures"] for line in updates)

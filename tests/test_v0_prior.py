@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import TINY, StopAfter, assert_same_run, silent
+from test_checkpoint import TINY
 from tiny_models import LettersEmbedder
+from training_runs import StopAfter, assert_same_run, silent
 
 from v05.checkpoint import StopRequest
 from v05.config import PRIORS
@@ -56,7 +57,7 @@ def test_texts_survive_a_checkpoint() -> None:
     assert unpack_text(*pack_text([])) == []
 
 
-def test_the_past_is_corrected_for_drift_and_trusted_as_it_proves() -> None:
+def test_the_past_is_trusted_as_it_proves() -> None:
     truth = torch.rand(64, generator=torch.Generator().manual_seed(0))
     prior = WithPast(RunningMean((0.0, 2.0), half_life=32), (0.0, 2.0))
     assert prior.trust == 0
@@ -67,6 +68,20 @@ def test_the_past_is_corrected_for_drift_and_trusted_as_it_proves() -> None:
     known = prior.predict(EASY)
     assert (known - truth - 0.95).abs().mean() < 0.1
     assert torch.equal(prior.predict(HARD), prior.prior.predict(HARD))
+
+
+def test_past_and_trust_by_hand() -> None:
+    prior = WithPast(Middle((0.0, 2.0)), (0.0, 2.0))  # which predicts 1
+    prior.observe(["a", "b"], torch.tensor([0.5, 1.5]), torch.tensor([256, 256]))
+    assert prior.predict(["a", "b"]).tolist() == [1.0, 1.0]  # no evidence yet; the level is 1
+    prior.observe(["b"], torch.tensor([1.25]), torch.tensor([256]))
+    # 512 rollouts of level 1 count half beside 256 of 1.25, so it has gained 0.125 since "a" was met; of the gap of 0.5
+    # between past and prior of "b" half was right, 256 times
+    assert prior.trust == pytest.approx(32 / (64 + 4 * 0.5**2))
+    expected = 1 + prior.trust * (torch.tensor([0.625, 1.25]) - 1)
+    torch.testing.assert_close(prior.predict(["a", "b"]), expected)
+    prior.observe(["c"], torch.tensor([1.125]), torch.tensor([2048]))
+    assert prior.trust == pytest.approx(16 / (32 + 4 * 0.5**2))  # the evidence counts half
 
 
 def test_a_past_that_says_nothing_is_not_trusted() -> None:
@@ -135,17 +150,14 @@ def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:
     assert torch.equal(whole.predict(EASY), resumed.predict(EASY))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_with_v0_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings, threads = dataclasses.replace(TINY, prior="v0"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole, stopped, stop = tmp_path / "whole", tmp_path / "stopped", StopRequest()
-        train_run(settings, whole, tmp_path / "warm", StopRequest(), silent)
-        with pytest.raises(Interrupted):
-            train_run(settings, stopped, tmp_path / "warm", stop, StopAfter(stop, 96))
-        train_run(settings, stopped, tmp_path / "warm", StopRequest(), silent, resume=True)
-    finally:
-        torch.set_num_threads(threads)
+    settings, whole, stopped = dataclasses.replace(TINY, prior="v0"), tmp_path / "whole", tmp_path / "stopped"
+    stop = StopRequest()
+    train_run(settings, whole, tmp_path / "warm", StopRequest(), silent)
+    with pytest.raises(Interrupted):
+        train_run(settings, stopped, tmp_path / "warm", stop, StopAfter(stop, 96))
+    train_run(settings, stopped, tmp_path / "warm", StopRequest(), silent, resume=True)
     assert_same_run(whole, stopped)
 
 

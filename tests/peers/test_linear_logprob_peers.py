@@ -27,9 +27,9 @@ def verl(hidden, weight, targets):
 
 
 def liger(hidden, weight, targets):
-    module = pytest.importorskip("liger_kernel.ops.fused_linear_scaled_cross_entropy")
-    apply = module.LigerFusedLinearScaledCrossEntropyFunction.apply
-    nll, entropy = apply(hidden, weight, targets, TEMPERATURE, -100, 1, True)
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Liger
+
+    nll, entropy = Liger.apply(hidden, weight, targets, TEMPERATURE, -100, 1, True)
     return -nll, entropy
 
 
@@ -67,7 +67,8 @@ def test_log_probs_entropies_and_gradients(peer, by_entropy):
 @pytest.mark.parametrize(("kind", "surrogate"), [("dapo", "ppo"), ("cispo", "cispo"), ("sapo", "sapo")])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_liger_s_chunked_loss(kind, surrogate, beta):
-    liger_kernel = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+
     rng = torch.Generator().manual_seed(1)
     hidden = torch.randn(BATCH, WIDTH, FEATURES, generator=rng)
     weight = torch.randn(COLUMNS, FEATURES, generator=rng) / 3
@@ -80,7 +81,7 @@ def test_liger_s_chunked_loss(kind, surrogate, beta):
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     high = 1.28 if kind == "cispo" else 0.28  # its bound is the ratio itself there, and there is no lower one
-    loss = liger_kernel.LigerFusedLinearGRPOLoss(
+    loss = LigerFusedLinearGRPOLoss(
         beta=beta, compiled=False, use_ref_model=True, loss_type=kind, epsilon_low=0.2, epsilon_high=high
     )
     theirs = loss(*leaves, targets, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old)[0]

@@ -1,0 +1,33 @@
+"""What tests of runs share: reporters that say nothing, and when two runs are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from v05.checkpoint import StopRequest, read_checkpoint
+
+
+def silent(stage: str, done: int, total: int, note: str) -> None:
+    """Report nothing."""
+
+
+class StopAfter:
+    """Reports nothing, and asks for a stop once `rollouts` are spent."""
+
+    def __init__(self, stop: StopRequest, rollouts: int) -> None:
+        self.stop, self.rollouts = stop, rollouts
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        if stage != "warm start" and done >= self.rollouts:
+            self.stop.requested = True
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    ends = [read_checkpoint(folder / "checkpoints") for folder in (first, second)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    for name, value in ends[0].tensors["policy"].items():
+        assert torch.equal(value, ends[1].tensors["policy"][name])
