@@ -11,7 +11,7 @@ from torch import Tensor
 
 from v05.batch import Groups
 from v05.errors import InputError
-from v05.kernels import group_advantage, shrinkage
+from v05.kernels import group_advantage
 from v05.kernels.shrinkage.rules import LARGEST
 
 
@@ -58,6 +58,7 @@ class Algorithm:
         prior: Tensor | None,
         reward_range: tuple[float, float],
         mixture: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Return the advantage of every rollout.
 
@@ -66,6 +67,7 @@ class Algorithm:
             prior: expected rewards [G] float32; needed unless `self.prior` is `none`.
             reward_range: smallest and largest reward.
             mixture: state of calibrated fusion from the last update; None at the first.
+            lengths: tokens of every rollout [N]; needed by `opo`.
 
         Returns:
             [N] float32.
@@ -77,12 +79,6 @@ class Algorithm:
             raise InputError(f"prior is None; allowed for {self.name}: a tensor of {len(groups.counts)} rewards")
         if self.estimator == "prior" and prior is not None:
             return groups.rewards - prior[groups.group_of_rollout]
-        if self.fusion == "calibrated" and prior is not None:
-            own = self.estimator.endswith("_loo")
-            options = dict(reward_range=reward_range, leave_one_out=own, advantages=True, state=mixture)
-            result = shrinkage(groups.rewards, groups.offsets, prior, fusion="calibrated", **options)  # type: ignore[arg-type]
-            assert result.advantages is not None
-            return result.advantages
         return group_advantage(
             groups.rewards,
             groups.offsets,
@@ -90,6 +86,8 @@ class Algorithm:
             prior=prior if self.estimator.startswith("v05") else None,
             scale="group" if self.estimator == "grpo" else "none",
             reward_range=reward_range,
+            state=mixture,
+            lengths=lengths,
         )
 
 

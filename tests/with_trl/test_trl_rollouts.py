@@ -9,6 +9,7 @@ from tiny_trl import PROMPTS, make_trainer, starts_early, write_policy
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.rollouts import merged_lengths, split_rows
+from v05.kernels import group_advantage
 
 pytestmark = pytest.mark.trl
 PROMPT_ROWS = [{"prompt": prompt} for prompt in PROMPTS[:4] for _ in range(4)]
@@ -268,3 +269,32 @@ def test_a_conversation_and_evaluation(folder, tmp_path):
     assert log["eval_reward"] == 1.0
     assert not any("v05" in name for name in log)
     assert starts_early(["a b", "z"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", ["opo", "reinforce_plus_plus"])
+def test_tokens_count_where_the_estimator_is_defined_over_them(folder, tmp_path, estimator):
+    def odd(completion_ids, **_):
+        return [float(len(ids) % 2) for ids in completion_ids]
+
+    options = dict(per_device_train_batch_size=16, estimator=estimator, max_completion_length=60)
+    batch = generated(make_trainer(folder, tmp_path, odd, **options))
+    lengths = batch["completion_mask"].sum(1)
+    rewards, offsets = (lengths % 2).float(), torch.arange(0, 17, 4)
+    assert len(lengths.unique()) > 2
+    named = dict(estimator=estimator, reward_range=(0.0, 1.0), eps=1e-4)
+    expected = group_advantage(rewards, offsets, lengths=lengths, **named)
+    torch.testing.assert_close(batch["advantages"], expected)
+    assert (expected - group_advantage(rewards, offsets, lengths=torch.ones(16), **named)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["v05_calibrated", "v05_calibrated_loo"])
+@pytest.mark.parametrize("scale", ["none", "batch", "baseline"])
+def test_calibration_goes_on_whatever_the_scale(tmp_path, estimator, scale):
+    own = dict(estimator=estimator, advantage_scale=scale)
+    args = V05Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4, **own)
+    estimation = Estimation(args, Constant(0.5))
+    rewards = Rewards(torch.tensor([0.0, 1, 0, 1, 1, 1, 0, 1]), torch.arange(2).repeat_interleave(4), 2)
+    prior, lengths = torch.tensor([0.9, 0.2]), torch.ones(8, dtype=torch.int64)
+    before = estimation.advantages(rewards, prior, lengths)
+    estimation.mixture = torch.tensor([200.0, 1, 1, 1, 1, 1, 1])  # every prior was right so far, or none was
+    assert (estimation.advantages(rewards, prior, lengths) - before).abs().max() > 0.05

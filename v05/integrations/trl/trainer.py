@@ -186,8 +186,10 @@ class V05Trainer(KernelLossTrainer):
             finally:
                 self._rollouts = None
         rewards = self._total(self._rewards_per_func, group)
+        inside = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+        lengths = self.accelerator.gather(inside.sum(1))
         advantages = self._from_main(
-            lambda: self._learn_from(texts, rewards, prior, len(inputs)), rewards.values.numel()
+            lambda: self._learn_from(texts, rewards, prior, lengths, len(inputs)), rewards.values.numel()
         )
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(advantages.tolist())
@@ -195,9 +197,9 @@ class V05Trainer(KernelLossTrainer):
         batch["rows"] = torch.tensor(len(batch["advantages"]), device=device)
         return batch
 
-    def _learn_from(self, texts: list[str], rewards: Rewards, prior: Tensor, first: int) -> Tensor:
+    def _learn_from(self, texts: list[str], rewards: Rewards, prior: Tensor, lengths: Tensor, first: int) -> Tensor:
         """Return the advantages [N], log what V0.5 adds, then let prior and calibration learn; on the main process."""
-        advantages = self.estimation.advantages(rewards, prior)
+        advantages = self.estimation.advantages(rewards, prior, lengths)
         metrics = self._metrics["train"]
         metrics["v05/advantage_std"].append(float(advantages.std()))
         if self.args.fused:

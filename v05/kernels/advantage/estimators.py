@@ -40,7 +40,22 @@ class Estimator(NamedTuple):
     @property
     def needs_prior(self) -> bool:
         """Whether the baseline is fused with a prior."""
-        return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO) or self.made.startswith("calibrated")
+        return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO) or self.calibrated
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the fusion learns from the batch how far priors can be trusted."""
+        return self.made.startswith("calibrated")
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the baseline weighs rollouts by their tokens."""
+        return self.made == "optimal"
+
+    @property
+    def by_length(self) -> bool:
+        """Whether rollouts count by their tokens where lengths are given."""
+        return self.needs_lengths or self.baseline is Baseline.BATCH
 
 
 ESTIMATORS = {
