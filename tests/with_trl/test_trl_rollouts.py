@@ -90,7 +90,19 @@ def test_prompts_that_contradict_the_prior_grow(folder, tmp_path):
     assert logged["completions/mean_length"] == pytest.approx(float(lengths.mean()))
     assert logged["completions/min_length"] == float(lengths.min())
     assert len(trainer._metrics["train"]["completions/mean_length"]) == 1
-    assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) == 16
+    logs = trainer._logs
+    assert (
+        len(logs["advantages"])
+        == len(logs["prompt"])
+        == len(logs["completion"])
+        == len(logs["rewards"]["by_letter"])
+        == 28
+    )
+    assert [list(logs["prompt"]).count(prompt) for prompt in counts] == list(counts.values())
+    assert list(logs["rewards"]["by_letter"]) == by_letter(logs["prompt"])
+    trainer.args.max_extra_rollouts = 0
+    generated(trainer)
+    assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) == 16, "of the newest batch alone"
 
 
 def test_the_budget_holds_and_the_worst_prior_is_served_first(folder, tmp_path):
@@ -298,3 +310,47 @@ def test_calibration_goes_on_whatever_the_scale(tmp_path, estimator, scale):
     before = estimation.advantages(rewards, prior, lengths)
     estimation.mixture = torch.tensor([200.0, 1, 1, 1, 1, 1, 1])  # every prior was right so far, or none was
     assert (estimation.advantages(rewards, prior, lengths) - before).abs().max() > 0.05
+
+
+LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_backend", ["policy_loss", "linear_policy_loss", "trl"])
+def test_no_forward_has_more_rows_than_a_micro_batch(folder, tmp_path, loss_type, loss_backend):
+    """A step of 7 rows goes in pieces of at most 4, with the gradient of all 7 at once."""
+    options = dict(loss_type=loss_type, loss_backend=loss_backend, epsilon_high=1.2, k_max=10, max_extra_rollouts=21)
+    options |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, max_completion_length=9)
+    trainer = make_trainer(folder, tmp_path, by_letter, extra=dict(prior=Constant(0.9)), **options)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 4
+    trainer._prepare_inputs([dict(row) for row in PROMPT_ROWS])
+    steps = trainer._buffered_inputs
+    assert [len(step["advantages"]) for step in steps] == [7] * 4
+    sizes, found = [], []
+    trainer.model.register_forward_pre_hook(lambda *given: sizes.append(len(given[2]["input_ids"])), with_kwargs=True)
+    for trainer._rows_at_once, expected in ((4, [4, 3] * 4), (None, [7] * 4)):
+        sizes.clear()
+        trainer.model.zero_grad()
+        total = torch.zeros(())
+        for step in steps:
+            loss = trainer.compute_loss(trainer.model, step)
+            assert trainer.accelerator.gradient_state.sync_gradients
+            loss.backward()
+            total += loss.detach()
+        assert sizes == expected
+        found.append([total, *(parameter.grad for parameter in trainer.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert max(float(gradient.abs().max()) for gradient in found[0][1:]) > 1e-4
+
+
+def test_steps_that_must_stay_whole_say_so(folder, tmp_path, caplog):
+    options = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, entropy_coef=0.1)
+    for more, why in ((dict(loss_backend="trl"), "TRL's loss adds a mean over a step"), (dict(k_max=4), None)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            trainer = make_trainer(folder, tmp_path, by_letter, **options, **more)
+        found = "have more rows than a micro-batch: " in caplog.text
+        assert found == (why is not None)
+        assert why is None or why in caplog.text
+        assert trainer._rows_at_once is None
