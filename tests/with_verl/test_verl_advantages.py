@@ -116,6 +116,17 @@ def test_other_estimators_are_verls_own(name, seed):
     torch.testing.assert_close(advantages(name, batch), theirs, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("by_std", [True, False])
+def test_verls_switch_of_the_std_in_grpo(by_std):
+    """Without the std it is Dr. GRPO; another estimator does not look at it."""
+    batch, section = random_batch(2), {"norm_adv_by_std_in_grpo": by_std}
+    function = core_algos.compute_grpo_outcome_advantage
+    theirs, _ = function(batch.token_rewards, batch.mask, index=batch.uids, **section)
+    torch.testing.assert_close(advantages("v05_grpo", batch, section), theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(advantages("v05_grpo", batch, section), advantages("v05_dr_grpo", batch)) is not by_std
+    assert torch.equal(advantages("v05_rloo", batch, section), advantages("v05_rloo", batch))
+
+
 @pytest.mark.parametrize("name", [name for name in v05.integrations.verl.estimator_names() if name.startswith("v05")])
 def test_every_estimator_without_a_setting(name):
     """The default prior of a group is the mean of the batch's other groups."""

@@ -90,7 +90,7 @@ class Advantage:
         Args:
             token_level_rewards: [B, L] floating; a rollout's reward is their sum.
             response_mask: [B, L]; a group without a token counts for nothing.
-            config: verl's `algorithm` section; see `Settings`.
+            config: verl's `algorithm` section; see `Settings`. `norm_adv_by_std_in_grpo` off makes grpo dr_grpo.
             index: [B] uids; rows with one uid are a group, of any size.
             reward_baselines: [B] expected rewards where the batch has such a column: they are the prior of fused
                 estimators, equal within a group.
@@ -104,6 +104,8 @@ class Advantage:
         if index is None:
             raise ValueError(f"the batch has no uid; estimator v05 ({self.estimator}) needs one per row")
         settings = Settings.of(config)
+        by_std = config is None or config.get("norm_adv_by_std_in_grpo", True)
+        estimator = "dr_grpo" if self.estimator == "grpo" and not by_std else self.estimator
         groups = groups_by_uid(index, response_mask)
         rewards = token_level_rewards.sum(-1)[groups.order]
         ends = _reward_range(rewards, settings, self.needs_prior)
@@ -112,7 +114,7 @@ class Advantage:
         values = group_advantage(
             rewards,
             groups.offsets,
-            estimator=self.estimator,
+            estimator=estimator,
             prior=prior,
             scale=settings.scale,
             lengths=(response_mask != 0).sum(-1)[groups.order],
