@@ -52,6 +52,27 @@ def test_memory_learns_and_recalls_what_it_had_said():
         Memory(Settings(memory="nothing"))
 
 
+class Lengths:
+    """A prior of one's own as TRL takes it: asked with prompts, and nothing else."""
+
+    def __init__(self, reward_range):
+        self.low, self.high = reward_range
+
+    def predict(self, prompts):
+        """Longer prompts are harder."""
+        return [max(self.low, self.high - len(prompt) / 10) for prompt in prompts]
+
+
+def test_a_prior_of_ones_own_is_asked_with_prompts():
+    memory = Memory(Settings(reward_range=(-1.0, 1.0), memory=f"{__name__}.Lengths"))
+    assert memory.start("a", "12345") == (0.5, None)
+    memory.finish("12345", [1.0, -1.0])
+    assert memory.recall(["a"]) == [0.5]
+    again = Memory(Settings(reward_range=(-1.0, 1.0), memory=f"{__name__}.Lengths"))
+    again.load_state_dict(memory.state_dict())
+    assert again.recall(["a"]) == [0.5]
+
+
 def test_the_look_ahead_fuses_as_the_estimator_does():
     section = {"reward_range": [-1, 1]}
     assert Settings.of({"adv_estimator": "v05", "v05": section}).fusion == "v05"

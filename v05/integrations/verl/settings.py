@@ -42,11 +42,14 @@ class Settings:
     Attributes:
         reward_range: smallest and largest reward of a rollout; of the fused estimators.
         prior: `"others"`, the mean reward of the batch's other groups, or the full name of a class without arguments
-            that has `predict(uids)`, such as `v05.integrations.verl.memory.Recalled`.
+            that has `predict(uids)`. verl draws uids anew in every step, so that class has to be told what they stand
+            for, as `v05.integrations.verl.memory.Recalled` is by the managers of `v05.integrations.verl.rollouts`.
         scale: what advantages are divided by; see `group_advantage`.
-        k_init, k_max, cost: of the look-ahead in `LookAheadManager`; see `shrinkage`.
+        k_init, k_max, cost: of the look-ahead in `LookAheadManager`; see `shrinkage`. `PriorManager` keeps groups at
+            `rollout.n`.
         fusion: of the look-ahead, `"v05"` or `"calibrated"`; where it is not given, that of `algorithm.adv_estimator`.
-        memory: full name of what makes that manager's prior from the reward range.
+        memory: full name of what makes those managers' prior from the reward range: an object with `predict(prompts)`,
+            the prompts' texts; `observe`, `state_dict` and `load_state_dict` are used where it has them.
     """
 
     reward_range: tuple[float, float] = (0.0, 1.0)
