@@ -178,6 +178,14 @@ def test_lengths_count_where_an_estimator_is_defined_over_tokens_and_nowhere_els
         assert torch.equal(*of) is (estimator not in ("opo", "reinforce_plus_plus")), estimator
 
 
+def test_the_scale_of_opo_counts_rollouts(backend):
+    data = ragged_groups(30, 1, 9, seed=3)
+    lengths = torch.arange(len(data.rewards)) % 7
+    scaled = advantages(data, "opo", backend, scale="batch", lengths=lengths)
+    plain = advantages(data, "opo", backend, lengths=lengths)
+    torch.testing.assert_close(scaled, plain / (data.rewards.std() + 1e-6))
+
+
 def test_same_bits_from_any_number_of_threads():
     data = ragged_groups(60_000, 1, 10, seed=9, values=(-1.0, 0.2, 1.0))
     for estimator, scale in (("reinforce_plus_plus", "none"), ("v05", "batch"), ("grpo", "none")):
