@@ -44,7 +44,8 @@ def verl_rivals(estimator: str, rewards: Tensor, offsets: Tensor) -> list[Conten
 def advantages(
     rewards: Tensor, offsets: Tensor, prior: Tensor | None, estimator: str, backend: str | None = "reference"
 ) -> Sequence[Tensor]:
-    return (group_advantage(rewards, offsets, estimator=estimator, prior=prior, backend=backend),)
+    lengths = torch.ones_like(rewards) if ESTIMATORS[estimator].needs_lengths else None
+    return (group_advantage(rewards, offsets, estimator=estimator, prior=prior, lengths=lengths, backend=backend),)
 
 
 def case(estimator: str, groups: int, device: torch.device, seed: int = 0) -> Case:

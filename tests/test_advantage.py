@@ -28,10 +28,10 @@ def combinations():
 
 
 def advantages(data, estimator, backend=None, **options):
-    prior = data.prior if ESTIMATORS[estimator].needs_prior else None
-    if ESTIMATORS[estimator].needs_lengths:
-        options = dict(lengths=torch.arange(data.rewards.numel()) % 7) | options
-    return group_advantage(data.rewards, data.offsets, estimator=estimator, prior=prior, backend=backend, **options)
+    defined = ESTIMATORS[estimator]
+    options |= dict(prior=data.prior if defined.needs_prior else None)
+    options = dict(lengths=torch.arange(len(data.rewards)) % 7 if defined.needs_lengths else None) | options
+    return group_advantage(data.rewards, data.offsets, estimator=estimator, backend=backend, **options)
 
 
 def test_a_range_is_widened_at_either_end_and_never_narrowed():
@@ -81,7 +81,7 @@ def test_baselines_of_the_batch_by_hand(backend):
         return group_advantage(rewards, offsets, estimator=estimator, backend=backend, **options).tolist()
 
     assert of("opo", lengths=lengths)[:2] == pytest.approx([1.5, -0.5])  # the mean by length is (1 - 3) / 4
-    assert of("opo", lengths=torch.full((9,), 7)) == pytest.approx(of("dr_grpo"))
+    assert of("opo", lengths=torch.ones(9)) == pytest.approx(of("dr_grpo"))
     assert of("gpg") == of("dr_grpo")  # no reward is 0
     # The first group's others have means 1, -1 and 1 and no variance within, so its own other reward stands: rloo.
     assert of("james_stein")[:2] == pytest.approx([2.0, -2.0])
@@ -102,6 +102,18 @@ def test_calibrated_advantages_are_those_of_shrinkage(backend):
     for own, estimator in ((False, "v05_calibrated"), (True, "v05_calibrated_loo")):
         result = shrinkage(*data, fusion="calibrated", leave_one_out=own, advantages=True, backend=backend)
         torch.testing.assert_close(advantages(data, estimator, backend), result.advantages, rtol=0, atol=1e-6)
+
+
+def test_calibrated_advantages_go_on_from_a_state(backend):
+    data, state = ragged_groups(60, 0, 9, seed=2), torch.tensor([90.0, 1, 1, 1, 1, 1, 1])
+    for own, estimator in ((False, "v05_calibrated"), (True, "v05_calibrated_loo")):
+        options = dict(fusion="calibrated", leave_one_out=own, advantages=True, state=state, backend=backend)
+        result = shrinkage(*data, **options).advantages
+        found = advantages(data, estimator, backend, state=state)
+        torch.testing.assert_close(found, result, rtol=0, atol=1e-6)
+        assert (found - advantages(data, estimator, backend)).abs().max() > 0.01
+        scaled = advantages(data, estimator, backend, state=state, scale="batch")
+        torch.testing.assert_close(scaled, result / (data.rewards.std() + 1e-6))
 
 
 @pytest.mark.parametrize(("estimator", "scale"), list(combinations()))
@@ -162,6 +174,25 @@ def test_lengths_weigh_the_batch(backend):
     torch.testing.assert_close(result, expected[[0, 1, 3]])
 
 
+def test_lengths_count_where_an_estimator_is_defined_over_tokens_and_nowhere_else(backend):
+    data = ragged_groups(30, 1, 9, seed=3)
+    lengths = torch.arange(len(data.rewards)) % 7 + 1
+    for estimator, defined in ESTIMATORS.items():
+        scale = "batch" if defined.scale.name == "NONE" else "none"
+        of = [
+            advantages(data, estimator, backend, scale=scale, lengths=by) for by in (lengths, torch.ones(len(lengths)))
+        ]
+        assert torch.equal(*of) is (estimator not in ("opo", "reinforce_plus_plus")), estimator
+
+
+def test_the_scale_of_opo_counts_rollouts(backend):
+    data = ragged_groups(30, 1, 9, seed=3)
+    lengths = torch.arange(len(data.rewards)) % 7
+    scaled = advantages(data, "opo", backend, scale="batch", lengths=lengths)
+    plain = advantages(data, "opo", backend, lengths=lengths)
+    torch.testing.assert_close(scaled, plain / (data.rewards.std() + 1e-6))
+
+
 def test_same_bits_from_any_number_of_threads():
     data = ragged_groups(60_000, 1, 10, seed=9, values=(-1.0, 0.2, 1.0))
     for estimator, scale in (("reinforce_plus_plus", "none"), ("v05", "batch"), ("grpo", "none")):
@@ -184,7 +215,8 @@ def test_same_bits_from_any_number_of_threads():
         (dict(estimator="grpo", prior=torch.zeros(2)), "prior is given; estimator 'grpo' needs none"),
         (dict(estimator="grpo", eps=-1), "eps is -1"),
         (dict(estimator="grpo", lengths=torch.ones(3)), r"lengths has shape \[3\]; allowed: \[4\]"),
-        (dict(estimator="opo"), "lengths is missing; estimator 'opo' needs them"),
+        (dict(estimator="opo"), "lengths is missing; estimator 'opo' needs the tokens of each rollout"),
+        (dict(estimator="grpo", state=torch.ones(7)), "state is given; estimator 'grpo' has none"),
         (dict(estimator="opo", lengths=torch.ones(4, device="meta")), "lengths is on meta; allowed: cpu"),
         (dict(estimator="opo", lengths=torch.tensor([1.0, 2, math.nan, 1])), r"lengths\[2\] is nan; allowed: 0 to"),
         (dict(estimator="opo", lengths=torch.tensor([1, -2, 1, 1])), r"lengths\[1\] is -2; allowed: 0 to"),
@@ -214,8 +246,7 @@ def test_finite_and_equal_to_the_reference(lengths, name, seed):
     prior = torch.rand(len(lengths), generator=rng, dtype=torch.float64) * 2 - 1
     estimator, scale = name
     options = dict(estimator=estimator, scale=scale, prior=prior if ESTIMATORS[estimator].needs_prior else None)
-    tokens = torch.randint(0, 3, rewards.shape, generator=rng) if ESTIMATORS[estimator].needs_lengths else None
-    options["lengths"] = tokens
+    options |= dict(lengths=torch.randint(0, 9, rewards.shape, generator=rng))
     result = group_advantage(rewards, offsets, **options)
     assert torch.isfinite(result).all()
     torch.testing.assert_close(result, group_advantage(rewards, offsets, backend="reference", **options))

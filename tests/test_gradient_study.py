@@ -17,7 +17,8 @@ def pool():
     answer = torch.randint(5, (6, 400), generator=rng)
     right = torch.rand(6, 400, generator=rng) < torch.linspace(0.1, 0.9, 6)[:, None]
     grams = [centred_gram(torch.randn(5, 30, generator=rng), row) for row in answer]
-    return Pool(right.double() * 2 - 1, answer, torch.stack(grams), torch.tensor(0.2, dtype=torch.float64))
+    rewards, common = right.double() * 2 - 1, torch.tensor(0.2, dtype=torch.float64)
+    return Pool(rewards, answer, torch.stack(grams), common, answer + 1)
 
 
 def test_scores_are_those_of_autograd():
@@ -35,6 +36,7 @@ def test_scores_are_those_of_autograd():
     low, high = task.reward_range
     assert pool.rewards[1].tolist() == [2 * (reward - low) / (high - low) - 1 for reward in rewards]
     assert set(pool.rewards.flatten().tolist()) <= {-1.0, 1.0}
+    assert pool.lengths[1].tolist() == [len(r.token_ids) for r in rollouts]
     weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
     total = torch.zeros(())
     for rollout, weight in zip(rollouts, weights - weights.mean(), strict=True):
@@ -115,6 +117,11 @@ def test_without_its_own_reward_a_baseline_has_no_bias(pool, estimator):
 def test_a_group_mean_shrinks_the_gradient_by_its_own_share(pool):
     found = quality(pool, Drawn("dr_grpo", "sd 0.3", repeats=1000))
     assert found.factor == pytest.approx(4 / 3, rel=0.06)
+
+
+def test_opo_is_not_dr_grpo(pool):
+    opo, mean = (quality(pool, Drawn(estimator, "sd 0.3", repeats=20)) for estimator in ("opo", "dr_grpo"))
+    assert abs(opo.factor - mean.factor) > 0.01
 
 
 def test_more_rollouts_and_better_baselines_have_less_variance(pool):

@@ -85,6 +85,7 @@ def lines_that_parse(folder):
         ('{"mean": 0}\n', (), r"key 'score' is missing"),
         ("", (), r"has no record; allowed: one a line"),
         ('{"score": 1}\n', ("--estimators", "grpo"), r"estimator is 'grpo'; allowed, since it has a baseline: v05, "),
+        ('{"score": 1}\n', ("--estimators", "opo"), r"estimator is 'opo'; allowed, since it has a baseline"),
         ('{"score": 1}\n', ("--rollouts", "two"), r"--rollouts is 'two'; allowed: whole numbers"),
         ('{"score": 1}\n', ("--rollouts", "0"), r"rollouts is \(0,\); allowed: numbers of 1 or above"),
         ('{"score": 1}\n', ("--reward-range", "1", "1"), r"--reward-range is 1 1"),
@@ -160,6 +161,7 @@ def test_gradient_reads_its_pool_and_goes_on(tmp_path):
     rewards = (torch.rand(3, 50, generator=rng) < 0.5).double() * 2 - 1
     options = ("--prompts", 3, "--pool", 50, "--repeats", 20, "--priors", "constant", "--output", tmp_path)
     pool = {"rewards": rewards, "answer": answer, "gram": grams, "common": torch.tensor(0.25, dtype=torch.float64)}
+    pool["lengths"] = answer + 1
     write_tensors(tmp_path / "pool.safetensors", pool)
     run("gradient", *options, "--estimators", "rloo")
     output = run("gradient", *options, "--estimators", "rloo,v05:2-8")

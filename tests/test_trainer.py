@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from v05.algorithms import ALGORITHMS, equal_groups, parse_algorithm
-from v05.batch import Groups
+from v05.batch import Groups, PackedTokens
 from v05.config import TrainConfig
 from v05.counters import Counters
 from v05.errors import InputError
+from v05.kernels import group_advantage
 from v05.packing import AGGREGATIONS
 from v05.policy import make_policy
 from v05.rollout.engine import Rollout, Unanswered
@@ -255,6 +256,23 @@ def test_advantages_by_hand() -> None:
     assert parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)).tolist() == [0.5, -0.5, 0.0]
     with pytest.raises(InputError, match="prior is None"):
         spo.advantages(groups, None, (0.0, 1.0))
+    found = parse_algorithm("opo").advantages(groups, None, (0.0, 1.0), lengths=torch.tensor([3, 1, 2]))
+    assert found.tolist() == [0.25, -0.75, 0.0]  # the mean by length is 3 / 4
+
+
+def test_opo_weighs_answers_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, seen = make_trainer(algorithm="opo:4"), list[tuple[PackedTokens, torch.Tensor]]()
+    sample, _ = trainer._sample()
+    monkeypatch.setattr(trainer, "_sample", lambda: (sample, {}))
+    monkeypatch.setattr(trainer.learner, "learn", lambda batch, found, _: seen.append((batch, found)) or {})
+    trainer.update()
+    [(batch, found)] = seen
+    lengths = batch.sequence_offsets.diff()
+    assert len(lengths.unique()) > 1
+    groups = sample.groups
+    options = dict(estimator="opo", lengths=lengths, reward_range=(0.0, 1.0))
+    assert torch.equal(found, group_advantage(groups.rewards, groups.offsets, **options))  # type: ignore[arg-type]
+    assert not torch.equal(found, parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)))
 
 
 def test_equal_groups() -> None:

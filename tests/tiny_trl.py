@@ -48,11 +48,13 @@ def make_trainer(folder, output, rewards=starts_early, trainer=V05Trainer, confi
         save_strategy="no",
         **({"k_max": 12} if config is V05Config else {}),
     )
+    parts = dict(
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+    )
     return trainer(
         model=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
         reward_funcs=rewards,
         args=config(**(settings | options)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
-        **(extra or {}),
+        **(parts | (extra or {})),
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from v05.batch import Groups
 from v05.errors import InputError
-from v05.kernels import group_advantage, shrinkage
+from v05.kernels import group_advantage
+from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.kernels.shrinkage.rules import LARGEST
 
 
@@ -30,7 +31,6 @@ class Algorithm:
         clip_high: upper bound of the ratio is `1 + clip_high`.
         drop_equal: whether groups with all rewards equal are dropped and replaced.
         learning_rate: overrides the configured one; None to keep it.
-        fusion: of prior and rollouts, in the look-ahead and in the baseline, see `v05.kernels.shrinkage`.
         cost: price of a rollout in the look-ahead; None to keep the configured one.
     """
 
@@ -44,8 +44,12 @@ class Algorithm:
     clip_high: float = 0.2
     drop_equal: bool = False
     learning_rate: float | None = None
-    fusion: Literal["v05", "calibrated"] = "v05"
     cost: float | None = None
+
+    @property
+    def fusion(self) -> Literal["v05", "calibrated"]:
+        """Return how prior and rollouts are fused in the look-ahead: as in the baseline, where that is fused."""
+        return (ESTIMATORS[self.estimator].fusion if self.estimator in ESTIMATORS else None) or "v05"
 
     @property
     def grows(self) -> bool:
@@ -58,6 +62,7 @@ class Algorithm:
         prior: Tensor | None,
         reward_range: tuple[float, float],
         mixture: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Return the advantage of every rollout.
 
@@ -66,6 +71,7 @@ class Algorithm:
             prior: expected rewards [G] float32; needed unless `self.prior` is `none`.
             reward_range: smallest and largest reward.
             mixture: state of calibrated fusion from the last update; None at the first.
+            lengths: tokens of every rollout [N]; needed by `opo`.
 
         Returns:
             [N] float32.
@@ -77,19 +83,15 @@ class Algorithm:
             raise InputError(f"prior is None; allowed for {self.name}: a tensor of {len(groups.counts)} rewards")
         if self.estimator == "prior" and prior is not None:
             return groups.rewards - prior[groups.group_of_rollout]
-        if self.fusion == "calibrated" and prior is not None:
-            own = self.estimator.endswith("_loo")
-            options = dict(reward_range=reward_range, leave_one_out=own, advantages=True, state=mixture)
-            result = shrinkage(groups.rewards, groups.offsets, prior, fusion="calibrated", **options)  # type: ignore[arg-type]
-            assert result.advantages is not None
-            return result.advantages
         return group_advantage(
             groups.rewards,
             groups.offsets,
             estimator=self.estimator,
-            prior=prior if self.estimator.startswith("v05") else None,
+            prior=prior if ESTIMATORS[self.estimator].needs_prior else None,
             scale="group" if self.estimator == "grpo" else "none",
             reward_range=reward_range,
+            state=mixture,
+            lengths=lengths,
         )
 
 
@@ -97,14 +99,10 @@ ALGORITHMS: Final[Mapping[str, Algorithm]] = MappingProxyType(
     {
         "v05": Algorithm("v05", 4, 16, "v05", "configured"),
         "v05_loo": Algorithm("v05_loo", 4, 16, "v05_loo", "configured"),
-        "v05_calibrated": Algorithm("v05_calibrated", 4, 16, "v05_calibrated", "configured", fusion="calibrated"),
-        "v05_calibrated_loo": Algorithm(
-            "v05_calibrated_loo", 4, 16, "v05_calibrated_loo", "configured", fusion="calibrated"
-        ),
+        "v05_calibrated": Algorithm("v05_calibrated", 4, 16, "v05_calibrated", "configured"),
+        "v05_calibrated_loo": Algorithm("v05_calibrated_loo", 4, 16, "v05_calibrated_loo", "configured"),
         # A price at which growth is rare: rollouts are then left for more prompts.
-        "v05_from_one": Algorithm(
-            "v05_from_one", 1, 16, "v05_calibrated_loo", "configured", fusion="calibrated", cost=1 / 64
-        ),
+        "v05_from_one": Algorithm("v05_from_one", 1, 16, "v05_calibrated_loo", "configured", cost=1 / 64),
         "opo": Algorithm("opo", 16, 16, "opo", "none"),
         "james_stein": Algorithm("james_stein", 16, 16, "james_stein", "none"),
         "grpo": Algorithm("grpo", 16, 16, "grpo", "none", "seq-mean-token-mean"),

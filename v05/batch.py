@@ -94,6 +94,11 @@ class PackedTokens:
             )
         check_offsets("sequence_offsets", self.sequence_offsets, len(self.tokens))
 
+    @property
+    def lengths(self) -> Tensor:
+        """Return the tokens of each response, [N] int64."""
+        return self.sequence_offsets.diff()
+
     def split(self, parts: int) -> Iterator[tuple[slice, "PackedTokens"]]:
         """Yield the batch in consecutive parts of nearly equal numbers of sequences.
 

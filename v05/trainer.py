@@ -106,9 +106,9 @@ class Trainer:
         self._push()
         sample, sampled = self.team.lead(self._sample)
         groups, prior = sample.groups, sample.prior
-        advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture)
         rollouts = [rollout for group in sample.rollouts for rollout in group]
         batch = pack(rollouts, self.algorithm.aggregation, max_length=self.task.max_answer_length)
+        advantages = self.algorithm.advantages(groups, prior, self.task.reward_range, self.mixture, batch.lengths)
         learnt = self.learner.learn(batch, advantages, self.counters.update) if rollouts else {}
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)

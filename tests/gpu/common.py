@@ -95,10 +95,10 @@ def run_shrinkage(backend: str | None, data, **options) -> Outputs:
 
 def run_advantage(backend: str | None, data, estimator: str = "v05", **options) -> Outputs:
     prior = data.prior if ESTIMATORS[estimator].needs_prior else None
+    lengths = torch.arange(len(data.rewards), device=data.rewards.device) % 7
     named = dict(estimator=estimator, prior=prior, backend=backend)
-    if ESTIMATORS[estimator].needs_lengths:
-        options = dict(lengths=torch.arange(data.rewards.numel(), device=data.rewards.device) % 7) | options
-    return {"advantages": group_advantage(data.rewards, data.offsets, **named, **options)}
+    named |= dict(lengths=lengths if ESTIMATORS[estimator].needs_lengths else None)
+    return {"advantages": group_advantage(data.rewards, data.offsets, **(named | options))}
 
 
 def run_policy_loss(

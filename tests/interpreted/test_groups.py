@@ -112,6 +112,8 @@ def compare_advantage(data, estimator, **options):
     if ESTIMATORS[estimator].needs_lengths:
         options = dict(lengths=torch.arange(data.rewards.numel()) % 7) | options
     options["estimator"] = estimator
+    if ESTIMATORS[estimator].needs_lengths:
+        options["lengths"] = torch.arange(len(data.rewards)) % 7
     wide = None if prior is None else prior.double()
     exact = group_advantage(data.rewards.double(), data.offsets, prior=wide, backend="reference", **options)
     same = group_advantage(data.rewards, data.offsets, prior=prior, backend="reference", **options)

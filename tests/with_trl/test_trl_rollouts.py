@@ -9,6 +9,7 @@ from tiny_trl import PROMPTS, make_trainer, starts_early, write_policy
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.rollouts import merged_lengths, split_rows
+from v05.kernels import group_advantage
 
 pytestmark = pytest.mark.trl
 PROMPT_ROWS = [{"prompt": prompt} for prompt in PROMPTS[:4] for _ in range(4)]
@@ -89,7 +90,19 @@ def test_prompts_that_contradict_the_prior_grow(folder, tmp_path):
     assert logged["completions/mean_length"] == pytest.approx(float(lengths.mean()))
     assert logged["completions/min_length"] == float(lengths.min())
     assert len(trainer._metrics["train"]["completions/mean_length"]) == 1
-    assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) == 16
+    logs = trainer._logs
+    assert (
+        len(logs["advantages"])
+        == len(logs["prompt"])
+        == len(logs["completion"])
+        == len(logs["rewards"]["by_letter"])
+        == 28
+    )
+    assert [list(logs["prompt"]).count(prompt) for prompt in counts] == list(counts.values())
+    assert list(logs["rewards"]["by_letter"]) == by_letter(logs["prompt"])
+    trainer.args.max_extra_rollouts = 0
+    generated(trainer)
+    assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) == 16, "of the newest batch alone"
 
 
 def test_the_budget_holds_and_the_worst_prior_is_served_first(folder, tmp_path):
@@ -268,3 +281,76 @@ def test_a_conversation_and_evaluation(folder, tmp_path):
     assert log["eval_reward"] == 1.0
     assert not any("v05" in name for name in log)
     assert starts_early(["a b", "z"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", ["opo", "reinforce_plus_plus"])
+def test_tokens_count_where_the_estimator_is_defined_over_them(folder, tmp_path, estimator):
+    def odd(completion_ids, **_):
+        return [float(len(ids) % 2) for ids in completion_ids]
+
+    options = dict(per_device_train_batch_size=16, estimator=estimator, max_completion_length=60)
+    batch = generated(make_trainer(folder, tmp_path, odd, **options))
+    lengths = batch["completion_mask"].sum(1)
+    rewards, offsets = (lengths % 2).float(), torch.arange(0, 17, 4)
+    assert len(lengths.unique()) > 2
+    named = dict(estimator=estimator, reward_range=(0.0, 1.0), eps=1e-4)
+    expected = group_advantage(rewards, offsets, lengths=lengths, **named)
+    torch.testing.assert_close(batch["advantages"], expected)
+    assert (expected - group_advantage(rewards, offsets, lengths=torch.ones(16), **named)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["v05_calibrated", "v05_calibrated_loo"])
+@pytest.mark.parametrize("scale", ["none", "batch", "baseline"])
+def test_calibration_goes_on_whatever_the_scale(tmp_path, estimator, scale):
+    own = dict(estimator=estimator, advantage_scale=scale)
+    args = V05Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4, **own)
+    estimation = Estimation(args, Constant(0.5))
+    rewards = Rewards(torch.tensor([0.0, 1, 0, 1, 1, 1, 0, 1]), torch.arange(2).repeat_interleave(4), 2)
+    prior, lengths = torch.tensor([0.9, 0.2]), torch.ones(8, dtype=torch.int64)
+    before = estimation.advantages(rewards, prior, lengths)
+    estimation.mixture = torch.tensor([200.0, 1, 1, 1, 1, 1, 1])  # every prior was right so far, or none was
+    assert (estimation.advantages(rewards, prior, lengths) - before).abs().max() > 0.05
+
+
+LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_backend", ["policy_loss", "linear_policy_loss", "trl"])
+def test_no_forward_has_more_rows_than_a_micro_batch(folder, tmp_path, loss_type, loss_backend):
+    """A step of 7 rows goes in pieces of at most 4, with the gradient of all 7 at once."""
+    options = dict(loss_type=loss_type, loss_backend=loss_backend, epsilon_high=1.2, k_max=10, max_extra_rollouts=21)
+    options |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, max_completion_length=9)
+    trainer = make_trainer(folder, tmp_path, by_letter, extra=dict(prior=Constant(0.9)), **options)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 4
+    trainer._prepare_inputs([dict(row) for row in PROMPT_ROWS])
+    steps = trainer._buffered_inputs
+    assert [len(step["advantages"]) for step in steps] == [7] * 4
+    sizes, found = [], []
+    trainer.model.register_forward_pre_hook(lambda *given: sizes.append(len(given[2]["input_ids"])), with_kwargs=True)
+    for trainer._rows_at_once, expected in ((4, [4, 3] * 4), (None, [7] * 4)):
+        sizes.clear()
+        trainer.model.zero_grad()
+        total = torch.zeros(())
+        for step in steps:
+            loss = trainer.compute_loss(trainer.model, step)
+            assert trainer.accelerator.gradient_state.sync_gradients
+            loss.backward()
+            total += loss.detach()
+        assert sizes == expected
+        found.append([total, *(parameter.grad for parameter in trainer.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert max(float(gradient.abs().max()) for gradient in found[0][1:]) > 1e-4
+
+
+def test_steps_that_must_stay_whole_say_so(folder, tmp_path, caplog):
+    options = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, entropy_coef=0.1)
+    for more, why in ((dict(loss_backend="trl"), "TRL's loss adds a mean over a step"), (dict(k_max=4), None)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            trainer = make_trainer(folder, tmp_path, by_letter, **options, **more)
+        found = "have more rows than a micro-batch: " in caplog.text
+        assert found == (why is not None)
+        assert why is None or why in caplog.text
+        assert trainer._rows_at_once is None

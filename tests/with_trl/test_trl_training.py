@@ -73,7 +73,16 @@ def test_several_epochs_over_grown_batches(folder, tmp_path, beta):
     """Each generation serves two windows of two steps, twice; ratios leave 1 and get clipped."""
     options = dict(num_iterations=2, gradient_accumulation_steps=2, steps_per_generation=4, beta=beta, max_steps=8)
     trainer = make_trainer(folder, tmp_path, per_device_train_batch_size=4, loss_type="grpo", **options)
+    sizes = []
+
+    def count(module, args, named):
+        if torch.is_grad_enabled():
+            sizes.append(len(named["input_ids"]))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
+    assert max(sizes) == 4
+    assert len(sizes) > 16, "some steps had more rows"
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert sum("v05/weight" in entry for entry in log) == 2  # generations in 8 updates
     assert max(entry["clip_ratio/region_mean"] for entry in log) > 0

@@ -116,6 +116,17 @@ def test_other_estimators_are_verls_own(name, seed):
     torch.testing.assert_close(advantages(name, batch), theirs, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("by_std", [True, False])
+def test_verls_switch_of_the_std_in_grpo(by_std):
+    """Without the std it is Dr. GRPO; another estimator does not look at it."""
+    batch, section = random_batch(2), {"norm_adv_by_std_in_grpo": by_std}
+    function = core_algos.compute_grpo_outcome_advantage
+    theirs, _ = function(batch.token_rewards, batch.mask, index=batch.uids, **section)
+    torch.testing.assert_close(advantages("v05_grpo", batch, section), theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(advantages("v05_grpo", batch, section), advantages("v05_dr_grpo", batch)) is not by_std
+    assert torch.equal(advantages("v05_rloo", batch, section), advantages("v05_rloo", batch))
+
+
 @pytest.mark.parametrize("name", [name for name in v05.integrations.verl.estimator_names() if name.startswith("v05")])
 def test_every_estimator_without_a_setting(name):
     """The default prior of a group is the mean of the batch's other groups."""
@@ -155,7 +166,7 @@ def test_a_prior_may_return_a_list_an_array_or_what_has_a_gradient(kind):
 
 
 @pytest.mark.parametrize("name", ["v05_calibrated", "v05_calibrated_loo"])
-@pytest.mark.parametrize("scale", ["none", "batch"])
+@pytest.mark.parametrize("scale", ["none", "batch", "baseline"])
 def test_calibrated_fusion_goes_on_from_batch_to_batch(name, scale, monkeypatch):
     monkeypatch.setattr(Keeper, "states", [])
     section = {"v05": {"reward_range": [-1, 1], "prior": f"{__name__}.Keeper", "scale": scale}}
@@ -169,16 +180,13 @@ def test_calibrated_fusion_goes_on_from_batch_to_batch(name, scale, monkeypatch)
         options = dict(reward_range=(-1.0, 1.0), fusion="calibrated", advantages=True, state=state)
         rewards = batch.token_rewards.sum(1)[flat]
         test = shrinkage(rewards, offsets, prior, leave_one_out=name.endswith("loo"), **options)
+        by = {"none": 1.0, "batch": rewards.std() + 1e-6}
+        by["baseline"] = (1 - (rewards - test.advantages).square()).clamp(min=1e-6).sqrt()
+        column = torch.zeros(len(flat), dtype=torch.float64)
+        column[flat] = test.advantages / by[scale]
+        torch.testing.assert_close(found, column[:, None] * batch.mask, rtol=1e-6, atol=1e-7)
         state = test.state
         torch.testing.assert_close(Keeper.states[-1], state)
-        if scale == "none":
-            column = torch.zeros(len(flat), dtype=torch.float64)
-            column[flat] = test.advantages
-            expected = column[:, None] * batch.mask
-        else:
-            tenth = {uid: int(uid.rsplit("-", 1)[1]) / 10 for uid in batch.uids}
-            expected = by_hand(batch, name, tenth.__getitem__, reward_range=(-1.0, 1.0), scale=scale)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     assert len(Keeper.states) == 2
     advantages("v05", batch, section)
     assert len(Keeper.states) == 2, "the paper's rule has no state"

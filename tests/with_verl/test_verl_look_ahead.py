@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 
 import pytest
 import torch
@@ -51,6 +52,27 @@ def test_memory_learns_and_recalls_what_it_had_said():
         Memory(Settings(memory="nothing"))
 
 
+class Lengths:
+    """A prior of one's own as TRL takes it: asked with prompts, and nothing else."""
+
+    def __init__(self, reward_range):
+        self.low, self.high = reward_range
+
+    def predict(self, prompts):
+        """Longer prompts are harder."""
+        return [max(self.low, self.high - len(prompt) / 10) for prompt in prompts]
+
+
+def test_a_prior_of_ones_own_is_asked_with_prompts():
+    memory = Memory(Settings(reward_range=(-1.0, 1.0), memory=f"{__name__}.Lengths"))
+    assert memory.start("a", "12345") == (0.5, None)
+    memory.finish("12345", [1.0, -1.0])
+    assert memory.recall(["a"]) == [0.5]
+    again = Memory(Settings(reward_range=(-1.0, 1.0), memory=f"{__name__}.Lengths"))
+    again.load_state_dict(memory.state_dict())
+    assert again.recall(["a"]) == [0.5]
+
+
 def test_the_look_ahead_fuses_as_the_estimator_does():
     section = {"reward_range": [-1, 1]}
     assert Settings.of({"adv_estimator": "v05", "v05": section}).fusion == "v05"
@@ -59,6 +81,52 @@ def test_the_look_ahead_fuses_as_the_estimator_does():
     assert Settings.of(None).fusion == "v05"
     with pytest.raises(ValueError, match=r"algorithm.v05.fusion is 'best'; allowed: v05, calibrated"):
         Settings.of({"v05": {"fusion": "best"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(k_init="many"), "algorithm.v05.k_init is 'many'; allowed: a whole number"),
+        (dict(k_init=2.5), "algorithm.v05.k_init is 2.5; allowed: a whole number"),
+        (dict(k_init=True), "algorithm.v05.k_init is True; allowed: a whole number"),
+        (dict(k_init=20), "algorithm.v05: k_init is 20 and k_max 16; allowed: 1 <= k_init <= k_max"),
+        (dict(k_max=-3), "algorithm.v05: k_init is 4 and k_max -3"),
+        (dict(k_max=2**31), "algorithm.v05: k_max is 2147483648; allowed: 2147483647 or less"),
+        (dict(cost=-1), "algorithm.v05: cost is -1; allowed: a finite number, 0 or above"),
+        (dict(cost="dear"), "algorithm.v05.cost is 'dear'; allowed: a number"),
+        (dict(reward_range=[0, 1e-20]), "algorithm.v05: reward_range is"),
+        (dict(scale="std"), "algorithm.v05: scale is 'std'; allowed: 'none', 'group', 'batch', 'baseline'"),
+        (dict(fusion="best"), "algorithm.v05.fusion is 'best'; allowed: v05, calibrated"),
+        (dict(prior=3), "algorithm.v05.prior is 3; allowed: a full name"),
+        (dict(memory=None), "algorithm.v05.memory is None; allowed: a full name"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings.of({"adv_estimator": "v05", "v05": given})
+
+
+def test_a_scale_against_the_estimator_is_found_too():
+    with pytest.raises(ValueError, match=r"algorithm.v05: scale is 'batch' but grpo is defined with 'group'"):
+        Settings.of({"adv_estimator": "v05_grpo", "v05": {"scale": "batch"}})
+    assert Settings.of({"adv_estimator": "grpo", "v05": {"scale": "batch"}}).scale == "batch", "verl's own"
+    assert Settings.of({"adv_estimator": "v05_loo", "v05": {"scale": "batch"}}).scale == "batch"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(memory="nope"), "algorithm.v05.memory is 'nope'"),
+        (dict(memory="math.pi"), "algorithm.v05.memory is 'math.pi', which cannot be called"),
+        (dict(prior="nope.Mine"), "algorithm.v05.prior is 'nope.Mine'"),
+        (dict(prior="fractions.Fraction"), "algorithm.v05.prior is 'fractions.Fraction', which has no predict"),
+    ],
+)
+def test_names_are_looked_up_before_anything_runs(given, message):
+    settings = Settings.of({"adv_estimator": "v05", "v05": given})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings.find_names()
+    Settings().find_names()
 
 
 def test_calibrated_numbers():

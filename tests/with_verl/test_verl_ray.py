@@ -53,11 +53,15 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manager(config):
-    """The manager that the recipe names, with two engines and a scorer."""
+    """The manager that the recipe names."""
+    return make_manager(config, config.actor_rollout_ref.rollout.agent.agent_loop_manager_class)
+
+
+def make_manager(config, name):
+    """The manager of this full name, with two engines and a scorer."""
     from simulated import Client, Engine, Scorer
     from verl.utils.import_utils import load_class_from_fqn
 
-    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
     return load_class_from_fqn(name).create(
         config=config,
         llm_client=Client([Engine.remote() for _ in range(2)]),
@@ -125,6 +129,48 @@ def test_two_workers_grow_groups_and_the_driver_fuses_them(config, manager):
     assert max(sizes[0]) > 4, "a prior in the middle conflicts with prompts that always fail"
     hard, easy = sum(priors[place] for place in (0, 1, 4)), sum(priors[place] for place in (3, 5, 6))
     assert hard < easy, "the memory has learnt which prompts fail"
+
+
+def test_groups_of_fixed_size_with_a_prior_that_knows_prompts(config):
+    """Every group has `rollout.n` rollouts, and is fused with what the memory expected of its prompt."""
+    manager = make_manager(config, "v05.integrations.verl.rollouts.PriorManager")
+    memory = ray.get_actor(v05.integrations.verl.memory.NAME)
+    prompts = [f"p{tenths}" for tenths in (0, 1, 5, 9, 0, 8, 9, 3)]
+    for step in range(2):
+        uids, data = rollouts(config, manager, prompts, step)
+        of_row = np.array(data.batch.pop("uid").tolist(), dtype=object)
+        data.non_tensor_batch["uid"] = of_row
+        data.batch["token_level_rewards"] = data.batch["rm_scores"].float()
+        rewards, priors = data.batch["rm_scores"].sum(1).float(), torch.tensor(ray.get(memory.recall.remote(uids)))
+        rows = torch.from_numpy(np.concatenate([np.flatnonzero(of_row == uid) for uid in uids]))
+        n = config.actor_rollout_ref.rollout.n
+        assert len(of_row) == n * len(uids)
+        assert all((of_row == uid).sum() == n for uid in uids)
+        done = compute_advantage(data, adv_estimator=config.algorithm.adv_estimator, config=config.algorithm)
+        offsets = torch.arange(0, len(rows) + 1, n)
+        expected = group_advantage(rewards[rows], offsets, prior=priors, reward_range=RANGE)
+        mask = done.batch["response_mask"][rows]
+        torch.testing.assert_close(done.batch["advantages"][rows], expected[:, None] * mask, rtol=1e-5, atol=1e-6)
+    assert priors[[0, 1, 4]].sum() < priors[[3, 5, 6]].sum(), "the memory has learnt which prompts fail"
+
+
+@pytest.mark.parametrize("name", ["PriorManager", "LookAheadManager"])
+def test_a_wrong_setting_ends_the_job_before_it_has_begun(config, name):
+    for given, message in (
+        (dict(k_init=20), "k_init is 20 and k_max 16"),
+        (dict(prior="nope.Mine"), "prior is 'nope.M"),
+    ):
+        wrong = config.copy()
+        wrong.algorithm.v05.update(given)
+        with pytest.raises(ValueError, match=message):
+            make_manager(wrong, f"v05.integrations.verl.rollouts.{name}")
+
+
+def test_a_memory_whose_prior_the_estimator_does_not_use_is_reported(config, caplog):
+    other = config.copy()
+    other.algorithm.v05.prior = "others"
+    make_manager(other, "v05.integrations.verl.rollouts.PriorManager")
+    assert "algorithm.v05.prior is 'others': advantages do not use what the memory expects" in caplog.text
 
 
 def test_the_memory_goes_on_from_verls_checkpoint(config, manager, tmp_path, caplog):

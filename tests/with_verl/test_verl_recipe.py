@@ -1,8 +1,10 @@
 """The recipe's configuration is composed over verl's own, and accepted by it."""
 
+import re
 from pathlib import Path
 
 import pytest
+import verl
 from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -49,3 +51,20 @@ def test_every_name_in_it_exists():
 def test_a_wrong_setting_is_refused():
     with pytest.raises(ValueError, match=r"algorithm.v05 has k_first; allowed: reward_range, prior"):
         Settings.of(load("+algorithm.v05.k_first=2").algorithm)
+
+
+def test_the_settings_in_the_readme_are_verls():
+    """Composed over verl's own defaults, without the recipe."""
+    text = (RECIPES.parents[1] / "README.md").read_text(encoding="utf-8").split("### In verl")[1].split("###")[0]
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    given = re.findall(r"(\+?[a-z_]+\.[a-z_.0-9]+=[\w.]+)", blocks)
+    assert len(given) == 5
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        config = compose(config_name="ppo_trainer", overrides=given)
+    assert config.trainer.use_v1
+    assert callable(get_adv_estimator_fn(config.algorithm.adv_estimator))
+    Settings.of(config.algorithm).find_names()
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    assert load_class_from_fqn(name).__name__ == "PriorManager"
+    assert load_class_from_fqn(config.trainer.checkpoint_callback_class).__name__ == "SaveMemory"

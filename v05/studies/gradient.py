@@ -30,7 +30,7 @@ COST: Final = 1 / 256  # of a rollout, the paper's
 
 
 class Pool(NamedTuple):
-    """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], and their answers `[P, M]` int64.
+    """M rollouts of each of P prompts: rewards `[P, M]` float64, moved to [-1, 1], answers and tokens `[P, M]` int64.
 
     `gram` `[P, U, U]` float64: inner products of the answers' scores, centred on the pool; a prompt has at most U.
     `common`, a scalar float64: what part of a prompt's gradient, by squared length, all prompts have in common.
@@ -40,6 +40,7 @@ class Pool(NamedTuple):
     answer: Tensor
     gram: Tensor
     common: Tensor
+    lengths: Tensor
 
 
 class GradientQuality(NamedTuple):
@@ -119,7 +120,7 @@ def make_pool(
         size: rollouts of each.
         on_prompt: called after each with the prompts done.
     """
-    rewards, answers, grams, gradients = [], [], [], []
+    rewards, answers, lengths, grams, gradients = [], [], [], [], []
     for number, prompt in enumerate(prompts):
         rollouts: list[Rollout] = []
         for start in range(0, size, CHUNK):
@@ -132,6 +133,7 @@ def make_pool(
         verified = [task.verify(prompt, r.text) if r.finished else low for r in distinct.values()]
         unit = (torch.tensor(verified, dtype=torch.float64) - low) / (high - low)
         answer = torch.tensor([index[rollout.token_ids] for rollout in rollouts])
+        lengths.append(torch.tensor([len(rollout.token_ids) for rollout in rollouts]))
         rewards.append((2 * unit - 1)[answer])
         answers.append(answer)
         score = scores(policy, list(distinct.values()), task.max_answer_length)
@@ -141,7 +143,8 @@ def make_pool(
         on_prompt(number + 1)
     most = max(len(gram) for gram in grams)
     padded = [torch.nn.functional.pad(gram, (0, most - len(gram), 0, most - len(gram))) for gram in grams]
-    return Pool(torch.stack(rewards), torch.stack(answers), torch.stack(padded), in_common(torch.stack(gradients)))
+    common = in_common(torch.stack(gradients))
+    return Pool(torch.stack(rewards), torch.stack(answers), torch.stack(padded), common, torch.stack(lengths))
 
 
 def in_common(gradients: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -
     prompts, size = pool.rewards.shape
     places = torch.randint(size, (prompts, drawn.k_max), generator=rng)
     counts = torch.full((prompts,), drawn.k_init)
-    fusion = "calibrated" if "calibrated" in drawn.estimator else "v05"
+    fusion = ESTIMATORS[drawn.estimator].fusion or "v05"
     while drawn.k_max > drawn.k_init:
         rewards, offsets = ragged(pool.rewards.gather(1, places), counts)
         bounds = dict(k_init=drawn.k_init, k_max=drawn.k_max)
@@ -201,7 +204,7 @@ def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
     """Draws groups of all prompts, `repeats` times, and compares their gradients with the pool's."""
     prompts, size = pool.rewards.shape
     rng = torch.Generator().manual_seed(drawn.seed)
-    truth = pool.rewards.mean(1)
+    truth, defined = pool.rewards.mean(1), ESTIMATORS[drawn.estimator]
     per_block = drawn.repeats // BLOCKS
     coefficients = torch.zeros(BLOCKS, prompts, pool.gram.shape[1], dtype=torch.float64)
     lengths, spent = torch.zeros(BLOCKS, dtype=torch.float64), 0
@@ -210,8 +213,11 @@ def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
             prior = PRIORS[drawn.prior](truth, rng)
             places, counts = draw_groups(pool, prior, drawn, rng)
             rewards, offsets = ragged(pool.rewards.gather(1, places), counts)
-            given = prior if ESTIMATORS[drawn.estimator].needs_prior else None
-            advantages = group_advantage(rewards, offsets, estimator=drawn.estimator, prior=given)
+            tokens, _ = ragged(pool.lengths.gather(1, places), counts)
+            given = dict(
+                prior=prior if defined.needs_prior else None, lengths=tokens if defined.needs_lengths else None
+            )
+            advantages = group_advantage(rewards, offsets, estimator=drawn.estimator, **given)  # type: ignore[arg-type]
             answer = pool.answer.gather(1, places)
             share = torch.zeros(places.shape, dtype=torch.float64)
             share[torch.arange(drawn.k_max) < counts[:, None]] = advantages

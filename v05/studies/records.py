@@ -43,7 +43,11 @@ PRIORS: Final[dict[str, Draw]] = {
     "10 % hallucinated": _hallucinated(0.1),
     "30 % hallucinated": _hallucinated(0.3),
 }
-ALLOWED: Final = tuple(name for name, kind in ESTIMATORS.items() if kind.scale is Scale.NONE and not kind.by_signal)
+ALLOWED: Final = tuple(  # a baseline alone, and none by the tokens that records do not have
+    name
+    for name, kind in ESTIMATORS.items()
+    if kind.scale is Scale.NONE and not kind.by_signal and not kind.needs_lengths
+)
 DEFAULT: Final = ("dr_grpo", "v05", "v05_calibrated")
 
 

@@ -22,7 +22,8 @@ class V05Config(GRPOConfig):
         estimator: of `v05.kernels.group_advantage`; those that begin with `v05` fuse the group with a prior.
         advantage_scale: what an advantage is divided by: `none`, `group`, `batch` or `baseline`. Takes the place of
             `scale_rewards`, which is not looked at.
-        reward_range: smallest and largest reward of a completion, after `reward_weights`.
+        reward_range: smallest and largest reward of a completion, after `reward_weights`. With a fused estimator a
+            reward outside of it ends the run with an error, at whichever step it comes: count rare bonuses in.
         prior: the prior that is made where the trainer is given none: `history` (outcomes of similar prompts, and the
             prompt's own past), `running_mean` or `middle` (of the range). All work offline and start with no knowledge.
         prior_gives: what the prior predicts: a `reward` in `reward_range`, or the `probability` of its upper end.
@@ -31,7 +32,8 @@ class V05Config(GRPOConfig):
         extra_rounds: how often extra rollouts are planned and generated before a batch is learnt from. Weights reach
             vLLM once a batch; with `vllm_enable_sleep_mode` TRL sends them for every round again.
         max_extra_rollouts: extra rollouts in one generation batch, over all processes; None for as many as it starts
-            with, so that a batch at most doubles.
+            with, so that a batch at most doubles. That costs time, not memory: a step goes in pieces of at most
+            `per_device_train_batch_size` rows, with the gradient of all at once.
         loss_backend: `policy_loss` (v05's kernel on TRL's log-probs), `linear_policy_loss` (v05's fused head, logits
             never kept), or `trl` (TRL's own code).
     """
@@ -92,7 +94,7 @@ class V05Config(GRPOConfig):
     @property
     def fusion(self) -> str:
         """Of prior and rollouts, in the test and in the baseline; see `v05.kernels.shrinkage`."""
-        return "calibrated" if self.estimator.startswith("v05_calibrated") else "v05"
+        return ESTIMATORS[self.estimator].fusion or "v05"
 
     @property
     def grows(self) -> bool:

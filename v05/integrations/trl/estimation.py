@@ -99,16 +99,16 @@ class Estimation:
             filled = torch.tensor(share_out(given.tolist(), gains, total - total % processes))
         return filled
 
-    def advantages(self, rewards: Rewards, prior: Tensor) -> Tensor:
-        """Return the advantage of every completion, [N] float32; 0 where it has no reward."""
+    def advantages(self, rewards: Rewards, prior: Tensor, lengths: Tensor) -> Tensor:
+        """Return the advantage of every completion, [N] float32; 0 where it has no reward.
+
+        Args:
+            rewards: of N completions of G prompts.
+            prior: expected rewards [G].
+            lengths: tokens that are learnt from of each completion, [N] int64.
+        """
         values, offsets, order = rewards.ragged()
         args, found = self.args, torch.zeros_like(rewards.values)
-        if args.fusion == "calibrated" and args.advantage_scale == "none":
-            options = dict(fusion="calibrated", leave_one_out=args.estimator.endswith("_loo"), state=self.mixture)
-            result = shrinkage(values, offsets, prior, reward_range=args.bounds, advantages=True, **options)  # type: ignore[arg-type]
-            assert result.advantages is not None
-            found[order] = result.advantages
-            return found
         found[order] = group_advantage(
             values,
             offsets,
@@ -116,6 +116,8 @@ class Estimation:
             prior=prior if args.fused else None,
             scale=args.advantage_scale,
             eps=EPSILON,
+            lengths=lengths[order],
+            state=self.mixture,
             reward_range=args.bounds if args.fused else widened(args.bounds, values),
         )
         return found

@@ -42,12 +42,14 @@ class Scored(NamedTuple):
 class Divisors(NamedTuple):
     """What sums over one step are divided by, so that the steps and processes of an update add up to its mean.
 
-    `rows`: of a mean over rows. `tokens`: of a mean over all tokens. `steps`: of a mean within a step (bnpo).
+    `rows`: of a mean over rows. `tokens`: of a mean over all tokens. `steps`: of a mean within a step (bnpo). `share`:
+    what a piece of a step has of its tokens.
     """
 
     rows: float
     tokens: Tensor | float
     steps: float
+    share: Tensor | float = 1.0
 
 
 def why_not(args: V05Config) -> str | None:
@@ -91,7 +93,7 @@ def token_weights(args: V05Config, mask: Tensor, by: Divisors) -> Tensor:
     if args.loss_type == "luspo":
         return kept / by.rows
     if args.loss_type == "bnpo":
-        return kept / kept.sum().clamp(min=1) / by.steps
+        return kept * by.share / kept.sum().clamp(min=1) / by.steps
     return kept / by.tokens
 
 

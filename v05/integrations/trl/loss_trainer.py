@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -13,6 +15,7 @@ from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.linear_loss import States, linear_loss_of, linear_metrics, why_not_linear
 from v05.integrations.trl.loss import CLIPPED, ROW_MEANS, Divisors, Scored, loss_of, why_not
 from v05.integrations.trl.metrics import sequence_means, step_tensors, token_means
+from v05.integrations.trl.rollouts import in_pieces, learnt_from
 
 logger = get_logger(__name__)
 # What TRL's batches hold for models that see images.
@@ -39,6 +42,7 @@ class KernelLossTrainer(GRPOTrainer):
     args: V05Config
     num_generations: int
     _buffered_inputs: list[dict[str, Tensor]] | None
+    _rows_at_once: int | None = None  # where steps are cut
 
     def choose_loss(self) -> None:
         """Decide once which code computes the loss, and say so where it is not the one asked for."""
@@ -58,13 +62,50 @@ class KernelLossTrainer(GRPOTrainer):
         logger.warning(f"v05: loss_backend {other!r} runs instead of {asked!r}: {reason}")
         return other
 
+    def cut_steps(self) -> None:
+        """Let no forward have more rows than a micro-batch, or say why steps stay whole where a batch grows."""
+        self._rows_at_once = self.args.per_device_train_batch_size
+        extra = self._loss_code == "trl" and (self._entropy_bonus_enabled or self.aux_loss_enabled)
+        reasons = {"top_entropy_quantile is taken over a step": self.top_entropy_quantile < 1.0}
+        reasons |= {"TRL's loss adds a mean over a step": extra, "lomo steps at once": "lomo" in str(self.args.optim)}
+        for reason in [reason for reason, applies in reasons.items() if applies]:
+            logger.warning(f"v05: steps of a batch that has grown have more rows than a micro-batch: {reason}")
+            self._rows_at_once = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        """Return the loss of a step; of more rows than a micro-batch's, all but the last piece's gradient is taken."""
+        most = self._rows_at_once if self.model.training else None
+        *first, last = [inputs] if most is None else in_pieces(inputs, most)
+        done = 0.0
+        for piece in first:
+            with self._without_sync(model):
+                loss = super().compute_loss(model, piece, *args, **options)
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+            done = done + loss.detach()
+        return super().compute_loss(model, last, *args, **options) + done
+
+    @contextmanager
+    def _without_sync(self, model: Any) -> Iterator[None]:
+        """Keep gradients on each process, as transformers does for all but the last step of an update."""
+        state = self.accelerator.gradient_state
+        if not state.sync_gradients:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return the loss of this step: TRL's value and gradient."""
         by = self._divisors(inputs)
         if self._loss_code == "trl":
             loss = super()._compute_loss(model, inputs)
-            share = len(inputs["advantages"]) * by.steps / by.rows  # of this step's mean in that of the batch
-            return loss * share if self.loss_type in ROW_MEANS else loss
+            if self.loss_type in ROW_MEANS:
+                return loss * len(inputs["advantages"]) * by.steps / by.rows  # of this mean in that of the batch
+            return loss * by.share if self.loss_type == "bnpo" else loss
         if self._loss_code == "linear_policy_loss":
             return self._linear_loss(model, inputs, by)
         scored, entropies, auxiliary = self._scored(model, inputs)
@@ -73,7 +114,7 @@ class KernelLossTrainer(GRPOTrainer):
         result, kl = loss_of(self.args, scored, by)
         loss = result.loss
         if auxiliary is not None:
-            loss = loss + self.router_aux_loss_coef * auxiliary / by.steps
+            loss = loss + self.router_aux_loss_coef * auxiliary * by.share / by.steps
             mean = self.accelerator.gather_for_metrics(auxiliary.detach()).mean().item()
             self._metrics["train" if self.model.training else "eval"]["aux_loss"].append(mean)
         self._log_step(scored, step_tensors(self.args, scored, entropies, kl) | logged)
@@ -94,7 +135,7 @@ class KernelLossTrainer(GRPOTrainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hidden = hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
         weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
-        mask = (inside * inputs["tool_mask"] if "tool_mask" in inputs else inside).bool()
+        mask = learnt_from(inputs).bool()
         old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
@@ -116,7 +157,10 @@ class KernelLossTrainer(GRPOTrainer):
             return Divisors(rows, tokens, 1.0)
         accumulated, steps = self.current_gradient_accumulation_steps, self.args.steps_per_generation
         rows = float(inputs["rows"]) / steps if "rows" in inputs else rows
-        return Divisors(rows * accumulated, tokens * accumulated / steps, accumulated)
+        by = Divisors(rows * accumulated, tokens * accumulated / steps, accumulated)
+        if "step_tokens" not in inputs:
+            return by
+        return by._replace(share=learnt_from(inputs).sum() / inputs["step_tokens"].clamp(min=1))
 
     def _scored(self, model: Any, inputs: dict[str, Any]) -> tuple[Scored, Tensor, Tensor | None]:
         """Return the rows under the policy, their entropies [B, L], and the auxiliary loss of a mixture of experts."""
@@ -130,7 +174,7 @@ class KernelLossTrainer(GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in IMAGES},
         )
-        mask = (inside * inputs["tool_mask"] if "tool_mask" in inputs else inside).bool()
+        mask = learnt_from(inputs).bool()
         old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
         old = logprobs.detach() if old is None else old
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages

@@ -80,6 +80,26 @@ def split_rows(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     ]
 
 
+def in_pieces(step: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Cut the rows of a step into the fewest equal pieces of at most `most` rows.
+
+    Pieces hold `step_tokens` too, the tokens of the whole step that are learnt from.
+    """
+    rows = len(step["advantages"])
+    if rows <= most:
+        return [step]
+    whole = {name: value for name, value in step.items() if value.dim() == 0} | {"step_tokens": learnt_from(step).sum()}
+    size = -(-rows // -(-rows // most))
+    cut = {name: value.split(size) for name, value in step.items() if value.dim()}
+    return [whole | dict(zip(cut, piece, strict=True)) for piece in zip(*cut.values(), strict=True)]
+
+
+def learnt_from(step: dict[str, Tensor]) -> Tensor:
+    """Return which completion tokens are learnt from, [B, L], as TRL's masks say."""
+    inside = step["completion_mask"]
+    return inside * step["tool_mask"] if "tool_mask" in step else inside
+
+
 def merged_lengths(metrics: dict[str, list[float]], rows: Sequence[int]) -> None:
     """Merge the last entries of TRL's length metrics, one per round of generation, into one over all rows.
 

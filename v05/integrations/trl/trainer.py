@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,10 +20,16 @@ from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.loss_trainer import KernelLossTrainer
 from v05.integrations.trl.metrics import batch_metrics
 from v05.integrations.trl.prompts import Predictor, check_prior, make_prior, prompt_text
-from v05.integrations.trl.rollouts import Rollouts, merged_lengths, split_rows, with_fields
+from v05.integrations.trl.rollouts import Rollouts, learnt_from, merged_lengths, split_rows, with_fields
 
 logger = get_logger(__name__)
 STATE_FILE: Final = "v05_state.safetensors"  # beside TRL's files in a checkpoint
+
+
+def _emptied(logs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Return TRL's tables of completions without any, with room for `rows`."""
+    column = partial(deque[Any], maxlen=rows)
+    return {name: defaultdict(column) if isinstance(kept, dict) else column() for name, kept in logs.items()}
 
 
 class V05Trainer(KernelLossTrainer):
@@ -85,9 +92,13 @@ class V05Trainer(KernelLossTrainer):
         self.estimation = Estimation(args, make_prior(args.prior, args.bounds) if prior is None else prior)
         self._rewards_per_func = torch.zeros(0)  # of the newest batch, on all processes
         self._rollouts: Rollouts | None = None  # finished ones, while TRL makes a batch of them
-        self._fixed = "tools are called" if self.tools else "the model takes images" if self._is_vlm else None
+        reasons = {"environments are used": self.environment_factories is not None}
+        reasons |= {"tools are called": bool(self.tools), "the model takes images": self._is_vlm}
+        self._fixed = next((reason for reason, applies in reasons.items() if applies), None)
         if args.grows and self._fixed is not None:
             logger.warning(f"v05: every prompt keeps {self.num_generations} rollouts, because {self._fixed}")
+        if self._grows:
+            self.cut_steps()
 
     @property
     def _grows(self) -> bool:
@@ -180,14 +191,16 @@ class V05Trainer(KernelLossTrainer):
         else:
             self._rollouts = self._roll_out(inputs, prior, group)
             group = self._rollouts.group
+            self._logs: dict[str, Any] = _emptied(self._logs, group.numel())
             try:
                 with self._every_row_a_group():
                     batch = super()._generate_and_score_completions(self._rollouts.inputs)
             finally:
                 self._rollouts = None
         rewards = self._total(self._rewards_per_func, group)
+        lengths = self.accelerator.gather(learnt_from(batch).sum(1))
         advantages = self._from_main(
-            lambda: self._learn_from(texts, rewards, prior, len(inputs)), rewards.values.numel()
+            lambda: self._learn_from(texts, rewards, prior, lengths, len(inputs)), rewards.values.numel()
         )
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(advantages.tolist())
@@ -195,9 +208,9 @@ class V05Trainer(KernelLossTrainer):
         batch["rows"] = torch.tensor(len(batch["advantages"]), device=device)
         return batch
 
-    def _learn_from(self, texts: list[str], rewards: Rewards, prior: Tensor, first: int) -> Tensor:
+    def _learn_from(self, texts: list[str], rewards: Rewards, prior: Tensor, lengths: Tensor, first: int) -> Tensor:
         """Return the advantages [N], log what V0.5 adds, then let prior and calibration learn; on the main process."""
-        advantages = self.estimation.advantages(rewards, prior)
+        advantages = self.estimation.advantages(rewards, prior, lengths)
         metrics = self._metrics["train"]
         metrics["v05/advantage_std"].append(float(advantages.std()))
         if self.args.fused:

@@ -73,7 +73,12 @@ class Advantage:
         Raises:
             ValueError: an unknown name.
         """
-        self.estimator, self.needs_prior = estimator, resolve(estimator, "none").needs_prior
+        resolved = resolve(estimator, "none")
+        self.estimator, self.needs_prior, self.calibrated = (
+            estimator,
+            resolved.needs_prior,
+            resolved.fusion == "calibrated",
+        )
         self.priors: dict[str, Any] = {}  # by full name, made at first use
 
     def __call__(
@@ -89,7 +94,7 @@ class Advantage:
         Args:
             token_level_rewards: [B, L] floating; a rollout's reward is their sum.
             response_mask: [B, L]; a group without a token counts for nothing.
-            config: verl's `algorithm` section; see `Settings`.
+            config: verl's `algorithm` section; see `Settings`. `norm_adv_by_std_in_grpo` off makes grpo dr_grpo.
             index: [B] uids; rows with one uid are a group, of any size.
             reward_baselines: [B] expected rewards where the batch has such a column: they are the prior of fused
                 estimators, equal within a group.
@@ -103,21 +108,23 @@ class Advantage:
         if index is None:
             raise ValueError(f"the batch has no uid; estimator v05 ({self.estimator}) needs one per row")
         settings = Settings.of(config)
+        by_std = config is None or config.get("norm_adv_by_std_in_grpo", True)
+        estimator = "dr_grpo" if self.estimator == "grpo" and not by_std else self.estimator
         groups = groups_by_uid(index, response_mask)
         rewards = token_level_rewards.sum(-1)[groups.order]
         ends = _reward_range(rewards, settings, self.needs_prior)
         prior = self._prior(rewards, groups, settings, reward_baselines) if self.needs_prior else None
-        values = None if prior is None else self._calibrated(rewards, groups, prior, settings)
-        if values is None:
-            values = group_advantage(
-                rewards,
-                groups.offsets,
-                estimator=self.estimator,
-                prior=prior,
-                scale=settings.scale,
-                lengths=(response_mask != 0).sum(-1)[groups.order],
-                reward_range=ends,
-            )
+        state = None if prior is None else self._state(rewards, groups, prior, settings)
+        values = group_advantage(
+            rewards,
+            groups.offsets,
+            estimator=estimator,
+            prior=prior,
+            scale=settings.scale,
+            lengths=(response_mask != 0).sum(-1)[groups.order],
+            reward_range=ends,
+            state=state,
+        )
         advantages = token_level_rewards.new_zeros(len(response_mask))
         advantages[groups.order] = values.to(advantages.dtype)
         spread = advantages[:, None] * response_mask
@@ -138,32 +145,26 @@ class Advantage:
         predicted = self.priors[settings.prior].predict(groups.uids)
         return torch.as_tensor(predicted, dtype=rewards.dtype, device=rewards.device).detach()
 
-    def _calibrated(self, rewards: Tensor, groups: GroupsByUid, prior: Tensor, settings: Settings) -> Tensor | None:
-        """Go on with calibrated fusion where the prior keeps its state.
+    def _state(self, rewards: Tensor, groups: GroupsByUid, prior: Tensor, settings: Settings) -> Tensor | None:
+        """Return the state of calibrated fusion that this estimator goes on from, and let the prior keep the next one.
 
-        The look-ahead needs the state beside another estimator too; scaled advantages do without it.
-
-        Returns:
-            Advantages [N]; None where others are asked for, or there is no state.
+        The look-ahead may need the state beside another estimator too.
         """
-        calibrated, keeper = self.estimator.startswith("v05_calibrated"), self.priors.get(settings.prior)
-        if not hasattr(keeper, "mixture") or not len(rewards) or not (calibrated or settings.fusion == "calibrated"):
+        keeper = self.priors.get(settings.prior)
+        if (
+            not hasattr(keeper, "mixture")
+            or not len(rewards)
+            or not (self.calibrated or settings.fusion == "calibrated")
+        ):
             return None
         assert keeper is not None
         state = keeper.mixture()
-        found = shrinkage(
-            rewards,
-            groups.offsets,
-            prior,
-            reward_range=settings.reward_range,
-            fusion="calibrated",
-            leave_one_out=self.estimator.endswith("_loo"),
-            advantages=True,
-            state=None if state is None else state.to(rewards.device),
-        )
-        assert found.state is not None
-        keeper.learn(found.state.cpu())
-        return found.advantages if calibrated and settings.scale == "none" else None
+        state = None if state is None else state.to(rewards.device)
+        options = dict(reward_range=settings.reward_range, fusion="calibrated", state=state)
+        after = shrinkage(rewards, groups.offsets, prior, **options).state  # type: ignore[arg-type]
+        assert after is not None
+        keeper.learn(after.cpu())
+        return state if self.calibrated else None
 
 
 def _reward_range(rewards: Tensor, settings: Settings, fused: bool) -> tuple[float, float]:

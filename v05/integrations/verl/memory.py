@@ -45,7 +45,7 @@ class Memory:
 
     def __init__(self, settings: Settings) -> None:
         """Make the prior that `settings.memory` names."""
-        self.prior: Prior = load("memory", settings.memory)(settings.reward_range)
+        self.prior: Any = load("memory", settings.memory)(settings.reward_range)
         self.expected: dict[str, float] = {}  # by uid, newest last
         self.calibration: Tensor | None = None  # of calibrated fusion: what the batches so far say of the prior
 
@@ -57,8 +57,10 @@ class Memory:
         return self.expected[uid], self.calibration
 
     def finish(self, prompt: str, rewards: list[float]) -> None:
-        """Learn from all rollouts of a prompt."""
-        self.prior.observe([prompt], torch.tensor([sum(rewards) / len(rewards)]), torch.tensor([len(rewards)]))
+        """Learn from all rollouts of a prompt, where the prior does."""
+        observe = getattr(self.prior, "observe", None)
+        if observe is not None:
+            observe([prompt], torch.tensor([sum(rewards) / len(rewards)]), torch.tensor([len(rewards)]))
 
     def recall(self, uids: list[str]) -> list[float]:
         """Return what was expected under these uids.
@@ -111,7 +113,7 @@ def running_memory() -> Any:
         return ray_module().get_actor(NAME)
     except ValueError as error:
         manager = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
-        raise ValueError(f"no memory is running; {manager} must be that of v05.integrations.verl") from error
+        raise ValueError(f"no memory is running; {manager} must be one of v05.integrations.verl.rollouts") from error
 
 
 class Recalled:

@@ -2,23 +2,17 @@
 
 from v05.integrations.verl.advantages import Advantage
 from v05.integrations.verl.losses import LOSSES, Loss
-from v05.kernels.advantage.estimators import ESTIMATORS
-
-PREFIX = "v05"
-
-
-def _prefixed(name: str) -> str:
-    return name if name.startswith(PREFIX) else f"{PREFIX}_{name}"
+from v05.integrations.verl.settings import NAMES, prefixed
 
 
 def estimator_names() -> dict[str, str]:
     """Return every estimator's name in verl with its name in `group_advantage`: `v05_grpo` -> `grpo`."""
-    return {_prefixed(name): name for name in ESTIMATORS}
+    return dict(NAMES)
 
 
 def loss_names() -> tuple[str, ...]:
     """Return the names of the policy losses in verl, `v05_ppo`, `v05_gspo` and so on."""
-    return tuple(_prefixed(name) for name in LOSSES)
+    return tuple(prefixed(name) for name in LOSSES)
 
 
 def register() -> None:
@@ -33,5 +27,5 @@ def register() -> None:
         if name not in core_algos.ADV_ESTIMATOR_REGISTRY:
             core_algos.register_adv_est(name)(Advantage(estimator))
     for name in LOSSES:
-        if _prefixed(name) not in core_algos.POLICY_LOSS_REGISTRY:
-            core_algos.register_policy_loss(_prefixed(name))(Loss(name))
+        if prefixed(name) not in core_algos.POLICY_LOSS_REGISTRY:
+            core_algos.register_policy_loss(prefixed(name))(Loss(name))

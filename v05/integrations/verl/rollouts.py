@@ -1,12 +1,14 @@
-"""V0.5's look-ahead in verl's rollout loop: every prompt grows by itself, with no barrier between prompts.
+"""Priors that know prompts, and V0.5's look-ahead, in verl's rollout loop: prompts do not wait for each other.
 
-`+actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl.rollouts.LookAheadManager`. A subclass
-needs its base when it is defined, so that this module, unlike the rest of the package, imports verl and Ray at its top.
+`+actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl.rollouts.LookAheadManager`, or
+`PriorManager` for groups of fixed size. A subclass needs its base when it is defined, so that this module, unlike the
+rest of the package, imports verl and Ray at its top.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +20,7 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from v05.integrations.verl.checkpoints import load_memory
 from v05.integrations.verl.look_ahead import grow
 from v05.integrations.verl.memory import start_memory
-from v05.integrations.verl.settings import Settings
+from v05.integrations.verl.settings import OTHERS, Settings
 
 log = logging.getLogger(__name__)
 Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # verl decorates it; Ray keeps the class
@@ -41,7 +43,7 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
         super().__init__(*args)
         if self.reward_loop_worker_handles is None:
             raise ValueError(
-                "the look-ahead needs rewards while it rolls out; a colocated reward model gives them later"
+                "look-ahead and memory need rewards with the rollouts; a colocated reward model gives them later"
             )
         self.settings = Settings.of(self.config.algorithm)
         self.memory = start_memory(self.settings)
@@ -96,12 +98,38 @@ class LookAheadWorker(Worker):  # type: ignore[misc, valid-type]
         log.debug("prompt %s: prior %.3f, %d rollouts", uid, prior, len(rewards))
 
 
+class PriorWorker(LookAheadWorker):
+    """The same for groups of `rollout.n`, of which it only tells the memory."""
+
+    def __init__(self, *args: Any) -> None:
+        """Take what verl's worker takes."""
+        super().__init__(*args)
+        n = self.config.actor_rollout_ref.rollout.n
+        self.settings = dataclasses.replace(self.settings, k_init=n, k_max=n)
+
+
 class LookAheadManager(AgentLoopManagerTQ):
     """verl's agent loop manager with workers that look ahead, and one memory of priors beside them."""
 
+    worker: type[LookAheadWorker] = LookAheadWorker
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what verl's manager takes; the memory goes on from the checkpoint that verl resumes from."""
+        """Take what verl's manager takes; the memory goes on from the checkpoint that verl resumes from.
+
+        Raises:
+            ValueError: a setting in `algorithm.v05` that is not allowed, or a name there that leads nowhere.
+        """
         super().__init__(*args, **kwargs)
-        self.memory = start_memory(Settings.of(self.config.algorithm))  # ends with this handle
+        settings = Settings.of(self.config.algorithm)
+        settings.find_names()
+        if settings.prior == OTHERS:
+            log.warning("algorithm.v05.prior is %r: advantages do not use what the memory expects", OTHERS)
+        self.memory = start_memory(settings)  # ends with this handle
         load_memory(self.memory, self.config.trainer)
-        self.agent_loop_workers_class = ray.remote(LookAheadWorker)
+        self.agent_loop_workers_class = ray.remote(self.worker)
+
+
+class PriorManager(LookAheadManager):
+    """The same with groups of `rollout.n`: a prior that knows prompts, and no look-ahead."""
+
+    worker = PriorWorker

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import segments
-from v05.kernels.shrinkage.op import shrinkage
+from v05.kernels.shrinkage.op import Shrinkage, shrinkage
 
 
 class Given(NamedTuple):
@@ -21,24 +21,27 @@ class Given(NamedTuple):
     low: float
     high: float
     backend: str | None
+    state: Tensor | None  # [7], of calibrated fusion
 
 
 def _ids(given: Given) -> Tensor:
     return segments.segment_ids(given.offsets, given.rewards.numel())
 
 
+def _fused(given: Given, leave_one_out: bool) -> Shrinkage:
+    assert given.prior is not None
+    options = dict(reward_range=(given.low, given.high), fusion="calibrated", state=given.state, backend=given.backend)
+    return shrinkage(given.rewards, given.offsets, given.prior, leave_one_out=leave_one_out, **options)  # type: ignore[arg-type]
+
+
 def calibrated(given: Given) -> Tensor:
     """Posterior mean of each group under the mixture fitted to the batch."""
-    assert given.prior is not None
-    options = dict(reward_range=(given.low, given.high), fusion="calibrated", backend=given.backend)
-    return shrinkage(given.rewards, given.offsets, given.prior, **options).baseline[_ids(given)]  # type: ignore[arg-type]
+    return _fused(given, False).baseline[_ids(given)]
 
 
 def calibrated_loo(given: Given) -> Tensor:
     """The same without the rollout's own reward."""
-    assert given.prior is not None
-    options = dict(reward_range=(given.low, given.high), fusion="calibrated", backend=given.backend)
-    own = shrinkage(given.rewards, given.offsets, given.prior, leave_one_out=True, **options).rollout_baseline  # type: ignore[arg-type]
+    own = _fused(given, True).rollout_baseline
     assert own is not None
     return own
 

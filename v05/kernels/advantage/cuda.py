@@ -39,8 +39,9 @@ def group_advantage(
     if rewards.numel() == 0:
         return out
     by_batch = baseline is Baseline.BATCH or scale is Scale.BATCH
+    by_length = lengths if baseline is Baseline.BATCH else None
     with on_device_of(rewards):
-        moments = batch_moments(rewards, lengths, eps) if by_batch else None
+        moments = batch_moments(rewards, by_length, eps) if by_batch else None
         _cuda.advantage(
             rewards.data_ptr(),
             offsets.data_ptr(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Baseline(IntEnum):
@@ -30,30 +30,37 @@ class Scale(IntEnum):
 class Estimator(NamedTuple):
     """A baseline, the scale that belongs to the estimator's definition, and what else it does.
 
-    `made` names the maker of a given baseline. `by_signal` multiplies advantages by N over the rewards that are not 0.
+    `made` names the maker of a given baseline, `fusion` how a prior is fused. `by_signal` multiplies advantages by N over
+    the rewards that are not 0.
     """
 
     baseline: Baseline
     scale: Scale = Scale.NONE
     made: str = ""
+    fusion: Literal["v05", "calibrated"] | None = None
     by_signal: bool = False
 
     @property
     def needs_prior(self) -> bool:
         """Whether the baseline is fused with a prior."""
-        return self.baseline in (Baseline.FUSED, Baseline.FUSED_LOO) or self.made.startswith("calibrated")
+        return self.fusion is not None
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the baseline is made of the rollouts' lengths."""
+        """Whether the baseline weighs rollouts by their tokens."""
         return self.baseline is Baseline.BY_LENGTH
+
+    @property
+    def by_length(self) -> bool:
+        """Whether rollouts count by their tokens where lengths are given."""
+        return self.baseline in (Baseline.BY_LENGTH, Baseline.BATCH)
 
 
 ESTIMATORS = {
-    "v05": Estimator(Baseline.FUSED),  # arXiv 2603.10848
-    "v05_loo": Estimator(Baseline.FUSED_LOO),  # ours
-    "v05_calibrated": Estimator(Baseline.GIVEN, made="calibrated"),  # ours
-    "v05_calibrated_loo": Estimator(Baseline.GIVEN, made="calibrated_loo"),  # ours
+    "v05": Estimator(Baseline.FUSED, fusion="v05"),  # arXiv 2603.10848
+    "v05_loo": Estimator(Baseline.FUSED_LOO, fusion="v05"),  # ours
+    "v05_calibrated": Estimator(Baseline.GIVEN, made="calibrated", fusion="calibrated"),  # ours
+    "v05_calibrated_loo": Estimator(Baseline.GIVEN, made="calibrated_loo", fusion="calibrated"),  # ours
     "grpo": Estimator(Baseline.GROUP, Scale.GROUP),  # arXiv 2402.03300
     "dr_grpo": Estimator(Baseline.GROUP),  # arXiv 2503.20783
     "rloo": Estimator(Baseline.LOO),  # arXiv 2402.14740

@@ -56,6 +56,7 @@ def group_advantage(
     eps: float = 1e-6,
     lengths: Tensor | None = None,
     reward_range: tuple[float, float] = (-1.0, 1.0),
+    state: Tensor | None = None,
     check_values: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -74,10 +75,11 @@ def group_advantage(
             unbiased, plus eps), or the std the baseline implies (`"baseline"`, `sqrt(max((b - mu)(mu - a), eps))`).
             Where a std is 0 or undefined the advantage is left unscaled.
         eps: added to a std, and the floor of the implied variance.
-        lengths: `[N]` tokens of each rollout, finite and 0 or above; where given, the statistics of the batch are taken
-            over tokens. `"opo"` needs them.
+        lengths: `[N]` tokens of each rollout, finite and 0 or above: `opo` needs them, `reinforce_plus_plus` takes its
+            mean and std over tokens where they are given (over rollouts else), and no other estimator looks at them.
         reward_range: the smallest and the largest reward possible, 1e-15 to 1e15 apart; for half rewards, both as their
             dtype rounds them.
+        state: of the calibrated estimators, from earlier batches, see `shrinkage`; None starts anew.
         check_values: check values on a device too, which waits for it; on the CPU they are always checked.
         backend: None for the best available, or `"reference"`, `"cpu"`, `"triton"`, `"cuda"`.
 
@@ -96,10 +98,14 @@ def group_advantage(
     resolved = resolve(estimator, scale)
     given = make_budget(reward_range, 0.0, 1, 1)
     if resolved.needs_prior != (prior is not None):
-        state = "given" if prior is not None else "missing"
-        raise ValueError(f"prior is {state}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}")
+        given_or_not = "given" if prior is not None else "missing"
+        raise ValueError(
+            f"prior is {given_or_not}; estimator {estimator!r} needs {'one' if resolved.needs_prior else 'none'}"
+        )
     if resolved.needs_lengths and lengths is None:
-        raise ValueError(f"lengths is missing; estimator {estimator!r} needs them")
+        raise ValueError(f"lengths is missing; estimator {estimator!r} needs the tokens of each rollout")
+    if state is not None and resolved.fusion != "calibrated":
+        raise ValueError(f"state is given; estimator {estimator!r} has none, the calibrated ones do")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; allowed: 0 or above")
     rewards, prior, (low, high, *_) = prepared(rewards, offsets, prior, given)
@@ -110,7 +116,7 @@ def group_advantage(
             raise ValueError(f"lengths has shape {list(lengths.shape)}; allowed: {list(rewards.shape)}")
         if lengths.device != rewards.device:
             raise ValueError(f"lengths is on {lengths.device}; allowed: {rewards.device}, where the other inputs are")
-        lengths = segments.constant(lengths, dtype)
+        lengths = segments.constant(lengths, dtype) if resolved.by_length else None
     chosen = dispatch.backend_for("advantage", rewards, backend)
     on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
     if check_values or (chosen == "reference" and on_cpu):
@@ -118,7 +124,7 @@ def group_advantage(
     if lengths is not None and (check_values or on_cpu):
         segments.check_range("lengths", lengths, 0, torch.finfo(dtype).max)
     if resolved.made:
-        prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, low, high, backend))
+        prior = MAKERS[resolved.made](Given(rewards.to(dtype), offsets, prior, low, high, backend, state))
     rewards = readable(rewards, chosen)
     kinds = (int(resolved.baseline), int(resolved.scale))
     if chosen == "reference":

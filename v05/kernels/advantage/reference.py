@@ -70,7 +70,8 @@ def group_advantage(
         squares = segments.segment_sum((rewards - mean[ids]).square(), ids, count.numel())
         return centred / unscaled_where_flat(squares, k - 1, eps)[ids]
     if scale == Scale.BATCH:
-        return centred / batch_moments(rewards, lengths, eps)[1]
+        by_length = lengths if baseline == Baseline.BATCH else None
+        return centred / batch_moments(rewards, by_length, eps)[1]
     if scale == Scale.BASELINE:
         variance = ((high - mu) * (mu - low)).clamp(min=eps)
         return centred / torch.where(variance > 0, variance, 1).sqrt()

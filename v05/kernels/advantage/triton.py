@@ -120,7 +120,7 @@ def group_advantage(
         return out
     moments = rewards
     if baseline is Baseline.BATCH or scale is Scale.BATCH:
-        moments = batch_moments(rewards, lengths, eps)
+        moments = batch_moments(rewards, lengths if baseline is Baseline.BATCH else None, eps)
     with on_device_of(rewards):
         advantage_kernel[(triton.cdiv(groups, BLOCK_GROUPS),)](
             rewards,
