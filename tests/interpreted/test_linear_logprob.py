@@ -207,7 +207,7 @@ def test_rows_without_a_gradient_change_no_other(on_device, dtype):
 )
 @pytest.mark.parametrize("silent", [False, True])
 def test_policy_loss(on_device, level, dtype, features, silent):
-    """With tokens whose gradient is 0, or none; in bfloat16 summed up in float32, with logits made twice as on sm_90, and
+    """With and without silent tokens; in bfloat16 summed up in float32, with logits made twice as on sm_90, and
     with the gradients of logits kept."""
     data = ragged_tokens(6, 0, 9, seed=4, dtype=dtype)
     given, targets = layer(len(data.weights), features, 90, dtype, True)

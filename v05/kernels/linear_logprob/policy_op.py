@@ -238,7 +238,7 @@ def linear_policy_loss(
     scale has to reach them before they are rounded. A selection by covariance that is not given takes a pass of its
     own, and with a group is the first rank's. Where logits exist once, the gradient of a bfloat16 weight is summed up
     in a float32 copy of it, or made of a bfloat16 gradient of all logits where that is no larger. Under autocast, as
-    there.
+    there. On a CPU, tokens without a gradient (advantage 0, ratio clipped) cost the forward's product alone.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of
