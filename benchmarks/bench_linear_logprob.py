@@ -104,13 +104,20 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     return hidden, weight, torch.randint(columns, (tokens,), generator=rng, device=device)
 
 
-def described(op: str, shape: tuple[int, int, int], hidden: Tensor, products: int, contenders: list[Contender]) -> Case:
+def silent(targets: Tensor, half: bool) -> Tensor:
+    """Tokens `[T]` bool whose gradient is 0: in every other sequence, where it is so of half of them, or none."""
+    return (torch.arange(len(targets), device=targets.device) // LENGTH % 2 == 0) & half
+
+
+def described(
+    op: str, shape: tuple[int, int, int], hidden: Tensor, products: int, half: bool, contenders: list[Contender]
+) -> Case:
     """The case: every operand is read once per product, every gradient written once."""
     tokens, features, columns = shape
     operands = (tokens + columns) * features * hidden.element_size()
     return Case(
         op=op,
-        shape=f"{tokens} x {features} x {columns}",
+        shape=f"{tokens} x {features} x {columns}" + (", half of the gradients 0" if half else ""),
         dtype=str(hidden.dtype).removeprefix("torch."),
         direction="forward" if products == 1 else "forward + backward",
         bytes=operands * (1 if products == 1 else 3),
@@ -121,9 +128,11 @@ def described(op: str, shape: tuple[int, int, int], hidden: Tensor, products: in
     )
 
 
-def logprob_case(shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, device: torch.device) -> Case:
+def logprob_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, half: bool, device: torch.device
+) -> Case:
     hidden, weight, targets = inputs(shape, dtype, device)
-    upstream = [torch.linspace(-1, 1, len(targets), device=device) for _ in range(2)]
+    upstream = [torch.linspace(-1, 1, len(targets), device=device).masked_fill_(silent(targets, half), 0)] * 2
     contenders = []
     for name, (modules, make) in functions(targets, device).items():
 
@@ -134,16 +143,17 @@ def logprob_case(shape: tuple[int, int, int], dtype: torch.dtype, backward: bool
             return without_gradient(lambda: layer(hidden, weight))
 
         contenders.append(rival(name, modules, bound))
-    return described("linear_logprob", shape, hidden, 3 if backward else 1, contenders)
+    products = 2 if half else 3
+    return described("linear_logprob", shape, hidden, products if backward else 1, half, contenders)
 
 
-def policy_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Case:
+def policy_case(shape: tuple[int, int, int], dtype: torch.dtype, half: bool, device: torch.device) -> Case:
     """PPO on the log-probs: loss and both gradients."""
     hidden, weight, targets = inputs(shape, dtype, device)
     sequences = len(targets) // LENGTH
     with torch.no_grad():
         old = linear_logprob(hidden, weight, targets).logprob + 0.1
-    advantages = torch.linspace(-1, 1, sequences, device=device)
+    advantages = torch.linspace(-1, 1, sequences, device=device).masked_fill_(silent(targets, half)[::LENGTH], 0)
     weights = torch.full_like(old, 1 / len(old))
     rest = (old, advantages, weights)
     offsets = torch.arange(sequences + 1, device=device) * LENGTH
@@ -174,7 +184,7 @@ def policy_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
     mine = {OURS: fused, "v05, two ops": two_ops, "torch chunked": by_torch}
     contenders = [Contender(name, with_gradients(layer, (hidden, weight), upstream)) for name, layer in mine.items()]
     contenders.append(rival("Liger chunked", "liger_kernel.chunked_loss.grpo_loss", liger))
-    return described("linear_policy_loss", shape, hidden, 3, contenders)
+    return described("linear_policy_loss", shape, hidden, 2 if half else 3, half, contenders)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -183,6 +193,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     shapes = QUICK if quick else LARGE if on_gpu else SMALL
     for shape in shapes:
         for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-            for backward in (False, True):
-                yield logprob_case(shape, dtype, backward, device)
-            yield policy_case(shape, dtype, device)
+            yield logprob_case(shape, dtype, False, False, device)
+            for half in (False, True):
+                yield logprob_case(shape, dtype, True, half, device)
+                yield policy_case(shape, dtype, half, device)

@@ -27,18 +27,21 @@ def layer(dtype=torch.float32):
     return [x.to(dtype) for x in (hidden, weight, bias)], targets
 
 
-def logprobs(given, targets, **options):
+def logprobs(given, targets, silent=None, **options):
+    """With both gradients 0 in silent rows."""
     temperature = torch.linspace(0.6, 1.4, ROWS)
     given = [x.clone().requires_grad_() for x in given]
     outputs = linear_logprob(*given[:2], targets, bias=given[2], temperature=temperature, chunk=40_000, **options)
-    gradients = torch.autograd.grad(
-        (outputs.logprob * torch.linspace(-1, 1, ROWS)).sum() + 0.3 * outputs.entropy.sum(), given
-    )
-    return [x.detach() for x in (*outputs, *gradients)]
+    by = [torch.linspace(-1, 1, ROWS), torch.full((ROWS,), 0.3)]
+    if silent is not None:
+        by = [values.masked_fill(silent, 0) for values in by]
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(tuple(outputs), given, by))]
 
 
-def loss(given, targets, level="token", **options):
+def loss(given, targets, level="token", entropy_coef=0.05, silent=0, **options):
+    """With advantages of 0 in the first sequences, as many as are silent."""
     data = ragged_tokens(8, 5, 5, seed=2)
+    data.advantages[:silent] = 0
     weights = torch.where(targets >= 0, 0.1 + data.weights, 0)
     given = [x.clone().requires_grad_() for x in given]
     result = linear_policy_loss(
@@ -50,7 +53,7 @@ def loss(given, targets, level="token", **options):
         bias=given[2],
         sequence_offsets=data.sequence_offsets,
         level=level,
-        entropy_coef=0.05,
+        entropy_coef=entropy_coef,
         chunk=40_000,
         **options,
     )
@@ -62,6 +65,10 @@ def everything(given, targets, **options):
     """What is compared, by name."""
     found = {"logprob": logprobs(given, targets, **options)}
     found |= {level: loss(given, targets, level, **options) for level in ("token", "sequence")}
+    for name, rows in (("some", torch.arange(ROWS) % 3 == 1), ("all", torch.ones(ROWS, dtype=torch.bool))):
+        found[f"{name} silent"] = logprobs(given, targets, rows, **options)
+    for level, silent in (("token", 5), ("token", 8), ("sequence", 5)):
+        found[f"{level}, {silent} silent"] = loss(given, targets, level, 0.0, silent, **options)
     return found
 
 

@@ -184,7 +184,8 @@ def test_only_wanted_gradients_are_made(monkeypatch):
 
 
 def test_products_are_counted(monkeypatch):
-    """Three products where gradients are made in the forward pass, four where sequences come first."""
+    """Three products where gradients are made in the forward pass, four where sequences come first; of all tokens, for
+    cispo leaves none without a gradient."""
     from v05.kernels.linear_logprob.cpu import Cpu
 
     layer, data = make(columns=100)
@@ -198,8 +199,26 @@ def test_products_are_counted(monkeypatch):
     monkeypatch.setattr(Cpu, "multiply", counting)
     for level, products in (("token", 3), ("sequence", 4)):
         multiplied.clear()
-        run(layer, data, level=level)
+        run(layer, data, level=level, surrogate="cispo")
         assert sum(multiplied) == products * count * 100 * FEATURES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("by", [0.25, 0.3, 0.0, float("inf"), float("nan")])
+def test_stored_gradients_are_scaled_where_they_are(dtype, by):
+    """Before they are rounded; but where the graph is kept, and so is what is stored."""
+    (*matrices, targets), data = make(dtype=dtype, columns=60)
+    given = [x.requires_grad_() for x in matrices]
+    rest = (targets, data.old_logprobs, data.advantages, data.weights)
+    loss = linear_policy_loss(*given[:2], *rest, bias=given[2], sequence_offsets=data.sequence_offsets).loss
+    stored = loss.grad_fn.saved_tensors
+    places, upstream = [x.data_ptr() for x in stored], loss.new_tensor(by)
+    expected = [(x.to(loss.dtype) * by).to(x.dtype) for x in stored]
+    for kept in (True, True, False):
+        made = torch.autograd.grad(loss, given, upstream, retain_graph=kept)
+        for gradient, value, place in zip(made, expected, places, strict=True):
+            torch.testing.assert_close(gradient, value, rtol=0, atol=0, equal_nan=True)
+            assert (gradient.data_ptr() == place) == (not kept)
 
 
 def test_advantages_per_token_and_a_selection_of_its_own(backend):

@@ -1,6 +1,7 @@
 """policy_loss: gradients, splits, same bits, and torch.compile."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -168,3 +169,33 @@ def test_compiles_for_batches_that_shrink_to_one_sequence():
     for sequences in (4, 3, 1):
         data = ragged_tokens(sequences, 2, 9, seed=sequences)
         torch.testing.assert_close(compiled(data), step(data))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by", [0.25, 1.0, -3.0, 0.0, math.inf, math.nan])
+def test_a_stored_gradient_is_scaled_where_it_is(dtype, by):
+    """But where the graph is kept, and so is what is stored; NaN and inf come out as of any other product."""
+    data = ragged_tokens(5, 0, 9, dtype=dtype)
+    leaf = data.logprobs.clone().requires_grad_()
+    rest = (data.old_logprobs, data.advantages, data.weights)
+    loss = policy_loss(leaf, *rest, sequence_offsets=data.sequence_offsets).loss
+    (stored,) = loss.grad_fn.saved_tensors
+    place, expected, upstream = stored.data_ptr(), stored * by, loss.new_tensor(by)
+    for kept in (True, True, False):
+        before = stored.clone()
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=kept)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+        assert (gradient.data_ptr() == place) == (not kept)
+        assert not kept or torch.equal(stored, before)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_gradient_that_the_op_itself_handed_out_is_not_written_into():
+    ones = torch.ones(4)
+    given = ((-ones).requires_grad_(), -ones, ones[:1], ones, torch.tensor([0, 4]), None, None, None)
+    numbers = [0.2, 0.2, float("inf"), 1.0, 1.05, 1.0, 0.0, 0.5, 2.0]
+    loss, gradient, _ = torch.ops.v05.policy_loss(*given, [0] * 4, numbers, "cpu")
+    (3 * loss).backward()
+    assert given[0].grad.tolist() == [-3.0] * 4
+    assert gradient.tolist() == [-1.0] * 4

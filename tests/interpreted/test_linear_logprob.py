@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from v05.kernels import linear_logprob, linear_policy_loss
+from v05.kernels import linear_logprob, linear_policy_loss, policy_loss
 from v05.kernels.linear_logprob import passes, triton
+from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.linear_logprob.tiles import INTERPRETED, SPLIT
 from v05.testing import FLOORS, assert_as_exact_as, error_against, poisoned_outputs, ragged_tokens
 
@@ -150,6 +151,52 @@ def test_no_rows_and_none_that_counts():
     assert not any(value.any() for value in results)
 
 
+@pytest.fixture(params=[False, True])
+def on_device(request, monkeypatch):
+    """Whether rows that do not count stay, as on a device, which is not asked how many there are."""
+    if request.param:
+        monkeypatch.setattr(Inputs, "counting", lambda self: None)
+        monkeypatch.setattr(Inputs, "without_skipped", lambda self: (self.zeroed(), None))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [20, 24])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_row_that_a_loss_masks_spoils_nothing(on_device, dtype, features, level):
+    """Not even as NaN, though no target says that it is ignored: its gradients of log-prob and entropy are 0."""
+    given, targets = layer(45, features, 90, dtype, True)
+    masked, targets = targets < 0, targets.clamp(min=0)  # masked rows are NaN
+    offsets, advantages = torch.tensor([0, 20, 45]), torch.tensor([1.0, -0.5])
+    made = []
+    for backend, kind in (("triton", dtype), ("reference", torch.float64)):
+        hidden, weight, bias = (x.to(kind) for x in given)
+        hidden = hidden if backend == "triton" else hidden.nan_to_num(0)
+        own = [x.requires_grad_() for x in (hidden, weight, bias)]
+        logprob, entropy = linear_logprob(*own[:2], targets, bias=own[2], backend=backend)
+        weights = torch.where(masked, 0, 0.1).to(logprob.dtype)
+        rest = (torch.full_like(logprob, -4), advantages.to(logprob.dtype), weights)
+        loss = policy_loss(logprob, *rest, sequence_offsets=offsets, level=level, backend=backend).loss
+        bonus = torch.where(masked, 0, entropy).sum() / 50
+        made.append(torch.autograd.grad(loss - bonus, own))
+    for actual, exact in zip(*made, strict=True):
+        assert error_against(actual, exact) < {torch.float16: 1e-2, torch.bfloat16: 6e-2}.get(dtype, 1e-5)
+    assert not made[0][0][masked].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_gradient_change_no_other(on_device, dtype):
+    given, targets = layer(45, 24, 90, dtype, False)
+    hidden, weight = (x.nan_to_num(0).requires_grad_() for x in given[:2])
+    outputs, silent = linear_logprob(hidden, weight, targets, backend="triton"), torch.arange(45) % 3 == 1
+    by = [torch.linspace(-1, 1, 45)] * 2
+    both = [torch.autograd.grad(tuple(outputs), (hidden, weight), by, retain_graph=True)]
+    both.append(torch.autograd.grad(tuple(outputs), (hidden, weight), [x.masked_fill(silent, 0) for x in by]))
+    assert error_against(both[1][0][~silent], both[0][0][~silent]) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert not both[1][0][silent].any()
+    assert both[1][1].isfinite().all()
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(
     ("dtype", "features"),
@@ -158,11 +205,14 @@ def test_no_rows_and_none_that_counts():
         *((torch.bfloat16, n) for n in (6, 8, 24)),
     ],
 )
-def test_policy_loss(level, dtype, features):
-    """In bfloat16 summed up in float32, with logits made twice as on sm_90, and with the gradients of logits kept."""
+@pytest.mark.parametrize("silent", [False, True])
+def test_policy_loss(on_device, level, dtype, features, silent):
+    """With and without silent tokens; in bfloat16 summed up in float32, with logits made twice as on sm_90, and
+    with the gradients of logits kept."""
     data = ragged_tokens(6, 0, 9, seed=4, dtype=dtype)
     given, targets = layer(len(data.weights), features, 90, dtype, True)
     weights = torch.where(targets >= 0, data.weights, 0)
+    data.advantages[::2] *= not silent
     results = []
     for backend, kind in (("triton", dtype), ("reference", torch.float64)):
         own = [x.to(kind).requires_grad_() for x in given]
@@ -174,7 +224,7 @@ def test_policy_loss(level, dtype, features):
             bias=own[2],
             sequence_offsets=data.sequence_offsets,
             level=level,
-            entropy_coef=0.1,
+            entropy_coef=0.0 if silent else 0.1,
             chunk=200,
             backend=backend,
         )

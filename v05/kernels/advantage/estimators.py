@@ -30,8 +30,8 @@ class Scale(IntEnum):
 class Estimator(NamedTuple):
     """A baseline, the scale that belongs to the estimator's definition, and what else it does.
 
-    `made` names the maker of a given baseline, `fusion` how a prior is fused. `by_signal` multiplies advantages by N over
-    the rewards that are not 0.
+    `made` names the maker of a given baseline, `fusion` how a prior is fused. `by_signal` multiplies advantages by N
+    over the rewards that are not 0.
     """
 
     baseline: Baseline

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from v05.kernels import _cpu, segments
-from v05.kernels.linear_logprob import passes
+from v05.kernels.linear_logprob import one_pass, passes
 from v05.kernels.linear_logprob.inputs import Inputs
 from v05.kernels.token_logprob import cpu as token_logprob
 from v05.kernels.token_logprob.softmax import SKIPPED, Partial, Softmax
@@ -110,7 +110,7 @@ class Cpu:
 
 forward = partial(passes.forward, Cpu())
 backward = partial(passes.backward, Cpu())
-forward_backward = partial(passes.forward_backward, Cpu())
+forward_backward = partial(one_pass.forward_backward, Cpu())
 
 
 def two_passes(given: Inputs, needs: passes.Needs) -> bool:

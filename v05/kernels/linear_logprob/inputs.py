@@ -42,18 +42,35 @@ class Inputs(NamedTuple):
         targets = localised(self.targets, self.columns, ignore_index, start)
         return self._replace(targets=targets, temperatures=temperatures)
 
-    def without_skipped(self) -> tuple[Inputs, Tensor | None]:
-        """The rows that count and where they were, on the CPU; on a device all rows, with 0 for skipped hidden states.
+    def moved_by(self, *upstream: Tensor | None) -> Inputs:
+        """The same where rows are skipped whose upstream gradients, `[T]` each, are all 0."""
+        targets = torch.full_like(self.targets, SKIPPED)
+        for values in upstream:
+            targets = targets if values is None else torch.where(values != 0, self.targets, targets)
+        return self._replace(targets=targets)
 
-        A device is not waited for, so there the number of rows stays. None: every row is where it was.
-        """
+    def counting(self) -> Tensor | None:
+        """The rows that count, ascending; None: all, or a device, which is not waited for."""
         kept = self.targets != SKIPPED
-        if self.hidden.device.type != "cpu":
-            return self._replace(hidden=torch.where(kept[:, None], self.hidden, 0)), None
-        if bool(kept.all()):
+        if self.hidden.device.type != "cpu" or bool(kept.all()):
+            return None
+        return kept.nonzero().squeeze(1)
+
+    def without_skipped(self) -> tuple[Inputs, Tensor | None]:
+        """The rows that count and where they were; None: every row is where it was.
+
+        On a device that is so of all rows, and hidden states of those that are skipped are 0.
+        """
+        rows = self.counting()
+        if rows is not None:
+            return self.at(rows), rows
+        if self.hidden.device.type == "cpu":
             return self._replace(hidden=self.hidden.detach()), None
-        rows = kept.nonzero().squeeze(1)
-        return self.at(rows), rows
+        return self.zeroed(), None
+
+    def zeroed(self) -> Inputs:
+        """The same with hidden states of 0 where a row is skipped."""
+        return self._replace(hidden=torch.where((self.targets != SKIPPED)[:, None], self.hidden, 0))
 
     def at(self, rows: Tensor | slice) -> Inputs:
         """The same for some of the rows."""

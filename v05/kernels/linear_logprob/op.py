@@ -166,6 +166,7 @@ def linear_logprob(
 
     Differentiable in hidden, weight and bias, by both outputs. Forward makes one product; backward makes it again,
     a slice of the vocabulary at a time, and two more. `linear_policy_loss` needs three products where this needs four.
+    A row whose upstream gradients are 0 takes no part in backward's, on a CPU, and what it holds reaches no gradient.
     Under autocast hidden, weight and bias are cast as `F.linear` casts them, and gradients come in their own dtypes.
 
     Args:

@@ -1,11 +1,11 @@
-"""The passes over slices of logits that every backend shares: forward, backward, and both around a loss.
+"""The passes over slices of logits that every backend shares: forward and backward.
 
 An engine is a module that multiplies matrices and turns logits into statistics and gradients: `cpu` or `device`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
@@ -19,7 +19,6 @@ from v05.kernels.token_logprob.softmax import SKIPPED, SKIPPED_ROW, Partial, Sof
 
 FORWARD_ROWS = 1024  # at most at a time: more gain nothing
 BACKWARD_COLUMNS = 1024  # at least at a time
-WHOLE_ROWS = 128  # a product's number of rows is a multiple of it, where there are as many: tiles are then full
 
 
 class Engine(Protocol):
@@ -80,9 +79,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-Derivative = Callable[[Softmax, int, int], tuple[Tensor, Tensor | None]]
-
-
 def steps(total: int, size: int) -> Iterator[tuple[int, int]]:
     """(first, last) of pieces of at most `size`."""
     for first in range(0, total, size):
@@ -96,7 +92,7 @@ def make_logits(engine: Engine, given: Inputs, out: Tensor) -> None:
     engine.multiply(given.hidden, given.weight, out, given.bias is not None)
 
 
-def _statistics(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs, ranks: Ranks | None) -> Partial:
+def statistics_of(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs, ranks: Ranks | None) -> Partial:
     partial = engine.statistics(logits, given)
     if partial is not None:
         return partial
@@ -129,14 +125,14 @@ def forward(engine: Engine, given: Inputs, chunk: int, ranks: Ranks | None = Non
             piece = part.slice_of(left, right)
             logits = buffer[: (last - first) * (right - left)].view(last - first, right - left)
             make_logits(engine, piece, logits)
-            partials.append(_statistics(engine, logits, piece, given, ranks))
+            partials.append(statistics_of(engine, logits, piece, given, ranks))
         parts.append(engine.join(partials, part))
     empty = some.hidden.new_empty(0, dtype=some.wide)
     whole = Partial(*(torch.cat(field) for field in zip(Partial(*[empty] * 4), *parts, strict=True)))
     return spread(finish(some, whole, ranks), rows, len(given.targets))
 
 
-def _at(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+def taken(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return values if values is None or rows is None else values[rows]
 
 
@@ -160,12 +156,12 @@ def backward(
     """Gradients from those of log-prob and entropy: slices of the vocabulary are made once more, each for all rows.
 
     So each slice of the weight's gradient is finished at once, and needs no wide copy of the whole, or none at all
-    (`straight`). Upstream gradients come multiplied by `scale`, if given, which is taken out again before a result is
-    rounded.
+    (`straight`). Rows whose upstream gradients are 0 are left out like those that are skipped. Upstream gradients come
+    multiplied by `scale`, if given, which is taken out again before a result is rounded.
     """
-    some, rows = given.without_skipped()
-    kept = Softmax(*(_at(values, rows) for values in softmax))  # type: ignore[arg-type]
-    by_logprob, by_entropy = _at(by_logprob, rows), _at(by_entropy, rows)
+    some, rows = given.moved_by(by_logprob, by_entropy).without_skipped()
+    kept = Softmax(*(taken(values, rows) for values in softmax))  # type: ignore[arg-type]
+    by_logprob, by_entropy = taken(by_logprob, rows), taken(by_entropy, rows)
     total, (columns, features) = len(some.targets), given.weight.shape
     least, most = BACKWARD_COLUMNS, engine.widest
     height = max(1, min(total, chunk // least))
@@ -200,75 +196,3 @@ def backward(
     if scale is not None:
         hidden, bias = (None if values is None else values / scale for values in (hidden, bias))
     return Gradients(returned(hidden, rows, len(given.targets)), weight, bias)
-
-
-def keeps(engine: Engine, some: Inputs) -> bool:
-    """Whether gradients of all logits, rounded as for products, take no more memory than a wide copy of the weight."""
-    dtype, wide = some.weight.dtype, some.wide
-    fits = len(some.targets) * dtype.itemsize <= some.weight.shape[1] * wide.itemsize
-    return engine.rounds and dtype != wide and fits
-
-
-def _add_products(engine: Engine, gradient: Tensor, some: Inputs, rows: slice, sums: Gradients, adds: bool) -> None:
-    """What the gradient of the logits of some rows gives; the first is not added."""
-    if sums.hidden is not None:
-        engine.multiply(gradient, some.weight.t(), sums.hidden[rows], False)
-    if sums.weight is not None:
-        engine.multiply(gradient.t(), some.hidden[rows].t(), sums.weight, adds)
-    if sums.bias is not None:
-        sums.bias.add_(gradient.sum(0, dtype=some.wide))
-
-
-def forward_backward(
-    engine: Engine,
-    some: Inputs,
-    derivative: Derivative,
-    needs: Needs,
-    chunk: int,
-    ranks: Ranks | None = None,
-) -> tuple[Softmax, Gradients]:
-    """Log-probs, and gradients from `derivative` of them, rows by rows: each logit is made once.
-
-    The weight's gradient is summed up over the steps in the wide dtype; or the gradients of all logits are kept, see
-    `keeps`, and each product is one of all rows.
-
-    Args:
-        engine: the device's.
-        some: rows that all count, or whose derivative is 0.
-        derivative: of a loss by log-prob and entropy, from the softmax of rows first to last.
-        needs: which gradients are wanted.
-        chunk: wide logits that may exist at a time; at least one row's do.
-        ranks: those with the other slices of the vocabulary, and as many rows at a time.
-    """
-    total, (columns, features) = len(some.targets), some.weight.shape
-    height, width = max(1, min(total, chunk // columns)), engine.slice_width(columns)
-    height = height // WHOLE_ROWS * WHOLE_ROWS or height
-    dtype, wide = some.weight.dtype, some.wide
-    make = some.hidden.new_empty if total else some.hidden.new_zeros
-    buffer = make(height, columns, dtype=wide)
-    kept = make(total, columns, dtype=dtype) if needs.weight and keeps(engine, some) else None
-    sums = Gradients(
-        make(total, features, dtype=wide) if needs.hidden else None,
-        make(columns, features, dtype=wide if kept is None else dtype) if needs.weight else None,
-        some.hidden.new_zeros(columns, dtype=wide) if needs.bias else None,
-    )
-    parts = []
-    for first, last in steps(total, height):
-        rows = slice(first, last)
-        part, logits, partials = some.at(rows), buffer[: last - first], []
-        for left, right in steps(columns, width):
-            piece = part.slice_of(left, right)
-            make_logits(engine, piece, logits[:, left:right])
-            partials.append(_statistics(engine, logits[:, left:right], piece, some, ranks))
-        parts.append(finish(part, engine.join(partials, part), ranks))
-        if any(needs):
-            out = None if kept is None else kept[rows]
-            gradient = engine.gradient(logits, part, parts[-1], *derivative(parts[-1], first, last), out)
-            if kept is None:
-                _add_products(engine, gradient, some, rows, sums, first > 0)
-    if kept is not None and total:
-        _add_products(engine, kept, some, slice(total), sums, False)
-    own = None if sums.weight is None else sums.weight.to(dtype)
-    empty = some.hidden.new_empty(0, dtype=wide)
-    softmax = Softmax(*(torch.cat(field) for field in zip(Softmax(*[empty] * 4), *parts, strict=True)))
-    return softmax, sums._replace(weight=own)

@@ -102,9 +102,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(output[1])  # but not the gradients, through which a second derivative is refused
 
 
-def _scaled(gradient: Tensor, by_loss: Tensor, backend: str) -> Tensor:
+def _scaled(ctx: Any, gradient: Tensor, by_loss: Tensor) -> Tensor:
     """The stored gradient times that of the loss, multiplied before it is rounded."""
-    scaled = scaled_at_once(gradient, by_loss, backend)
+    scaled = scaled_at_once(ctx, gradient, by_loss)
     if scaled is not None:
         return scaled
     if gradient.dtype == by_loss.dtype:
@@ -112,13 +112,13 @@ def _scaled(gradient: Tensor, by_loss: Tensor, backend: str) -> Tensor:
     return torch.cat([(piece.to(by_loss.dtype) * by_loss).to(gradient.dtype) for piece in gradient.split(ROWS_SCALED)])
 
 
-def _all_scaled(gradients: Sequence[Tensor | None], by_loss: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None or by_loss is None else _scaled(g, by_loss, backend) for g in gradients)
+def _all_scaled(ctx: Any, gradients: Sequence[Tensor | None], by_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None or by_loss is None else _scaled(ctx, g, by_loss) for g in gradients)
 
 
 def _backward(ctx: Any, by_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = [g if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    return (*_all_scaled(gradients, by_loss, ctx.backend), *[None] * (ctx.inputs - 3))
+    return (*_all_scaled(ctx, gradients, by_loss), *[None] * (ctx.inputs - 3))
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_save)
@@ -135,14 +135,14 @@ class _Parallel(torch.autograd.Function):
         gradients = parallel.reduced(result.gradients, given, ranks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
-        ctx.backend = work.backend
+        ctx.backend, ctx.direct = work.backend, True
         ctx.mark_non_differentiable(result.metrics)
         return result.loss, result.metrics, *gradients  # as `_save` has it
 
     @staticmethod
     @once("linear_policy_loss")
     def backward(ctx: Any, by_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, *_all_scaled(ctx.saved_tensors, by_loss, ctx.backend))
+        return (None, None, None, None, *_all_scaled(ctx, ctx.saved_tensors, by_loss))
 
 
 def _selected(given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, ranks: Ranks | None) -> Tensor:
@@ -238,7 +238,7 @@ def linear_policy_loss(
     scale has to reach them before they are rounded. A selection by covariance that is not given takes a pass of its
     own, and with a group is the first rank's. Where logits exist once, the gradient of a bfloat16 weight is summed up
     in a float32 copy of it, or made of a bfloat16 gradient of all logits where that is no larger. Under autocast, as
-    there.
+    there. On a CPU, tokens without a gradient (advantage 0, ratio clipped) cost the forward's product alone.
 
     Args:
         hidden, weight, targets, bias, temperature, chunk, group: as for `linear_logprob`; but chunk holds whole rows of

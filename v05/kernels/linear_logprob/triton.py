@@ -17,9 +17,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from v05.kernels.device import interpreting, on_device_of
-from v05.kernels.linear_logprob import passes
+from v05.kernels.linear_logprob import one_pass, passes
 from v05.kernels.linear_logprob.inputs import Inputs
-from v05.kernels.linear_logprob.passes import Derivative, Gradients, Needs
+from v05.kernels.linear_logprob.one_pass import Derivative
+from v05.kernels.linear_logprob.passes import Gradients, Needs
 from v05.kernels.linear_logprob.tiles import HOPPER, SPLIT, Tile, architecture_of, hopper_tile_of, tile_for
 from v05.kernels.linear_logprob.triton_gradient import gradient_kernel
 from v05.kernels.linear_logprob.triton_hopper import sums_kernel
@@ -161,7 +162,7 @@ def two_passes(given: Inputs, needs: Needs) -> bool:
     if given.weight.dtype != torch.bfloat16:
         return False
     fast = given.weight.shape[1] % 8 == 0 and architecture_of(given.weight.device) in HOPPER
-    return fast and needs.weight and not passes.keeps(Gpu(), given)
+    return fast and needs.weight and not one_pass.keeps(Gpu(), given)
 
 
 @cache
@@ -264,4 +265,4 @@ def forward_backward(
     some: Inputs, derivative: Derivative, needs: Needs, chunk: int, ranks: Ranks | None = None
 ) -> tuple[Softmax, Gradients]:
     """Log-probs and gradients of a loss of them, rows by rows."""
-    return passes.forward_backward(Gpu(), some, derivative, needs, chunk, ranks)
+    return one_pass.forward_backward(Gpu(), some, derivative, needs, chunk, ranks)

@@ -31,3 +31,8 @@ def policy_loss(given: Inputs, kinds: Kinds, by: Numbers) -> tuple[Tensor, Tenso
     if not valid:
         check_token_values(given, kinds)
     return loss, gradient, metrics
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies a gradient in place by a scalar; where that is 1, nothing is read or written."""
+    return gradient if factor.item() == 1 else gradient.mul_(factor)

@@ -88,7 +88,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     (gradient,) = ctx.saved_tensors
     if grad_loss is None or gradient is None:
         return (None,) * 11
-    scaled = scaled_at_once(gradient, grad_loss, ctx.backend)
+    scaled = scaled_at_once(ctx, gradient, grad_loss)
     return (gradient * grad_loss if scaled is None else scaled, *[None] * 10)
 
 
@@ -96,21 +96,19 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
 _kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def scaled_at_once(gradient: Tensor, grad_loss: Tensor, backend: str) -> Tensor | None:
-    """The stored gradient of a loss times that of the loss, which is nearly always a 1, without a pass over it: where a
-    1 can be seen on the CPU; and on a GPU by a kernel that does nothing at a 1, in place. What is returned is the
-    caller's to write into, so that neither is possible where the graph is kept.
+def scaled_at_once(ctx: Any, gradient: Tensor, grad_loss: Tensor) -> Tensor | None:
+    """The stored gradient of a loss times that of the loss, in place; where that is 1, without a pass over it.
+
+    What is returned is the caller's to write into, so that neither is possible where the graph is kept, nor where the
+    stored gradient may be known to somebody as an output of the op.
 
     Returns:
-        None where neither is possible.
+        None where it is not possible.
     """
-    if type(grad_loss) is not Tensor or torch.compiler.is_compiling() or transforms() or _kept():
+    plain = type(grad_loss) is Tensor and getattr(ctx, "direct", False)
+    if not plain or torch.compiler.is_compiling() or transforms() or _kept():
         return None
-    if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-        return gradient.detach()
-    if backend not in ("cuda", "triton"):
-        return None
-    return dispatch.implementation("policy_loss", backend).scale_(gradient.detach(), grad_loss)
+    return dispatch.implementation("policy_loss", ctx.backend).scale_(gradient.detach(), grad_loss)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_save)
