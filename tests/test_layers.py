@@ -1,4 +1,4 @@
-"""The import rules of the house: who may import whom, and what is imported only where it is needed."""
+"""The import rules: who may import whom, and what is imported only where it is needed."""
 
 import ast
 import subprocess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,8 +210,3 @@ def compare(simulation: Simulation) -> Iterator[Result]:
 def contenders() -> int:
     """Return how many results `compare` yields."""
     return len(growing()) + len(fixed()) + len(rivals(4.0))
-
-
-def as_row(result: Result) -> dict[str, Any]:
-    """Return a result as JSON can hold it."""
-    return result._asdict()

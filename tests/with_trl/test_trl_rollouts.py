@@ -51,7 +51,7 @@ def rows_of(trainer, batch):
 
 
 def paper_advantages(rewards, prior, low, high):
-    """METHOD: the fused baseline of one group, in plain Python."""
+    """The fused baseline of one group, in plain Python."""
     k, s = len(rewards), ((high - low) / 2) ** 2
     mean, noise = sum(rewards) / k, s / k
     deviation = max(0.0, (mean - prior) ** 2 - noise)

@@ -18,7 +18,7 @@ from v05.errors import InputError
 from v05.plots.simulation import plot_simulation
 from v05.records import whole_file
 from v05.rollout.simulated import LONGEST, LogNormal, Observed
-from v05.simulation import Result, Simulation, as_row, compare, contenders
+from v05.simulation import Result, Simulation, compare, contenders
 
 
 def simulate(
@@ -52,7 +52,7 @@ def simulate(
     Console().print(table_of(results, simulation))
     if output is not None:
         settings = {**asdict(simulation), "length": "lognormal" if lengths is None else str(lengths)}
-        found = {"settings": settings, "results": [as_row(result) for result in results]}
+        found = {"settings": settings, "results": [result._asdict() for result in results]}
         with whole_file(output) as out:
             out.write(json.dumps(found, indent=2) + "\n")
     if plot is not None:

@@ -80,7 +80,9 @@ class Fixed(_Forgetful):
 
 @dataclass
 class LookAhead:
-    """V0.5's rule: more where prior and rollouts conflict, as many as the planned look-ahead says (METHOD, section 2).
+    """V0.5's rule: more where prior and rollouts conflict, as many as the planned look-ahead says.
+
+    Source: arXiv 2603.10848, section 4.
 
     Attributes:
         k_init: rollouts that every prompt starts with.

@@ -30,7 +30,7 @@ KERNELS: Final = (
 )
 WORDING_NEAR: Final = 0.3  # squared length scales of unit vectors
 SENTENCE_NEAR: Final = 0.2
-EXTRA: Final = ("shared", "same prompt", "noise", "policy")  # logit of rho, then logarithms of variances
+# Logarithms of the kernels' variances, the logit of rho (shared), then those of same prompt, noise and policy.
 START: Final = (*(-2.5,) * len(KERNELS), 2.0, -1.0, -0.7, -4.0)
 SPREAD: Final = 2.0  # standard deviation of the prior of each hyper-parameter
 FARTHEST: Final = 3.0  # of those from `START`: beyond, noise drowns in rounding and the covariance has no inverse
