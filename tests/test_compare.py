@@ -147,6 +147,8 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
         (["--seeds", "1"], "--compare"),
         (["--compare", "grpo", "--seeds", "a"], "whole numbers"),
         (["--resume", "--overwrite"], "one of them"),
+        (["--resume"], "has no run; allowed with --resume alone: the folder of one"),
+        (["--resume", "--rollouts", "64", "--seed", "1"], "has no run; allowed with --resume alone"),
         (["--threads", "0"], "--threads is 0"),
         (["--algorithm", "ppo"], "algorithm is 'ppo'"),
         (["--config", "nowhere.toml"], "does not exist"),
@@ -156,3 +158,10 @@ def test_bad_options_are_refused(tmp_path: Path, options: list[str], message: st
     result = CliRunner().invoke(app, ["train", "--output", str(tmp_path), *options])
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_resume_with_a_whole_configuration_starts_where_there_is_no_run(tmp_path: Path) -> None:
+    command = ["train", "--output", str(tmp_path / "run"), "--config", str(write_config(tmp_path)), "--resume"]
+    for _ in range(2):  # as a script does that is queued again
+        result = CliRunner().invoke(app, [*command, "--rollouts", "32"])
+        assert result.exit_code == 0, result.output

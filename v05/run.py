@@ -24,6 +24,7 @@ from v05.rollout.engine import Engine
 from v05.run_folder import alone_in, prepare_folder, read_summary, remove_files
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
+from v05.settings import Settings
 from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import make_task
 from v05.trainer import Trainer
@@ -89,7 +90,7 @@ def train_run(
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
     if ranks.leads:
-        prepare_folder(config, folder, resume, model, stream)
+        prepare_folder(Settings(config, model, stream), folder, resume)
     with alone_in(folder) if ranks.leads else contextlib.nullcontext():
         finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
         if finished is not None:

@@ -1,0 +1,73 @@
+"""All settings of one run together: of the algorithm, of a user's model, and of sampling."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from v05.config import TrainConfig, make_config, read_settings
+from v05.errors import InputError
+from v05.model_config import ModelConfig, make_model_config
+from v05.stream_config import BATCHES, StreamConfig, make_stream_config
+
+MODEL_RATE: Final = 1e-6  # learning rate of a user's model where none is given
+TABLES: Final = ("model", "sampling")  # of a file of settings; of a run each is a file of its own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is started with and resumed with.
+
+    Attributes:
+        config: of the algorithm.
+        model: of a model of the user's and its data; None for the task and the small policy that `config` names.
+        stream: of sampling.
+    """
+
+    config: TrainConfig
+    model: ModelConfig | None = None
+    stream: StreamConfig = BATCHES
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Return the settings by name of each file in the run's folder; a file without settings is not written."""
+        return {
+            "config.json": self.config.to_dict(),
+            "model.json": {} if self.model is None else self.model.to_dict(),
+            "sampling.json": self.stream.to_dict() if self.stream.streams else {},
+        }
+
+
+def make_settings(
+    file: Path | None,
+    folder: Path,
+    resume: bool,
+    given: Mapping[str, Any],
+    model: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+) -> Settings:
+    """Return the settings of a new run, or those of the run to resume; what is given overrides both.
+
+    Args:
+        file: TOML or JSON, with tables `model` and `sampling`; None for none.
+        folder: of the run.
+        resume: go on with the run in `folder` where there is one.
+        given, model, sampling: settings by name, as on the command line.
+
+    Raises:
+        InputError: a setting or a file that is not allowed.
+    """
+    saved = resume and file is None and (folder / "config.json").exists()
+    if saved:
+        file = folder / "config.json"
+        places = {name: folder / f"{name}.json" for name in TABLES}
+        tables = {name: read_settings(place) for name, place in places.items() if place.exists()}
+    else:
+        if file is not None and not file.exists():
+            raise InputError(f"--config is {file}, which does not exist")
+        tables = {} if file is None else read_settings(file)
+    where = str(folder if saved else file)
+    user = make_model_config(tables.get("model", {}), model, where)
+    if user is not None and not saved and "learning_rate" not in {**tables, **given}:
+        given = {**given, "learning_rate": MODEL_RATE}
+    return Settings(make_config(file, given), user, make_stream_config(tables.get("sampling", {}), sampling, where))
