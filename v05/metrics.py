@@ -1,7 +1,7 @@
 """metrics.jsonl, one line an update, and times.jsonl, one an evaluation."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 def worth(line: Mapping[str, Any]) -> float:
     """Return how many independent answers an evaluation's are worth; all of them where an older run did not note it."""
     return float(line.get("heldout_worth", line["heldout_total"]))
+
+
+def total_of(metrics: Sequence[Mapping[str, Any]], *names: str) -> int:
+    """Return the sum of counts over all lines; a line, or an older run, may lack them."""
+    return sum(line.get(name, 0) for line in metrics for name in names)
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint
 from v05.config import TrainConfig, read_settings
 from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
-from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics, worth
+from v05.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
 from v05.model_config import ModelConfig
 from v05.plots.training import plot_run
 from v05.priors import make_prior
@@ -95,20 +95,20 @@ def train_run(
         finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
         if finished is not None:
             return finished
-        if model is None:
-            trainer = make_trainer(config, cache, stop, report, stream)
-        else:
-            try:
-                trainer = make_user_trainer(config, model, folder, stream, ranks)
-            except InputError:
-                if ranks.leads and not (folder / "checkpoints").exists():
-                    remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
-                raise
         try:
-            return _train(trainer, folder, stop, report)
-        finally:
-            trainer.grader.close()
-            close_engine(trainer.team.engine)
+            if model is None:
+                trainer = make_trainer(config, cache, stop, report, stream)
+            else:
+                trainer = make_user_trainer(config, model, folder, stream, ranks)
+            try:
+                return _train(trainer, folder, stop, report)
+            finally:
+                trainer.grader.close()
+                close_engine(trainer.team.engine)
+        except InputError:
+            if ranks.leads and not (folder / "checkpoints").exists():
+                remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+            raise
 
 
 def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
@@ -240,6 +240,8 @@ def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock:
     """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
     found = trainer.evaluate()
     noted = {f"heldout_{name}": value for name, value in found._asdict().items()}
+    troubles = trainer.grader.take_troubles()
+    noted |= {"heldout_failures": troubles.failures, "heldout_timeouts": troubles.timeouts}
     _note(trainer, folder / "metrics.jsonl", {**metrics, **noted})
     when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
     _note(trainer, folder / "times.jsonl", when)
@@ -280,6 +282,8 @@ def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, 
         "rollouts_per_prompt": counters.kept / max(1, counters.groups),
         "conflicts": counters.conflicts if trainer.prior is not None else None,
         "dropped": counters.dropped,
+        "reward_failures": total_of(metrics, "reward_failures", "heldout_failures"),
+        "reward_timeouts": total_of(metrics, "reward_timeouts", "heldout_timeouts"),
         "updates": counters.update,
         "seconds": clock.seconds,
     }

@@ -59,6 +59,10 @@ def train(
         str | None,
         typer.Option(help="More arguments of vLLM, a JSON object.", show_default=str(ModelConfig.engine_options)),
     ] = None,
+    reward_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="With --model: smallest and largest reward.", show_default="0 1"),
+    ] = None,
     template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="With --model: longest answer.", show_default=str(ModelConfig.max_new_tokens))
@@ -115,6 +119,7 @@ def train(
     given |= {"micro_batches": micro_batches, "heldout_seed": heldout_seed}
     own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
     own |= {"engine_options": engine_options, "max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
+    own |= dict(zip(("reward_low", "reward_high"), reward_range or (None, None), strict=True))
     sampling = _given({"mode": mode, "rule": rule, "window": window})
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
@@ -212,6 +217,9 @@ def _one(
     table.add_row("rollouts spent", f"{summary['rollouts']:,}")
     if summary["dropped"]:
         table.add_row("of these dropped", f"{summary['dropped']:,}")
+    failures, timeouts = summary.get("reward_failures", 0), summary.get("reward_timeouts", 0)
+    if failures or timeouts:
+        table.add_row("answers without a reward", f"{failures:,} failures, {timeouts:,} timeouts of the verifier")
     if summary["conflicts"] is not None:
         table.add_row("conflicts found", f"{summary['conflicts']:,} in {summary['prompts']:,} prompts")
     table.add_row("mean rollouts per prompt", f"{summary['rollouts_per_prompt']:.2f}")
