@@ -16,8 +16,8 @@ from v05.cli import app
 from v05.compare import Curve, compare, comparison, reference_of
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.estimates import HeldOut
-from v05.run import binomial_interval, read_metrics
+from v05.estimates import HeldOut, binomial_interval
+from v05.metrics import read_metrics
 
 TINY = TrainConfig(
     policy="tiny",

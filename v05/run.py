@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from v05.changes import make_changes, way_out
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, read_settings
 from v05.engines import close_engine, make_engine, streaming
@@ -62,6 +62,7 @@ def train_run(
     report: Reporter,
     *,
     resume: bool = False,
+    changes: bool = False,
     model: ModelConfig | None = None,
     stream: StreamConfig = BATCHES,
     ranks: Ranks = ALONE,
@@ -75,6 +76,7 @@ def train_run(
         stop: looked at after every update.
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
+        changes: settings that may change when a run is resumed may; see `v05.changes`.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
         stream: how rollouts are sampled.
         ranks: processes that train a model of the user's together; the first of them writes.
@@ -89,9 +91,12 @@ def train_run(
     """
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
+    settings = Settings(config, model, stream)
     if ranks.leads:
-        prepare_folder(Settings(config, model, stream), folder, resume)
+        prepare_folder(settings, folder, resume, changes)
     with alone_in(folder) if ranks.leads else contextlib.nullcontext():
+        if ranks.leads:
+            make_changes(settings, folder, changes)
         finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
         if finished is not None:
             return finished
@@ -132,7 +137,10 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
         if trainer.ranks.leads:
             for name in ("metrics.jsonl", "times.jsonl"):
                 truncate_metrics(folder / name, checkpoint.update)
-    _loop(trainer, folder, clock, stop, report)
+    try:
+        _loop(trainer, folder, clock, stop, report)
+    except FloatingPointError as error:
+        raise InputError(f"{error}; {way_out(folder)}") from None
     return _finish(trainer, folder, clock)
 
 
@@ -180,23 +188,6 @@ def make_user_trainer(
     except BaseException:
         close_engine(engine)
         raise
-
-
-def binomial_interval(right: float, total: float) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share.
-
-    Args:
-        right: successes, 0 to `total`.
-        total: independent trials, 1 or more; neither need be whole, see `v05.estimates.HeldOut`.
-
-    Returns:
-        Lower and upper bound, from 0 to 1.
-    """
-    z = 1.959963984540054
-    share, inverse = right / total, z * z / total
-    centre = (share + inverse / 2) / (1 + inverse)
-    half = z / (1 + inverse) * math.sqrt(share * (1 - share) / total + inverse / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:

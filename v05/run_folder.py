@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from v05.algorithms import parse_algorithm
+from v05.changes import changes_of
 from v05.checkpoint import write_text
-from v05.config import read_settings
 from v05.engines import check_engine
 from v05.errors import InputError
 from v05.policy import check_size
@@ -25,6 +25,7 @@ FILES: Final = (  # of a run, beside its folders
     "data.json",
     "metrics.jsonl",
     "times.jsonl",
+    "changes.jsonl",
     "summary.json",
     "curves.png",
 )
@@ -32,12 +33,12 @@ FOLDERS: Final = ("checkpoints", "policy")
 LOCK: Final = ".lock"  # stays, as a file that is removed while it is held would be no lock
 
 
-def prepare_folder(settings: Settings, folder: Path, resume: bool) -> None:
+def prepare_folder(settings: Settings, folder: Path, resume: bool, changes: bool = False) -> None:
     """Make the folder of a run, or check that the run in it is the one to resume.
 
     Raises:
         InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
-            settings differ from those of that run.
+            settings differ from those of that run; where `changes` are allowed, see `v05.changes.changes_of`.
     """
     parse_algorithm(settings.config.algorithm)
     make_task(settings.config.task)
@@ -52,12 +53,7 @@ def prepare_folder(settings: Settings, folder: Path, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
-    for file, values in settings.files.items():
-        saved = read_settings(folder / file) if (folder / file).exists() else {}
-        for name in {**saved, **values}:
-            if values.get(name) != saved.get(name):
-                given, allowed = values.get(name), saved.get(name)
-                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
+    changes_of(settings, folder, changes)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,10 @@ from v05.compare import compare as compare_algorithms
 from v05.compare import reference_of
 from v05.config import PRIORS, TrainConfig
 from v05.errors import InputError
+from v05.estimates import binomial_interval
 from v05.model_config import ModelConfig
 from v05.ranks import Ranks, join_ranks, leave_ranks
-from v05.run import binomial_interval, train_run
+from v05.run import train_run
 from v05.run_folder import remove_run
 from v05.settings import Settings, make_settings
 from v05.stream_config import StreamConfig
@@ -201,8 +202,10 @@ def _one(
     """Train once; return what to print."""
     if overwrite and ranks.leads:
         remove_run(output)
-    options: dict[str, Any] = {"model": settings.model, "stream": settings.stream, "resume": resume, "ranks": ranks}
-    summary = train_run(settings.config, output, output / "warm_start", stop, reporter, **options)
+    options: dict[str, Any] = {"model": settings.model, "stream": settings.stream, "ranks": ranks}
+    summary = train_run(
+        settings.config, output, output / "warm_start", stop, reporter, resume=resume, changes=True, **options
+    )
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
