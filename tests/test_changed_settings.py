@@ -116,6 +116,13 @@ def test_the_rate_in_an_algorithms_name_may_change_and_nothing_else_of_it(cache:
     assert changes_of(tmp_path) == [{"update": 2, "algorithm": ["dr_grpo:4@1e-3", "dr_grpo:4@1e-4"]}]
 
 
+def test_progress_says_what_is_dropped(cache: Path, tmp_path: Path) -> None:
+    config, notes = dataclasses.replace(TINY, algorithm="dapo:2", rollouts=64), list[str]()
+    train_run(config, tmp_path, cache, StopRequest(), lambda stage, done, total, note: notes.append(note))
+    dropped = sum(line.get("dropped", 0) for line in read_metrics(tmp_path))
+    assert notes[-1].endswith(f", {dropped / 64:.0%} dropped")
+
+
 def test_nothing_changes_unless_it_is_asked_for(cache: Path, tmp_path: Path) -> None:
     train(tmp_path, cache, rollouts=32)
     with pytest.raises(InputError, match=r"rollouts is 192; allowed when resuming .*: 32$"):

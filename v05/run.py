@@ -214,7 +214,8 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             accuracy = _evaluate(trainer, folder, metrics, clock)
         else:
             _note(trainer, folder / "metrics.jsonl", metrics)
-        report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
+        dropped = f", {counters.dropped / counters.rollouts:.0%} dropped" if counters.dropped else ""
+        report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}{dropped}")
         stopping = trainer.ranks.broadcast(stop.requested)
         if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
