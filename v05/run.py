@@ -15,6 +15,7 @@ from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint
 from v05.config import TrainConfig, read_settings
 from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
+from v05.loss_config import PLAIN, LossConfig
 from v05.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
 from v05.model_config import ModelConfig
 from v05.plots.training import plot_run
@@ -65,6 +66,7 @@ def train_run(
     changes: bool = False,
     model: ModelConfig | None = None,
     stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
@@ -79,6 +81,7 @@ def train_run(
         changes: settings that may change when a run is resumed may; see `v05.changes`.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
         stream: how rollouts are sampled.
+        loss: its options.
         ranks: processes that train a model of the user's together; the first of them writes.
 
     Returns:
@@ -91,7 +94,7 @@ def train_run(
     """
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
-    settings = Settings(config, model, stream)
+    settings = Settings(config, model, stream, loss)
     if ranks.leads:
         prepare_folder(settings, folder, resume, changes)
     with alone_in(folder) if ranks.leads else contextlib.nullcontext():
@@ -102,9 +105,9 @@ def train_run(
             return finished
         try:
             if model is None:
-                trainer = make_trainer(config, cache, stop, report, stream)
+                trainer = make_trainer(config, cache, stop, report, stream, loss)
             else:
-                trainer = make_user_trainer(config, model, folder, stream, ranks)
+                trainer = make_user_trainer(config, model, folder, stream, loss, ranks)
             try:
                 return _train(trainer, folder, stop, report)
             finally:
@@ -145,7 +148,12 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
 
 
 def make_trainer(
-    config: TrainConfig, cache: Path, stop: StopRequest, report: Reporter, stream: StreamConfig = BATCHES
+    config: TrainConfig,
+    cache: Path,
+    stop: StopRequest,
+    report: Reporter,
+    stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
 ) -> Trainer:
     """Return a trainer at the warm start that `config` describes."""
 
@@ -158,11 +166,17 @@ def make_trainer(
     policy = warm_start(config, task, cache, on_step)
     engine = make_engine("hf", policy)
     prior = make_prior(config, task.reward_range)
-    return Trainer(config, policy, task, streaming(engine) if stream.streams else engine, prior, stream=stream)
+    sampler = streaming(engine) if stream.streams else engine
+    return Trainer(config, policy, task, sampler, prior, stream=stream, loss=loss)
 
 
 def make_user_trainer(
-    config: TrainConfig, model: ModelConfig, folder: Path, stream: StreamConfig = BATCHES, ranks: Ranks = ALONE
+    config: TrainConfig,
+    model: ModelConfig,
+    folder: Path,
+    stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
@@ -181,10 +195,10 @@ def make_user_trainer(
         longest = model.max_prompt_tokens + model.max_new_tokens
         own: dict[str, Any] = {"dtype": model.dtype, "longest": longest, "options": json.loads(model.engine_options)}
         engine = make_engine(model.engine, policy, model.sequences_at_once, model=model.model, **own)
-    options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
+    options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream}
     sampler = streaming(engine) if stream.streams and engine is not None else engine
     try:
-        return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+        return Trainer(config, policy, task, cast(Engine, sampler), prior, loss=loss, ranks=ranks, **options)
     except BaseException:
         close_engine(engine)
         raise

@@ -22,6 +22,7 @@ FILES: Final = (  # of a run, beside its folders
     "config.json",
     "model.json",
     "sampling.json",
+    "loss.json",
     "data.json",
     "metrics.jsonl",
     "times.jsonl",

@@ -1,17 +1,17 @@
-"""All settings of one run together: of the algorithm, of a user's model, and of sampling."""
+"""All settings of one run together: of the algorithm, of a user's model, of sampling, and of the loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from v05.config import TrainConfig, make_config, read_settings
+from v05.config import TABLES, TrainConfig, make_config, read_settings
 from v05.errors import InputError
+from v05.loss_config import PLAIN, LossConfig, make_loss_config
 from v05.model_config import ModelConfig, make_model_config
 from v05.stream_config import BATCHES, StreamConfig, make_stream_config
 
 MODEL_RATE: Final = 1e-6  # learning rate of a user's model where none is given
-TABLES: Final = ("model", "sampling")  # of a file of settings; of a run each is a file of its own
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Settings:
         config: of the algorithm.
         model: of a model of the user's and its data; None for the task and the small policy that `config` names.
         stream: of sampling.
+        loss: its options.
     """
 
     config: TrainConfig
     model: ModelConfig | None = None
     stream: StreamConfig = BATCHES
+    loss: LossConfig = PLAIN
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -35,6 +37,7 @@ class Settings:
             "config.json": self.config.to_dict(),
             "model.json": {} if self.model is None else self.model.to_dict(),
             "sampling.json": self.stream.to_dict() if self.stream.streams else {},
+            "loss.json": {} if self.loss == PLAIN else self.loss.to_dict(),
         }
 
 
@@ -49,7 +52,7 @@ def make_settings(
     """Return the settings of a new run, or those of the run to resume; what is given overrides both.
 
     Args:
-        file: TOML or JSON, with tables `model` and `sampling`; None for none.
+        file: TOML or JSON, with tables `TABLES`; None for none.
         folder: of the run.
         resume: go on with the run in `folder` where there is one.
         given, model, sampling: settings by name, as on the command line.
@@ -70,4 +73,5 @@ def make_settings(
     user = make_model_config(tables.get("model", {}), model, where)
     if user is not None and not saved and "learning_rate" not in {**tables, **given}:
         given = {**given, "learning_rate": MODEL_RATE}
-    return Settings(make_config(file, given), user, make_stream_config(tables.get("sampling", {}), sampling, where))
+    stream = make_stream_config(tables.get("sampling", {}), sampling, where)
+    return Settings(make_config(file, given), user, stream, make_loss_config(tables.get("loss", {}), where))

@@ -15,6 +15,7 @@ from v05.estimates import HeldOut
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
+from v05.loss_config import PLAIN, LossConfig
 from v05.metrics import finite, means_of
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
@@ -48,6 +49,7 @@ class Trainer:
         grader: Grader | None = None,
         linear: bool = False,
         stream: StreamConfig = BATCHES,
+        loss: LossConfig = PLAIN,
         ranks: Ranks = ALONE,
     ) -> None:
         """Set up an optimiser over `policy`.
@@ -61,6 +63,7 @@ class Trainer:
             grader: gives rewards; None for the task's verifier, in this process.
             linear: go from hidden states to the loss, without logits in memory.
             stream: how rollouts are sampled; where it streams the engine is a `StreamingEngine` as well.
+            loss: its options.
             ranks: processes that train together, each with a trainer of its own that is called in the same order.
 
         Raises:
@@ -82,6 +85,7 @@ class Trainer:
             micro_batches=config.micro_batches,
             linear=linear,
             behaviour=stream.streams,
+            loss=loss,
             ranks=ranks,
         )
         self.streams = stream.streams

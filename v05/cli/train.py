@@ -18,6 +18,7 @@ from v05.compare import reference_of
 from v05.config import PRIORS, TrainConfig
 from v05.errors import InputError
 from v05.estimates import binomial_interval
+from v05.loss_config import PLAIN
 from v05.model_config import ModelConfig
 from v05.ranks import Ranks, join_ranks, leave_ranks
 from v05.run import train_run
@@ -175,6 +176,8 @@ def _check_comparison(settings: Settings) -> None:
     """Raise InputError for what goes with one run alone."""
     if settings.stream.streams:
         raise InputError(f"--mode is {settings.stream.mode} with --compare; allowed there: batch")
+    if settings.loss != PLAIN:
+        raise InputError("[loss] is given with --compare; allowed: one of them")
     if settings.model is not None:
         raise InputError("--compare is given with --model; allowed: one of them")
 
@@ -202,10 +205,9 @@ def _one(
     """Train once; return what to print."""
     if overwrite and ranks.leads:
         remove_run(output)
-    options: dict[str, Any] = {"model": settings.model, "stream": settings.stream, "ranks": ranks}
-    summary = train_run(
-        settings.config, output, output / "warm_start", stop, reporter, resume=resume, changes=True, **options
-    )
+    options: dict[str, Any] = {"model": settings.model, "stream": settings.stream, "loss": settings.loss}
+    options |= {"resume": resume, "changes": True, "ranks": ranks}
+    summary = train_run(settings.config, output, output / "warm_start", stop, reporter, **options)
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
