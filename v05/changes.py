@@ -76,6 +76,6 @@ def way_out(folder: Path) -> str:
     """Return how a run goes on whose numbers are no longer finite."""
     newest = newest_checkpoint(folder / "checkpoints")
     return (
-        f"saved in {newest}; --resume repeats this, unless learning_rate or micro_batches is another or that folder, "
-        "and with it its last updates, is removed"
+        f"the run is saved in {newest}; --resume repeats this, unless learning_rate or micro_batches changes, or that "
+        "folder is removed, which goes back to the one before"
     )
