@@ -15,8 +15,8 @@ from v05.cli import app
 from v05.compare import Curve, compare, comparison, reference_of
 from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.estimates import HeldOut
-from v05.run import binomial_interval, read_metrics
+from v05.estimates import HeldOut, binomial_interval
+from v05.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +136,8 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
         (["--seeds", "1"], "--compare"),
         (["--compare", "grpo", "--seeds", "a"], "whole numbers"),
         (["--resume", "--overwrite"], "one of them"),
+        (["--resume"], "has no run; allowed with --resume alone: the folder of one"),
+        (["--resume", "--rollouts", "64", "--seed", "1"], "has no run; allowed with --resume alone"),
         (["--threads", "0"], "--threads is 0"),
         (["--algorithm", "ppo"], "algorithm is 'ppo'"),
         (["--config", "nowhere.toml"], "does not exist"),
@@ -145,3 +147,10 @@ def test_bad_options_are_refused(tmp_path: Path, options: list[str], message: st
     result = CliRunner().invoke(app, ["train", "--output", str(tmp_path), *options])
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_resume_with_a_whole_configuration_starts_where_there_is_no_run(tmp_path: Path) -> None:
+    command = ["train", "--output", str(tmp_path / "run"), "--config", str(write_config(tmp_path)), "--resume"]
+    for _ in range(2):  # as a script does that is queued again
+        result = CliRunner().invoke(app, [*command, "--rollouts", "32"])
+        assert result.exit_code == 0, result.output

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 
 from v05.config import TrainConfig, make_config
 from v05.errors import InputError
+from v05.loss_config import LossConfig
+from v05.model_config import ModelConfig
+from v05.stream_config import StreamConfig
+
+COMMANDS = (Path(__file__).resolve().parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
 def test_fewer_than_twenty_settings() -> None:
@@ -69,3 +75,20 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=message):
             make_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"),
+    [("top level", TrainConfig), ("`[model]`", ModelConfig), ("`[sampling]`", StreamConfig), ("`[loss]`", LossConfig)],
+)
+def test_the_documented_settings_are_all_there_are_with_their_defaults(table: str, kind: type) -> None:
+    [rows] = re.findall(
+        rf"^\| {re.escape(table)} \| default \| \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", COMMANDS, re.MULTILINE
+    )
+    documented = [tuple(row.split(" | ", 2)) for row in rows.splitlines()]
+    expected = [
+        (f"| `{field.name}`", "none" if field.default is None else f"`{json.dumps(field.default)}`")
+        for field in dataclasses.fields(kind)
+    ]
+    assert [row[:2] for row in documented] == expected
+    assert all(len(meaning) > 8 for _, _, meaning in documented)

@@ -30,6 +30,13 @@ def test_the_plain_loop_earns_more_reward(tmp_path):
     assert last > first + 0.1, curve
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_plain_loop_trains_on_a_gpu(tmp_path):
+    torch.cuda.reset_peak_memory_stats()
+    assert len(load("plain_loop")["train"](str(write_qwen3(tmp_path)), steps=2, length=2)) == 2
+    assert torch.cuda.max_memory_allocated() > 0
+
+
 def test_the_plain_loop_takes_tokenizers_without_a_pad_token(tmp_path):
     make_tokenizer(["<pad>", "<eos>", *LETTERS], pad_token=None).save_pretrained(write_qwen3(tmp_path))
     assert len(load("plain_loop")["train"](str(tmp_path), steps=1, length=2)) == 1

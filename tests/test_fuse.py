@@ -101,6 +101,30 @@ def test_bytes_that_are_not_utf8(tmp_path):
         fuse_file(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'\xff\xfe{"prompt": "a"}\n', "not UTF-8 at byte 0"),
+        (json.dumps(GOOD).encode("utf-16") + b"\n", "not UTF-8 at byte 0"),
+        (json.dumps(GOOD).encode("utf-16-le") + b"\n", "not JSON: "),
+        (b'{"prompt": "\xed\xa0\x80"}\n', "not UTF-8 at byte 12"),
+        (b'\xef\xbb\xbf{"prompt": "\xff"}\n', "not UTF-8 at byte 15"),
+        (b'{"prompt": "a"\n', "not JSON: Expecting ',' delimiter at column 15"),
+        (b'{"prompt":\r\n', "not JSON: Expecting value at column 11"),
+    ],
+)
+def test_where_a_line_is_wrong(line, reason, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(line)
+    with pytest.raises(BadLine) as caught:
+        fuse_file(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert caught.value.reason.startswith(reason)
+
+
+def test_a_byte_order_mark_of_utf8_is_no_part_of_the_record(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
+    assert fuse_file(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl").groups == 1
+
+
 def test_skip_bad_sets_lines_aside(tmp_path):
     source = write(tmp_path / "in.jsonl", GOOD, "{broken\n", GOOD, {**GOOD, "prior": 7})
     summary = fuse_file(source, tmp_path / "out.jsonl", FuseConfig(skip_bad=True))

@@ -98,3 +98,42 @@ def test_outputs_are_refused_before_the_work(command, option, place, said, tmp_p
     status, _, errors = run(capsys, monkeypatch, command, *given, option, tmp_path / place)
     assert status == 2
     assert said in errors
+
+
+@pytest.mark.parametrize("arguments", [["fuse", "."], ["predict", "--prompts", "."], ["predict", "--context", "."]])
+def test_a_folder_in_place_of_a_file_is_one_line(arguments, tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "in.jsonl", {"prompt": "a", "score": 1})
+    monkeypatch.chdir(tmp_path)
+    given = {"--context": file, "--prompts": file, "--cache": tmp_path / "cache"} if arguments[0] == "predict" else {}
+    rest = [text for pair in given.items() if pair[0] not in arguments for text in pair]
+    status, _, errors = run(capsys, monkeypatch, *arguments, *rest)
+    assert (status, errors.strip()) == (2, "v05: .: Is a directory; allowed: a readable file, or - for standard input")
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "warned"),
+    [
+        ([0, 1, 1, 0], [], True),
+        ([0, 0], [], True),
+        ([1, 1], [], False),
+        ([0, 1, -1], [], False),
+        ([0, 0.5, 1], [], False),
+        ([0, 1], ["--reward-range", "-1", "1"], False),
+        ([0, 1], ["--reward-range", "0", "1"], False),
+    ],
+)
+@pytest.mark.parametrize("command", ["fuse", "predict"])
+def test_rewards_of_0_and_1_under_the_default_range_are_warned_of(
+    command, values, options, warned, tmp_path, capsys, monkeypatch
+):
+    if command == "fuse":
+        given = [write(tmp_path / "in.jsonl", {"prompt": "a", "rewards": values, "prior": 0.5})]
+    else:
+        scored = [{"prompt": f"p{value}", "score": value} for value in values]
+        given = ["--context", write(tmp_path / "in.jsonl", *scored), "--prompts", tmp_path / "in.jsonl"]
+        given += ["--cache", tmp_path / "cache"]
+    status, lines, errors = run(capsys, monkeypatch, command, *given, *options)
+    assert status == 0
+    message = "warning: all values are 0 or 1 and the range is -1 to 1; for 0 and 1 give --reward-range 0 1"
+    assert (message in errors) == warned
+    assert "warning" not in lines

@@ -120,7 +120,7 @@ def test_what_a_verifier_returns_is_checked() -> None:
     for bad in (None, float("nan"), 1.5, "much", [1, 2]):
         verdict = returning(bad)
         assert (verdict.reward, verdict.problem) == (-1.0, "failure")
-        assert "allowed: a number from -1 to 1" in verdict.reason
+        assert "allowed: a number from -1 to 1 (--reward-range)" in verdict.reason
 
 
 def test_rewards_in_float32_are_inside_the_range() -> None:
@@ -200,6 +200,20 @@ def test_graders_hand_over_rewards_in_order_and_count_what_went_wrong(caplog: py
         " last: KeyError: 'nothing here'",
         " last: no answer in 1 s",
     ]
+    pooled.close()
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_verifier_that_gives_no_reward_at_all_ends_the_run(given: int) -> None:
+    pooled = PoolGrader(RewardPool(BEHAVE, UNIT, workers=1), lambda prompt: {"answer": prompt})
+    asked = ["0.5"] * given + ["raise"] * 63
+    assert pooled.collect([pooled.submit("p", text, True) for text in asked]) == [0.5] * given + [0.0] * 63
+    last = [pooled.submit("p", "raise", True)]
+    if given:
+        assert pooled.collect(last) == [0.0]
+    else:
+        with pytest.raises(InputError, match="gave no reward for any of its first 64 answers; last: KeyError: 'noth"):
+            pooled.collect(last)
     pooled.close()
 
 

@@ -114,6 +114,18 @@ def test_dapo_learns_from_mixed_groups_only_and_refills() -> None:
     assert sample.spent == 64 + sample.dropped > 64
 
 
+@pytest.mark.parametrize("right", [0.0, 0.04])
+def test_dapo_looks_for_groups_that_differ_within_bounds_and_learns_from_those_it_has(right: float) -> None:
+    trainer, draw = make_trainer(algorithm="dapo:4", rollouts=1600), random.Random(0)
+    trainer.grader.verify = lambda prompt, text: float(draw.random() < right)  # type: ignore[attr-defined]
+    lines = []
+    while not trainer.done:
+        lines.append(trainer.update())
+    assert max(line["kept"] + line["dropped"] for line in lines) == 640
+    assert sum(line["kept"] + line["dropped"] for line in lines) == 1600
+    assert [line["kept"] > 0 for line in lines] == ["loss" in line for line in lines] == [right > 0] * len(lines)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int) -> None:

@@ -294,6 +294,31 @@ def test_the_command_trains_a_users_model_and_resumes(data: Path, tmp_path: Path
     assert "32" in again.output
 
 
+def test_a_reward_range_is_an_option_and_what_got_no_reward_is_in_the_table(data: Path, tmp_path: Path) -> None:
+    model, output = write_model(tmp_path / "model"), tmp_path / "run"
+    command = ["train", "--output", str(output), "--model", str(model), "--data", str(data), "--rollouts", "64"]
+    command += ["--max-new-tokens", "8", "--dtype", "float32", "--prior", "constant", "--rollouts-per-update", "32"]
+    config = tmp_path / "run.toml"
+    config.write_text('heldout_samples = 48\n[model]\ndevice = "cpu"\nheldout_share = 0.5\n')
+    command += ["--config", str(config)]
+    wrong = CliRunner().invoke(app, [*command, "--verifier", "verifiers_for_tests:no_record"])
+    assert isinstance(wrong.exception, InputError), wrong.output
+    assert "gave no reward for any of its first 64 answers; last: TypeError" in str(wrong.exception)
+    command += ["--verifier", "verifiers_for_tests:signed"]  # needs no --overwrite: nothing had been learnt
+    result = CliRunner().invoke(app, [*command, "--reward-range", "-1", "1"])
+    assert result.exit_code == 0, result.output
+    saved = json.loads((output / "model.json").read_text())
+    assert (saved["reward_low"], saved["reward_high"]) == (-1.0, 1.0)
+    lines = read_metrics(output)
+    kinds = ("heldout_failures", "reward_failures")
+    failures = {kind: sum(line.get(kind, 0) for line in lines) for kind in kinds}
+    assert all(failures.values())
+    assert json.loads((output / "summary.json").read_text())["reward_failures"] == sum(failures.values())
+    assert f"{sum(failures.values())} failures, 0 timeouts" in result.output
+    again = CliRunner().invoke(app, ["train", "--output", str(output), "--resume", "--reward-range", "0", "1"])
+    assert "reward_low is 0.0; allowed when resuming" in str(again.exception)
+
+
 def test_settings_of_a_users_model(tmp_path: Path) -> None:
     assert make_model_config({}, {}, "nowhere") is None
     config = make_model_config({"model": "m", "loss": "logits"}, {"data": "math500"}, "run.toml")

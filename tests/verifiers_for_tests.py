@@ -60,3 +60,14 @@ def words(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
     if "five" in found:
         raise ValueError("five")
     return found.count(record["answer"]) / max(1, len(found))
+
+
+def signed(prompt: str, completion: str, record: Mapping[str, Any]) -> float:
+    """Return 1 for an answer with an odd number of words and -1 for another; `five` is too much for this verifier."""
+    found = completion.split()
+    return 5.0 if "five" in found else 1.0 if len(found) % 2 else -1.0
+
+
+def no_record(prompt: str, completion: str) -> float:
+    """Return 1, where it is called without the record, which it never is."""
+    return 1.0

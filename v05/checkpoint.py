@@ -67,13 +67,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint in `folder`, or None where there is none."""
-    finished = _finished(folder)
-    if not finished:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return None
-    newest = finished[-1]
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     tensors = {file.stem: read_tensors(file) for file in sorted(newest.glob("*.safetensors"))}
     return Checkpoint(update=state.pop("update"), tensors=tensors, state=state)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return where the newest checkpoint in `folder` is, or None where there is none."""
+    return next(reversed(_finished(folder)), None)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,8 @@ from v05.errors import InputError
 # running mean for all prompts; none: always the middle of the reward range, as an ablation.
 PRIORS: Final = ("v0", "history", "constant", "none")
 
+TABLES: Final = ("model", "sampling", "loss")  # of a file of settings; of a run each is a file of its own
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -83,7 +85,7 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """Return the defaults, overridden by a file, overridden by `given`.
 
     Args:
-        file: a TOML or JSON file of settings; None for none. Its tables `model` and `sampling` are for others.
+        file: a TOML or JSON file of settings; None for none. Its `TABLES` are for others.
         given: settings by name, as on the command line.
 
     Returns:
@@ -95,7 +97,7 @@ def make_config(file: Path | None = None, given: Mapping[str, Any] | None = None
     """
     settings: dict[str, Any] = {}
     if file is not None:
-        found = {name: value for name, value in read_settings(file).items() if name not in ("model", "sampling")}
+        found = {name: value for name, value in read_settings(file).items() if name not in TABLES}
         settings.update(known(TrainConfig, found, str(file)))
     settings.update(known(TrainConfig, given or {}, "the given settings"))
     return TrainConfig(**settings)

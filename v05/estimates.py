@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -93,3 +94,20 @@ def powers(samples: int) -> list[int]:
     """Return 1, 2, 4 and so on up to `samples`, which is always the last."""
     doubled = [2**power for power in range(samples.bit_length()) if 2**power < samples]
     return [*doubled, samples]
+
+
+def binomial_interval(right: float, total: float) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share.
+
+    Args:
+        right: successes, 0 to `total`.
+        total: independent trials, 1 or more; neither need be whole, see `HeldOut`.
+
+    Returns:
+        Lower and upper bound, from 0 to 1.
+    """
+    z = 1.959963984540054
+    share, inverse = right / total, z * z / total
+    centre = (share + inverse / 2) / (1 + inverse)
+    half = z / (1 + inverse) * math.sqrt(share * (1 - share) / total + inverse / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)

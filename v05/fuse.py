@@ -61,6 +61,8 @@ class Summary:
 
     groups: int = 0
     rollouts: int = 0
+    zeros: int = 0  # rollouts whose reward is 0
+    ones: int = 0
     bad_lines: int = 0
     conflicts: int = 0
     undecided: int = 0  # groups that roll out more
@@ -75,6 +77,11 @@ class Summary:
     sample: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))  # random key, prior, mean, weight
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0), repr=False)
 
+    @property
+    def zero_or_one(self) -> bool:
+        """Whether all rewards are 0 or 1, and not all are 1, which a range from -1 has too."""
+        return 0 < self.zeros == self.rollouts - self.ones
+
     def per_group(self, total: float) -> float:
         """A sum over groups as a mean; 0 where there are none."""
         return total / self.groups if self.groups else 0.0
@@ -85,6 +92,8 @@ class Summary:
         some = fused.count > 0
         self.groups += prior.numel()
         self.rollouts += int(fused.count.sum())
+        self.zeros += int((decisions.rewards == 0).sum())
+        self.ones += int((decisions.rewards == 1).sum())
         self.conflicts += int((fused.deviation > 0).sum())
         self.undecided += int(fused.roll_out_more.sum())
         self.planned += int(fused.planned.sum())
@@ -109,6 +118,7 @@ class Decisions:
         lengths = [len(record["rewards"]) for record in records]
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
         rewards = torch.tensor([reward for record in records for reward in record["rewards"]], dtype=torch.float64)
+        self.rewards = rewards
         self.prior = torch.tensor([record["prior"] for record in records], dtype=torch.float64)
         ranges = config.reward_range
         self.fused = shrinkage(

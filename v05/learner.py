@@ -12,6 +12,7 @@ from v05.algorithms import Algorithm
 from v05.batch import PackedTokens
 from v05.errors import InputError
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
+from v05.loss_config import PLAIN, LossConfig
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
 from v05.sampler_gap import LARGEST, gap_sums, with_gap_metrics
@@ -25,7 +26,13 @@ class Step(torch.nn.Module):
     """One micro-batch from tokens to loss, in one module, so that what shards its parameters gathers them for all."""
 
     def __init__(
-        self, policy: Policy, algorithm: Algorithm, temperature: float, linear: bool, behaviour: bool = False
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        temperature: float,
+        linear: bool,
+        behaviour: bool = False,
+        loss: LossConfig = PLAIN,
     ) -> None:
         """Hold what every micro-batch needs.
 
@@ -34,12 +41,14 @@ class Step(torch.nn.Module):
             algorithm: gives the bounds of the ratio.
             temperature: divides the logits.
             linear: go from hidden states to the loss, without logits in memory.
-            behaviour: the ratio refers to the sampler's log-probs, not to the policy's own before this update.
+            behaviour: the ratio refers to the sampler's log-probs, not to the policy's own before this update, unless
+                the loss corrects for the sampler.
+            loss: its options.
         """
         super().__init__()
-        self.model, self.behaviour = policy.model, behaviour
+        self.model, self.behaviour, self.corrects = policy.model, behaviour and not loss.corrects, loss.corrects
         self.policy, self.temperature, self.linear = policy, temperature, linear
-        self.bounds = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+        self.options = loss.options(algorithm)
 
     def forward(
         self, batch: PackedTokens, advantages: Tensor, old_logprobs: Tensor | None
@@ -63,7 +72,9 @@ class Step(torch.nn.Module):
             value.to(device) for value in (batch.tokens, batch.weights, batch.sequence_offsets, advantages)
         )
         place = (batch.prompts, batch.tokens, batch.sequence_offsets)
-        options: dict[str, Any] = {"sequence_offsets": offsets, **self.bounds}
+        options: dict[str, Any] = {"sequence_offsets": offsets, **self.options}
+        if self.corrects:
+            options["sampler_logprobs"] = batch.logprobs.to(device)
         silence = torch.zeros((), device=device)
         if not self.linear:
             logits = self.policy.response_logits(*place)
@@ -105,6 +116,7 @@ class Learner:
         micro_batches: int,
         linear: bool = False,
         behaviour: bool = False,
+        loss: LossConfig = PLAIN,
         ranks: Ranks = ALONE,
     ) -> None:
         """Set up Adam over the policy's parameters, split among the ranks where there are several.
@@ -117,7 +129,7 @@ class Learner:
             epochs: passes over each batch.
             micro_batches: parts that a batch is split into; the gradient does not depend on it.
             linear: go from hidden states to the loss, without logits in memory.
-            behaviour: see `Step`.
+            behaviour, loss: see `Step`.
             ranks: all of them make a learner of an equal policy, and call the same methods with equal arguments.
 
         Raises:
@@ -127,7 +139,7 @@ class Learner:
         self.ranks = ranks
         if linear:
             check_linear(policy)
-        self.step = Step(policy, algorithm, temperature, linear, behaviour)
+        self.step = Step(policy, algorithm, temperature, linear, behaviour, loss)
         if ranks.count > 1:
             shard(self.step, policy, ranks)
         self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.999))

@@ -1,10 +1,14 @@
 """metrics.jsonl, one line an update, and times.jsonl, one an evaluation."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from v05.batch import Groups
 from v05.checkpoint import write_text
 
 
@@ -36,6 +40,33 @@ def accuracies(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 def worth(line: Mapping[str, Any]) -> float:
     """Return how many independent answers an evaluation's are worth; all of them where an older run did not note it."""
     return float(line.get("heldout_worth", line["heldout_total"]))
+
+
+def total_of(metrics: Sequence[Mapping[str, Any]], *names: str) -> int:
+    """Return the sum of counts over all lines; a line, or an older run, may lack them."""
+    return sum(line.get(name, 0) for line in metrics for name in names)
+
+
+def means_of(groups: Groups, prior: Tensor | None, advantages: Tensor) -> dict[str, float]:
+    """Return what an update's groups come to in the mean; nan where they are none, or no prior is asked.
+
+    Args:
+        groups: G groups with N rollouts in all.
+        prior: expected rewards [G] float32, or None.
+        advantages: [N] float32.
+    """
+    off = math.nan if prior is None else float((prior - groups.means).square().mean())
+    return {
+        "reward": float(groups.rewards.mean()),
+        "rollouts_per_prompt": float(groups.counts.float().mean()),
+        "advantage_variance": float(advantages.var(unbiased=False)) if len(advantages) else math.nan,
+        "prior_squared_error": off,
+    }
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the same with None, which JSON has, for what is not finite, which it does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Prediction:
         probability, rate: of the prompts that carry a score and are not in the context, whose outcome V0 was told:
             prediction and success rate, from 0 to 1.
         span: largest minus smallest reward.
+        zero_or_one: whether all scores of the context are 0 or 1, and not all are 1, which a range from -1 has too.
     """
 
     context: int = 0
@@ -40,6 +41,7 @@ class Prediction:
     probability: list[float] = field(default_factory=list)
     rate: list[float] = field(default_factory=list)
     span: float = 2.0
+    zero_or_one: bool = False
 
     @property
     def auc(self) -> float:
@@ -108,6 +110,8 @@ def predict_file(
     record, wrong = read_context(context, low, high, skip_bad, beside)
     conditioned, known = model.condition([record], reward_range=reward_range), frozenset(record.prompts)
     summary = Prediction(context=len(record.prompts), bad_lines=wrong, span=high - low)
+    zeros, ones = record.outcomes == 0, record.outcomes == 1
+    summary.zero_or_one = bool((zeros | ones).all() and zeros.any())
     with whole_output(output) as out, aside(bad_path(prompts, output)) as set_aside:
         for block in read_blocks(prompts, low, high, skip_bad=skip_bad, size=BLOCK, parse=parse_prompt):
             if block.records:

@@ -5,6 +5,7 @@ A record is a JSON object `{"prompt": str, "rewards": [float, ...], "prior": flo
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from v05.errors import BadLine, InputError
+
+READABLE: Final = "allowed: a readable file, or - for standard input"
 
 
 @dataclass
@@ -61,7 +64,8 @@ def parse_object(text: bytes, keys: str) -> dict[str, Any]:
         ValueError: what is wrong, and what is allowed.
     """
     try:
-        record = json.loads(text)
+        line = text.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
+        record = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -131,7 +135,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         try:
             handle = stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; allowed: a readable file, or - for standard input") from None
+            raise InputError(f"{path}: {error.strerror}; {READABLE}") from None
         yield handle
 
 
@@ -171,6 +175,8 @@ def read_blocks(
 def bad_path(source: str, output: Path | None) -> Path:
     """Where malformed lines go: beside the output, else beside the source, else in the current folder."""
     beside = output or Path("stdin.jsonl" if source == "-" else source)
+    if not beside.name:
+        raise InputError(f"{source}: {os.strerror(errno.EISDIR)}; {READABLE}")
     return beside.with_name(beside.stem + ".bad.jsonl")
 
 

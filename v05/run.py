@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from v05.changes import make_changes, way_out
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
 from v05.config import TrainConfig, read_settings
 from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
-from v05.metrics import accuracies, append_line, read_metrics, truncate_metrics, worth
+from v05.loss_config import PLAIN, LossConfig
+from v05.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
 from v05.model_config import ModelConfig
 from v05.plots.training import plot_run
 from v05.priors import make_prior
@@ -24,6 +25,7 @@ from v05.rollout.engine import Engine
 from v05.run_folder import alone_in, prepare_folder, read_summary, remove_files
 from v05.sampler_gap import GapWatch
 from v05.sampling import Stopped
+from v05.settings import Settings
 from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import make_task
 from v05.trainer import Trainer
@@ -61,8 +63,10 @@ def train_run(
     report: Reporter,
     *,
     resume: bool = False,
+    changes: bool = False,
     model: ModelConfig | None = None,
     stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one policy, or go on with a run that was stopped, and return its summary.
@@ -74,8 +78,10 @@ def train_run(
         stop: looked at after every update.
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
+        changes: settings that may change when a run is resumed may; see `v05.changes`.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
         stream: how rollouts are sampled.
+        loss: its options.
         ranks: processes that train a model of the user's together; the first of them writes.
 
     Returns:
@@ -88,26 +94,29 @@ def train_run(
     """
     if ranks.count > 1 and model is None:
         raise InputError(f"{ranks.count} processes are given; allowed for the embedded tasks: 1")
+    settings = Settings(config, model, stream, loss)
     if ranks.leads:
-        prepare_folder(config, folder, resume, model, stream)
+        prepare_folder(settings, folder, resume, changes)
     with alone_in(folder) if ranks.leads else contextlib.nullcontext():
+        if ranks.leads:
+            make_changes(settings, folder, changes)
         finished = ranks.broadcast(read_summary(folder) if (folder / "summary.json").exists() else None)
         if finished is not None:
             return finished
-        if model is None:
-            trainer = make_trainer(config, cache, stop, report, stream)
-        else:
-            try:
-                trainer = make_user_trainer(config, model, folder, stream, ranks)
-            except InputError:
-                if ranks.leads and not (folder / "checkpoints").exists():
-                    remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
-                raise
         try:
-            return _train(trainer, folder, stop, report)
-        finally:
-            trainer.grader.close()
-            close_engine(trainer.team.engine)
+            if model is None:
+                trainer = make_trainer(config, cache, stop, report, stream, loss)
+            else:
+                trainer = make_user_trainer(config, model, folder, stream, loss, ranks)
+            try:
+                return _train(trainer, folder, stop, report)
+            finally:
+                trainer.grader.close()
+                close_engine(trainer.team.engine)
+        except InputError:
+            if ranks.leads and not (folder / "checkpoints").exists():
+                remove_files(folder)  # so that the next try, with the mistake mended, need not say --overwrite
+            raise
 
 
 def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) -> dict[str, Any]:
@@ -131,12 +140,20 @@ def _train(trainer: Trainer, folder: Path, stop: StopRequest, report: Reporter) 
         if trainer.ranks.leads:
             for name in ("metrics.jsonl", "times.jsonl"):
                 truncate_metrics(folder / name, checkpoint.update)
-    _loop(trainer, folder, clock, stop, report)
+    try:
+        _loop(trainer, folder, clock, stop, report)
+    except FloatingPointError as error:
+        raise InputError(f"{error}; {way_out(folder)}") from None
     return _finish(trainer, folder, clock)
 
 
 def make_trainer(
-    config: TrainConfig, cache: Path, stop: StopRequest, report: Reporter, stream: StreamConfig = BATCHES
+    config: TrainConfig,
+    cache: Path,
+    stop: StopRequest,
+    report: Reporter,
+    stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
 ) -> Trainer:
     """Return a trainer at the warm start that `config` describes."""
 
@@ -149,11 +166,17 @@ def make_trainer(
     policy = warm_start(config, task, cache, on_step)
     engine = make_engine("hf", policy)
     prior = make_prior(config, task.reward_range)
-    return Trainer(config, policy, task, streaming(engine) if stream.streams else engine, prior, stream=stream)
+    sampler = streaming(engine) if stream.streams else engine
+    return Trainer(config, policy, task, sampler, prior, stream=stream, loss=loss)
 
 
 def make_user_trainer(
-    config: TrainConfig, model: ModelConfig, folder: Path, stream: StreamConfig = BATCHES, ranks: Ranks = ALONE
+    config: TrainConfig,
+    model: ModelConfig,
+    folder: Path,
+    stream: StreamConfig = BATCHES,
+    loss: LossConfig = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
@@ -172,30 +195,13 @@ def make_user_trainer(
         longest = model.max_prompt_tokens + model.max_new_tokens
         own: dict[str, Any] = {"dtype": model.dtype, "longest": longest, "options": json.loads(model.engine_options)}
         engine = make_engine(model.engine, policy, model.sequences_at_once, model=model.model, **own)
-    options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream, "ranks": ranks}
+    options: dict[str, Any] = {"grader": grader, "linear": model.loss == "linear", "stream": stream}
     sampler = streaming(engine) if stream.streams and engine is not None else engine
     try:
-        return Trainer(config, policy, task, cast(Engine, sampler), prior, **options)
+        return Trainer(config, policy, task, cast(Engine, sampler), prior, loss=loss, ranks=ranks, **options)
     except BaseException:
         close_engine(engine)
         raise
-
-
-def binomial_interval(right: float, total: float) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share.
-
-    Args:
-        right: successes, 0 to `total`.
-        total: independent trials, 1 or more; neither need be whole, see `v05.estimates.HeldOut`.
-
-    Returns:
-        Lower and upper bound, from 0 to 1.
-    """
-    z = 1.959963984540054
-    share, inverse = right / total, z * z / total
-    centre = (share + inverse / 2) / (1 + inverse)
-    half = z / (1 + inverse) * math.sqrt(share * (1 - share) / total + inverse / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, report: Reporter) -> None:
@@ -222,7 +228,8 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             accuracy = _evaluate(trainer, folder, metrics, clock)
         else:
             _note(trainer, folder / "metrics.jsonl", metrics)
-        report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}")
+        dropped = f", {counters.dropped / counters.rollouts:.0%} dropped" if counters.dropped else ""
+        report(trainer.algorithm.name, counters.rollouts, config.rollouts, f"held-out {accuracy:.1%}{dropped}")
         stopping = trainer.ranks.broadcast(stop.requested)
         if trainer.done or stopping or counters.update % config.checkpoint_every == 0:
             _save(trainer, folder, clock)
@@ -239,6 +246,8 @@ def _evaluate(trainer: Trainer, folder: Path, metrics: Mapping[str, Any], clock:
     """Write held-out answers to metrics.jsonl, which every equal run repeats, and what they took to times.jsonl."""
     found = trainer.evaluate()
     noted = {f"heldout_{name}": value for name, value in found._asdict().items()}
+    troubles = trainer.grader.take_troubles()
+    noted |= {"heldout_failures": troubles.failures, "heldout_timeouts": troubles.timeouts}
     _note(trainer, folder / "metrics.jsonl", {**metrics, **noted})
     when = {"update": metrics["update"], "rollouts": metrics["rollouts"], "seconds": round(clock.updating, 3)}
     _note(trainer, folder / "times.jsonl", when)
@@ -279,6 +288,8 @@ def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, 
         "rollouts_per_prompt": counters.kept / max(1, counters.groups),
         "conflicts": counters.conflicts if trainer.prior is not None else None,
         "dropped": counters.dropped,
+        "reward_failures": total_of(metrics, "reward_failures", "heldout_failures"),
+        "reward_timeouts": total_of(metrics, "reward_timeouts", "heldout_timeouts"),
         "updates": counters.update,
         "seconds": clock.seconds,
     }

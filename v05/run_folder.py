@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any, Final
 
 from v05.algorithms import parse_algorithm
+from v05.changes import changes_of
 from v05.checkpoint import write_text
-from v05.config import TrainConfig, read_settings
 from v05.engines import check_engine
 from v05.errors import InputError
-from v05.model_config import ModelConfig
 from v05.policy import check_size
 from v05.priors import check_prior
-from v05.stream_config import BATCHES, StreamConfig
+from v05.settings import Settings
 from v05.tasks import make_task
 
 FILES: Final = (  # of a run, beside its folders
     "config.json",
     "model.json",
     "sampling.json",
+    "loss.json",
     "data.json",
     "metrics.jsonl",
     "times.jsonl",
+    "changes.jsonl",
     "summary.json",
     "curves.png",
 )
@@ -33,36 +34,27 @@ FOLDERS: Final = ("checkpoints", "policy")
 LOCK: Final = ".lock"  # stays, as a file that is removed while it is held would be no lock
 
 
-def prepare_folder(
-    config: TrainConfig, folder: Path, resume: bool, model: ModelConfig | None = None, stream: StreamConfig = BATCHES
-) -> None:
+def prepare_folder(settings: Settings, folder: Path, resume: bool, changes: bool = False) -> None:
     """Make the folder of a run, or check that the run in it is the one to resume.
 
     Raises:
         InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
-            settings differ from those of that run.
+            settings differ from those of that run; where `changes` are allowed, see `v05.changes.changes_of`.
     """
-    parse_algorithm(config.algorithm)
-    make_task(config.task)
-    check_size(config.policy)
-    check_prior(config)
-    if model is not None:
-        check_engine(model.engine)
-    settings = {"config.json": config.to_dict(), "model.json": {} if model is None else model.to_dict()}
-    settings["sampling.json"] = stream.to_dict() if stream.streams else {}
+    parse_algorithm(settings.config.algorithm)
+    make_task(settings.config.task)
+    check_size(settings.config.policy)
+    check_prior(settings.config)
+    if settings.model is not None:
+        check_engine(settings.model.engine)
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed([name for name, values in settings.items() if values]):
-            write_text(folder / name, json.dumps(settings[name], indent=2) + "\n")
+        for name, values in reversed([(name, values) for name, values in settings.files.items() if values]):
+            write_text(folder / name, json.dumps(values, indent=2) + "\n")
         return
     if not resume:
         raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")
-    for file, values in settings.items():
-        saved = read_settings(folder / file) if (folder / file).exists() else {}
-        for name in {**saved, **values}:
-            if values.get(name) != saved.get(name):
-                given, allowed = values.get(name), saved.get(name)
-                raise InputError(f"{name} is {given!r}; allowed when resuming {folder}: {allowed!r}")
+    changes_of(settings, folder, changes)
 
 
 @contextlib.contextmanager

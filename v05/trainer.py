@@ -1,9 +1,8 @@
 """The loop: prior, first rollouts, test, more where planned, advantage, log-probs, loss, step."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from v05.estimates import HeldOut
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.learner import Learner
+from v05.loss_config import PLAIN, LossConfig
+from v05.metrics import finite, means_of
 from v05.policy import Policy
 from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine, Rollout, wrong_where_unanswered
@@ -30,6 +31,8 @@ from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
 from v05.team import Team
 from v05.value.prior import Middle, Prior
+
+REPLACED: Final = 10  # times `rollouts_per_update` that an update spends at most before it learns from what it has
 
 
 class Trainer:
@@ -46,6 +49,7 @@ class Trainer:
         grader: Grader | None = None,
         linear: bool = False,
         stream: StreamConfig = BATCHES,
+        loss: LossConfig = PLAIN,
         ranks: Ranks = ALONE,
     ) -> None:
         """Set up an optimiser over `policy`.
@@ -59,6 +63,7 @@ class Trainer:
             grader: gives rewards; None for the task's verifier, in this process.
             linear: go from hidden states to the loss, without logits in memory.
             stream: how rollouts are sampled; where it streams the engine is a `StreamingEngine` as well.
+            loss: its options.
             ranks: processes that train together, each with a trainer of its own that is called in the same order.
 
         Raises:
@@ -80,6 +85,7 @@ class Trainer:
             micro_batches=config.micro_batches,
             linear=linear,
             behaviour=stream.streams,
+            loss=loss,
             ranks=ranks,
         )
         self.streams = stream.streams
@@ -113,7 +119,12 @@ class Trainer:
         if self.prior is not None and self.ranks.leads:
             self.prior.observe(groups.prompts, groups.means, groups.counts)
         self._count(sample, conflicts := self._conflicts(sample))
-        return self._metrics(sample, groups, prior, advantages, {**learnt, **sampled}, conflicts)
+        troubles = self.grader.take_troubles()
+        whole = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
+        whole |= {"kept": sample.kept, "dropped": sample.dropped, "conflicts": conflicts}
+        whole |= {"reward_failures": troubles.failures, "reward_timeouts": troubles.timeouts}
+        expected = None if self.prior is None else prior
+        return {**whole, **finite({**means_of(groups, expected, advantages), **learnt, **sampled})}
 
     def _push(self) -> None:
         """Give the engine the policy's weights unless it has them; all ranks call this."""
@@ -159,11 +170,12 @@ class Trainer:
             return self.sampler.sample(self.counters.update, self.stopped, left_in_run)
         sample, round_number, position = Sample(), 0, self.counters.position
         target = min(self.config.rollouts_per_update, left_in_run)
-        while sample.kept < target and sample.spent < left_in_run:
+        most = min(REPLACED * self.config.rollouts_per_update, left_in_run)
+        while sample.kept < target and sample.spent < most:
             if round_number and self.stopped():
                 self.counters.position = position
                 raise Stopped
-            budget = min(target - sample.kept, left_in_run - sample.spent)
+            budget = min(target - sample.kept, most - sample.spent)
             more = self._planned_more(sample, budget)
             first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
             self._start_prompts(sample, len(first))
@@ -249,30 +261,6 @@ class Trainer:
         extra = (torch.maximum(test.planned, test.count) - self.algorithm.k_init).clamp(min=0).float().mean()
         counters.expected_extra = 0.9 * counters.expected_extra + 0.1 * float(extra)
         self.mixture = test.state
-
-    def _metrics(
-        self,
-        sample: Sample,
-        groups: Groups,
-        prior: Tensor,
-        advantages: Tensor,
-        learnt: Mapping[str, float],
-        conflicts: int,
-    ) -> dict[str, Any]:
-        """Return one line of metrics.jsonl; nan, where a batch is empty, is written as null."""
-        means = groups.means
-        values = {
-            "reward": float(groups.rewards.mean()),
-            "rollouts_per_prompt": float(groups.counts.float().mean()),
-            "advantage_variance": float(advantages.var(unbiased=False)),
-            "prior_squared_error": float((prior - means).square().mean()) if self.prior is not None else math.nan,
-            **learnt,
-        }
-        counts = {"update": self.counters.update, "rollouts": self.counters.rollouts, "prompts": len(sample.prompts)}
-        troubles = self.grader.take_troubles()
-        whole = {"kept": sample.kept, "dropped": sample.dropped, "conflicts": conflicts}
-        whole |= {"reward_failures": troubles.failures, "reward_timeouts": troubles.timeouts}
-        return {**counts, **whole, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the tensors by file and name, and the counters, from which `load_state` goes on bit for bit.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from v05.cli.outputs import check_outputs
+from v05.cli.outputs import DEFAULT_RANGE, check_outputs, warn_of_range
 from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.fuse import FuseConfig, Summary, fuse_file
@@ -57,7 +57,9 @@ def _run(records: str, output: Path | None, config: FuseConfig, console: Console
 def fuse(
     records: Annotated[str, typer.Argument(help="JSON Lines of {prompt, rewards, prior}; - reads standard input.")],
     output: Annotated[Path | None, typer.Option(help="Where the decisions go; standard output by default.")] = None,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    reward_range: Annotated[
+        tuple[float, float] | None, typer.Option(help="Smallest and largest reward.", show_default="-1 1")
+    ] = None,
     cost: Annotated[float, typer.Option(help="Cost of a rollout, in units of the largest variance.")] = 1 / 256,
     k_init: Annotated[int, typer.Option(help="Rollouts before the first test.")] = 4,
     k_max: Annotated[int, typer.Option(help="Rollouts at most.")] = 16,
@@ -71,11 +73,12 @@ def fuse(
     """Turn rollout records into baselines, conflicts, plans and advantages, a line for a line."""
     if scale not in SCALES:
         raise InputError(f"--scale is {scale!r}; allowed: {', '.join(SCALES)}")
-    config = FuseConfig(reward_range, cost, k_init, k_max, scale, skip_bad, fusion)
+    config = FuseConfig(reward_range or DEFAULT_RANGE, cost, k_init, k_max, scale, skip_bad, fusion)
     check_outputs(output, plot)
     console = Console(stderr=output is None)
     summary = _run(records, output, config, Console(stderr=True))
     console.print(summary_table(summary, config))
+    warn_of_range(reward_range, summary.zero_or_one)
     if summary.bad_lines:
         console.print(f"bad lines: {bad_path(records, output)}", soft_wrap=True)
     if output is not None:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from v05.cli.models import make_model
-from v05.cli.outputs import check_outputs
+from v05.cli.outputs import DEFAULT_RANGE, check_outputs, warn_of_range
 from v05.cli.signals import terminated_like_interrupted
 from v05.errors import InputError
 from v05.predict import Prediction, predict_file
@@ -44,7 +44,9 @@ def predict(
     context: Annotated[Path, typer.Option(help="JSON Lines of {prompt, score}: what the policy did.")],
     prompts: Annotated[str, typer.Option(help="JSON Lines of {prompt}; - reads standard input.")],
     output: Annotated[Path | None, typer.Option(help="Where the lines go; standard output by default.")] = None,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    reward_range: Annotated[
+        tuple[float, float] | None, typer.Option(help="Smallest and largest reward.", show_default="-1 1")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="V0's adapter; without it the embedded V0 runs.")] = None,
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; without it kernel regression.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Language model, folder or name, with --checkpoint.")] = None,
@@ -57,17 +59,19 @@ def predict(
 ) -> None:
     """Add to each prompt the probability that the policy behind the context succeeds."""
     check_outputs(output, plot)
-    others = read_background(background, reward_range)
+    ranges = reward_range or DEFAULT_RANGE
+    others = read_background(background, ranges)
     console, progress_console = Console(stderr=output is None), Console(stderr=True)
-    model = make_model(checkpoint, head, backbone, device, cache, cache_gib, others, reward_range)
+    model = make_model(checkpoint, head, backbone, device, cache, cache_gib, others, ranges)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     size = Path(prompts).stat().st_size if prompts != "-" and Path(prompts).is_file() else None
     with terminated_like_interrupted(), Progress(*columns, console=progress_console, transient=True) as progress:
         task = progress.add_task("predict", total=size)
         summary = predict_file(
-            model, context, prompts, output, reward_range, skip_bad, lambda read: progress.update(task, completed=read)
+            model, context, prompts, output, ranges, skip_bad, lambda read: progress.update(task, completed=read)
         )
     console.print(prediction_table(summary, skip_bad))
+    warn_of_range(reward_range, summary.zero_or_one)
     if summary.bad_lines:
         console.print(f"bad lines: {bad_path(prompts, output).parent}/*.bad.jsonl", soft_wrap=True)
     if output is not None:

@@ -15,15 +15,16 @@ from v05.checkpoint import Interrupted, StopRequest
 from v05.cli.progress import ProgressReporter, reporting
 from v05.compare import compare as compare_algorithms
 from v05.compare import reference_of
-from v05.config import PRIORS, TrainConfig, make_config, read_settings
+from v05.config import PRIORS, TrainConfig
 from v05.errors import InputError
-from v05.model_config import ModelConfig, make_model_config
+from v05.estimates import binomial_interval
+from v05.loss_config import PLAIN
+from v05.model_config import ModelConfig
 from v05.ranks import Ranks, join_ranks, leave_ranks
-from v05.run import binomial_interval, train_run
+from v05.run import train_run
 from v05.run_folder import remove_run
-from v05.stream_config import StreamConfig, make_stream_config
-
-MODEL_RATE = 1e-6  # learning rate of a user's model where none is given
+from v05.settings import Settings, make_settings
+from v05.stream_config import StreamConfig
 
 
 def train(
@@ -59,6 +60,10 @@ def train(
     engine_options: Annotated[
         str | None,
         typer.Option(help="More arguments of vLLM, a JSON object.", show_default=str(ModelConfig.engine_options)),
+    ] = None,
+    reward_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="With --model: smallest and largest reward.", show_default="0 1"),
     ] = None,
     template: Annotated[str | None, typer.Option(help="With --model: prompt with {prompt} for the problem.")] = None,
     max_new_tokens: Annotated[
@@ -116,20 +121,23 @@ def train(
     given |= {"micro_batches": micro_batches, "heldout_seed": heldout_seed}
     own: dict[str, Any] = {"model": model, "data": data, "verifier": verifier, "engine": engine, "template": template}
     own |= {"engine_options": engine_options, "max_new_tokens": max_new_tokens, "dtype": dtype, "loss": loss}
+    own |= dict(zip(("reward_low", "reward_high"), reward_range or (None, None), strict=True))
     sampling = _given({"mode": mode, "rule": rule, "window": window})
-    settings, user, stream = _settings(config, _given(given), _given(own), sampling, output, resume)
     if resume and overwrite:
         raise InputError("--resume and --overwrite are both given; allowed: one of them")
+    if resume and compare is None and (config, algorithm, model) == (None, None, None):
+        _check_run(output)
+    settings = make_settings(config, output, resume, _given(given), _given(own), sampling)
     if compare is not None:
-        _check_comparison(user, stream)
+        _check_comparison(settings)
     elif seeds is not None:
         raise InputError("--seeds is given without --compare; allowed: both, or --seed")
     _set_threads(threads)
 
     def work(stop: StopRequest, reporter: ProgressReporter, ranks: Ranks) -> Table:
         if compare is None:
-            return _one(settings, user, stream, output, stop, reporter, resume, overwrite, ranks)
-        return _several(settings, compare, seeds, output, stop, reporter, overwrite, ranks)
+            return _one(settings, output, stop, reporter, resume, overwrite, ranks)
+        return _several(settings.config, compare, seeds, output, stop, reporter, overwrite, ranks)
 
     again = f"v05 train --output {output} --resume" if compare is None else "run the same command again"
     _carry_out(work, output, again)
@@ -157,42 +165,26 @@ def _carry_out(work: Callable[[StopRequest, ProgressReporter, Ranks], Table], ou
     console.print(f"files: {output}", soft_wrap=True, highlight=False)
 
 
-def _check_comparison(user: ModelConfig | None, stream: StreamConfig) -> None:
+def _check_run(output: Path) -> None:
+    """Raise InputError where there is no run that its own settings would go on with."""
+    if not (output / "config.json").exists():
+        settings = "--config, --algorithm or --model, which start one"
+        raise InputError(f"{output} has no run; allowed with --resume alone: the folder of one; or with {settings}")
+
+
+def _check_comparison(settings: Settings) -> None:
     """Raise InputError for what goes with one run alone."""
-    if stream.streams:
-        raise InputError(f"--mode is {stream.mode} with --compare; allowed there: batch")
-    if user is not None:
+    if settings.stream.streams:
+        raise InputError(f"--mode is {settings.stream.mode} with --compare; allowed there: batch")
+    if settings.loss != PLAIN:
+        raise InputError("[loss] is given with --compare; allowed: one of them")
+    if settings.model is not None:
         raise InputError("--compare is given with --model; allowed: one of them")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _settings(
-    config: Path | None,
-    given: dict[str, Any],
-    own: dict[str, Any],
-    sampling: dict[str, Any],
-    output: Path,
-    resume: bool,
-) -> tuple[TrainConfig, ModelConfig | None, StreamConfig]:
-    """Return the settings of a new run or the one to resume; those of the user's model, if any; and of sampling."""
-    saved = output / "config.json"
-    if resume and config is None and saved.exists():
-        model = output / "model.json"
-        tables = read_settings(model) if model.exists() else {}
-        file = output / "sampling.json"
-        stream = make_stream_config(read_settings(file) if file.exists() else {}, sampling, str(file))
-        return make_config(saved, given), make_model_config(tables, own, str(model)), stream
-    if config is not None and not config.exists():
-        raise InputError(f"--config is {config}, which does not exist")
-    tables = {} if config is None else read_settings(config)
-    user = make_model_config(tables.get("model", {}), own, str(config))
-    if user is not None and "learning_rate" not in {**tables, **given}:
-        given = {**given, "learning_rate": MODEL_RATE}
-    return make_config(config, given), user, make_stream_config(tables.get("sampling", {}), sampling, str(config))
 
 
 def _set_threads(threads: int) -> None:
@@ -202,9 +194,7 @@ def _set_threads(threads: int) -> None:
 
 
 def _one(
-    settings: TrainConfig,
-    user: ModelConfig | None,
-    stream: StreamConfig,
+    settings: Settings,
     output: Path,
     stop: StopRequest,
     reporter: ProgressReporter,
@@ -215,8 +205,9 @@ def _one(
     """Train once; return what to print."""
     if overwrite and ranks.leads:
         remove_run(output)
-    options: dict[str, Any] = {"resume": resume, "model": user, "stream": stream, "ranks": ranks}
-    summary = train_run(settings, output, output / "warm_start", stop, reporter, **options)
+    options: dict[str, Any] = {"model": settings.model, "stream": settings.stream, "loss": settings.loss}
+    options |= {"resume": resume, "changes": True, "ranks": ranks}
+    summary = train_run(settings.config, output, output / "warm_start", stop, reporter, **options)
     table = Table(title=f"{summary['algorithm']}, seed {summary['seed']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -225,16 +216,19 @@ def _one(
     for (when, (right, total)), worth in zip(answered.items(), worths, strict=True):
         low, high = binomial_interval(worth * right / total, worth)
         table.add_row(f"held-out accuracy {when}", f"{right / total:.1%}   95 % interval {low:.1%} to {high:.1%}")
-    answers = settings.heldout_samples
+    answers = settings.config.heldout_samples
     samples = f"{summary['heldout_after'][1] // answers:,} prompts, {answers} answers each, temperature 1"
     table.add_row("held out", samples)
     table.add_row("rollouts spent", f"{summary['rollouts']:,}")
     if summary["dropped"]:
         table.add_row("of these dropped", f"{summary['dropped']:,}")
+    failures, timeouts = summary.get("reward_failures", 0), summary.get("reward_timeouts", 0)
+    if failures or timeouts:
+        table.add_row("answers without a reward", f"{failures:,} failures, {timeouts:,} timeouts of the verifier")
     if summary["conflicts"] is not None:
         table.add_row("conflicts found", f"{summary['conflicts']:,} in {summary['prompts']:,} prompts")
     table.add_row("mean rollouts per prompt", f"{summary['rollouts_per_prompt']:.2f}")
-    table.add_row("seconds" if user else "seconds after the warm start", f"{summary['seconds']:.0f}")
+    table.add_row("seconds" if settings.model else "seconds after the warm start", f"{summary['seconds']:.0f}")
     table.add_row("written", "metrics.jsonl, curves.png, summary.json, checkpoints, policy")
     return table
 

@@ -28,8 +28,15 @@ def parsed_range(name: str, given: Any) -> tuple[float, float]:
 
 
 def widened(reward_range: tuple[float, float], rewards: Tensor) -> tuple[float, float]:
-    """Return the range that holds all `rewards` [N] too: what estimators without a prior compute with."""
+    """Return the range that holds all `rewards` [N] too: what estimators without a prior compute with.
+
+    Raises:
+        ValueError: a reward is infinite.
+    """
     if not len(rewards):
         return reward_range
     smallest, largest = (float(end) for end in rewards.aminmax())
+    if math.inf in (-smallest, largest):
+        place = int(rewards.isinf().nonzero()[0])
+        raise ValueError(f"rewards[{place}] is {float(rewards[place])}; allowed: finite numbers")
     return min(reward_range[0], smallest), max(reward_range[1], largest)

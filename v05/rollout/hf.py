@@ -113,6 +113,8 @@ class TransformersEngine:
         chosen = torch.repeat_interleave(torch.arange(len(prompt_ids)), torch.tensor(counts)).to(device)
         cache.reorder_cache(cast(Any, chosen))  # unlike batch_select_indices it knows states of linear attention
         logits, mask, position = output.logits[chosen, -1], mask[chosen], lengths[chosen, None]
+        if not bool(logits.amax(-1).isfinite().all()):  # -inf forbids a token, but not all of them
+            raise FloatingPointError("the policy's logits are not finite")
         tokens, logprobs = [], []
         done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):

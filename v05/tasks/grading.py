@@ -3,10 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from v05.errors import InputError
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
+
+HOPELESS: Final = 64  # answers without a reward, and none with one before them, that end a run
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +96,18 @@ class PoolGrader:
         """
         self.pool, self.record_of = pool, record_of
         self._troubles = Troubles()
-        self._not_given = 0
+        self._given = self._not_given = 0
 
     def submit(self, prompt: str, text: str, finished: bool) -> int:
         """Queue one answer and return its ticket; below 0 where nothing is to be judged."""
         return self.pool.submit(prompt, text, self.record_of(prompt)) if finished else -1
 
     def collect(self, tickets: Sequence[int]) -> list[float]:
-        """Wait for the rewards of these tickets."""
+        """Wait for the rewards of these tickets.
+
+        Raises:
+            InputError: the first `HOPELESS` answers got none, so that no other will.
+        """
         verdicts = iter(self.pool.collect([ticket for ticket in tickets if ticket >= 0]))
         rewards = []
         for ticket in tickets:
@@ -111,6 +118,8 @@ class PoolGrader:
             rewards.append(verdict.reward)
             if verdict.problem:
                 self._note(verdict)
+            else:
+                self._given += 1
         return rewards
 
     def _note(self, verdict: Verdict) -> None:
@@ -121,6 +130,10 @@ class PoolGrader:
         self._not_given += 1
         if self._not_given.bit_count() == 1:
             logger.warning("the verifier gave no reward %d times; last: %s", self._not_given, verdict.reason)
+        if self._not_given >= HOPELESS and not self._given:
+            none = f"the verifier gave no reward for any of its first {HOPELESS} answers"
+            allowed = "allowed: the smallest reward for an answer that is wrong in any way"
+            raise InputError(f"{none}; last: {verdict.reason}; {allowed}")
 
     def ready(self, ticket: int) -> bool:
         """Return whether the verdict is there, or none is needed."""

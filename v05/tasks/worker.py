@@ -52,7 +52,8 @@ def judge(verifier: Verifier, answer: Answer, reward_range: tuple[float, float])
         if abs(reward - edge) <= rounding:
             return Verdict(edge)
     if not low <= reward <= high:
-        return Verdict(low, "failure", f"returned {returned!r:.80}; allowed: a number from {low:g} to {high:g}")
+        allowed = f"a number from {low:g} to {high:g} (--reward-range)"
+        return Verdict(low, "failure", f"returned {returned!r:.80}; allowed: {allowed}")
     return Verdict(reward)
 
 

@@ -1,0 +1,152 @@
+"""What may change when a run is resumed, what is noted of it, and a run that breaks down and is rescued."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.cli import app
+from v05.config import TrainConfig
+from v05.errors import InputError
+from v05.metrics import read_metrics
+from v05.run import train_run
+from v05.stream_config import BATCHES, StreamConfig
+
+TINY = TrainConfig(
+    policy="tiny",
+    prior="history",
+    rollouts=192,
+    rollouts_per_update=32,
+    eval_every=64,
+    heldout_prompts=8,
+    heldout_samples=2,
+    checkpoint_every=2,
+    warm_start_steps=5,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("warm_start")
+
+
+def train(folder: Path, cache: Path, stop_after: int = 10**9, **settings: Any) -> dict[str, Any]:
+    """Train, or go on with `changes` allowed, and stop after so many rollouts."""
+    stop, stream = StopRequest(), settings.pop("stream", BATCHES)
+
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        stop.requested |= stage != "warm start" and done >= stop_after
+
+    config = dataclasses.replace(TINY, **settings)
+    return train_run(config, folder, cache, stop, report, resume=True, changes=True, stream=stream)
+
+
+def changes_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint.tensors["policy"]
+
+
+@pytest.mark.parametrize("stream", [BATCHES, StreamConfig("stream", window=2)], ids=["batch", "stream"])
+def test_a_finished_run_is_made_longer(stream: StreamConfig, cache: Path, tmp_path: Path) -> None:
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    train(whole, cache, stream=stream)
+    assert train(longer, cache, rollouts=96, stream=stream)["rollouts"] <= 96
+    updates = len(read_metrics(longer)) - 1
+    summary = train(longer, cache, stream=stream)
+    assert 96 < summary["rollouts"] <= 192
+    assert changes_of(longer) == [{"update": updates, "rollouts": [96, 192]}]
+    assert json.loads((longer / "config.json").read_text())["rollouts"] == 192
+    assert not (whole / "changes.jsonl").exists()
+    if not stream.streams:  # there the end of the first run left no update in flight
+        for name, value in weights(whole).items():
+            assert torch.equal(value, weights(longer)[name])
+
+
+def test_what_only_costs_or_watches_may_change_and_is_noted(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, cache, stop_after=64)
+    for wrong, message in (
+        (dict(rollouts=96), "rollouts is 96; allowed when resuming .*: 192 or more"),
+        (dict(seed=1), "seed is 1; allowed when resuming .*: 0$"),
+        (dict(learning_rate=1e-4, cost=0.5), "cost is 0.5; allowed when resuming"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(tmp_path, cache, **wrong)
+    assert not (tmp_path / "changes.jsonl").exists()
+    with pytest.raises(Interrupted):
+        train(tmp_path, cache, stop_after=96, learning_rate=1e-4, checkpoint_every=1)
+    new = dict(learning_rate=1e-5, checkpoint_every=1, micro_batches=2, eval_every=32)
+    train(tmp_path, cache, **new)
+    assert changes_of(tmp_path) == [
+        {"update": 2, "learning_rate": [2e-4, 1e-4], "checkpoint_every": [2, 1]},
+        {"update": 3, "learning_rate": [1e-4, 1e-5], "micro_batches": [1, 2], "eval_every": [64, 32]},
+    ]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in new} == new
+    assert train(tmp_path, cache, **new)["rollouts"] == 192
+    with pytest.raises(InputError, match=r"learning_rate is 0.5; .*: 1e-05, unless rollouts are more"):
+        train(tmp_path, cache, **new | dict(learning_rate=0.5))
+
+
+def test_the_rate_in_an_algorithms_name_may_change_and_nothing_else_of_it(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, cache, stop_after=64, algorithm="dr_grpo:4@1e-3")
+    with pytest.raises(InputError, match=r"algorithm is 'dr_grpo:8@1e-4'; allowed when resuming .*: 'dr_grpo:4@1e-3'"):
+        train(tmp_path, cache, algorithm="dr_grpo:8@1e-4")
+    train(tmp_path, cache, algorithm="dr_grpo:4@1e-4")
+    assert changes_of(tmp_path) == [{"update": 2, "algorithm": ["dr_grpo:4@1e-3", "dr_grpo:4@1e-4"]}]
+
+
+def test_progress_says_what_is_dropped(cache: Path, tmp_path: Path) -> None:
+    config, notes = dataclasses.replace(TINY, algorithm="dapo:2", rollouts=64), list[str]()
+    train_run(config, tmp_path, cache, StopRequest(), lambda stage, done, total, note: notes.append(note))
+    dropped = sum(line.get("dropped", 0) for line in read_metrics(tmp_path))
+    assert notes[-1].endswith(f", {dropped / 64:.0%} dropped")
+
+
+def test_nothing_changes_unless_it_is_asked_for(cache: Path, tmp_path: Path) -> None:
+    train(tmp_path, cache, rollouts=32)
+    with pytest.raises(InputError, match=r"rollouts is 192; allowed when resuming .*: 32$"):
+        train_run(TINY, tmp_path, cache, StopRequest(), lambda *_: None, resume=True)
+
+
+@pytest.mark.parametrize("spoilt", ["gradient", "policy"])
+def test_a_run_that_breaks_down_says_where_it_can_go_on(
+    spoilt: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(TINY.to_dict()))
+    command = ["train", "--output", str(tmp_path / "run"), "--config", str(config), "--resume"]
+    if spoilt == "gradient":
+        monkeypatch.setattr("v05.learner.Learner._clip", lambda learner: float("nan"))
+    else:
+        command += ["--learning-rate", "1e30"]
+    broken = CliRunner().invoke(app, command)
+    assert isinstance(broken.exception, InputError), broken.output
+    [message] = str(broken.exception).splitlines()
+    assert ("gradient's norm is nan" if spoilt == "gradient" else "logits are not finite") in message
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert f"saved in {newest}" in message
+    assert "--resume repeats this, unless learning_rate" in message
+    monkeypatch.undo()
+    command = ["train", "--output", str(tmp_path / "run"), "--resume", "--learning-rate", "1e-5"]
+    assert CliRunner().invoke(app, command).exit_code == 0
