@@ -9,14 +9,14 @@ import torch
 from test_user_model import SUMS
 from tiny_chat import write_model
 
-from v05.algorithms import parse_algorithm
 from v05.errors import InputError
-from v05.learner import Learner, check_linear
-from v05.pretrained import load_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
-from v05.sharding import layers_of
-from v05.user_model import check_positions
+from v05.training.algorithms import parse_algorithm
+from v05.training.learner import Learner, check_linear
+from v05.training.pretrained import load_policy
+from v05.training.sharding import layers_of
+from v05.training.user_model import check_positions
 
 
 def gap(folder: Path, **options: Any) -> float:

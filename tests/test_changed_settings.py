@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
 from v05.cli import app
-from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.metrics import read_metrics
-from v05.run import train_run
-from v05.stream_config import BATCHES, StreamConfig
+from v05.training.config import TrainConfig
+from v05.training.metrics import read_metrics
+from v05.training.run import train_run
+from v05.training.stream_config import BATCHES, StreamConfig
 
 TINY = TrainConfig(
     policy="tiny",
@@ -137,7 +137,7 @@ def test_a_run_that_breaks_down_says_where_it_can_go_on(
     config.write_text(json.dumps(TINY.to_dict()))
     command = ["train", "--output", str(tmp_path / "run"), "--config", str(config), "--resume"]
     if spoilt == "gradient":
-        monkeypatch.setattr("v05.learner.Learner._clip", lambda learner: float("nan"))
+        monkeypatch.setattr("v05.training.learner.Learner._clip", lambda learner: float("nan"))
     else:
         command += ["--learning-rate", "1e30"]
     broken = CliRunner().invoke(app, command)

@@ -17,11 +17,11 @@ import torch
 from training_runs import StopAfter, assert_same_run, silent
 
 from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
-from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.model_config import ModelConfig
-from v05.run import Interrupted, read_metrics, train_run, truncate_metrics
-from v05.run_folder import alone_in, remove_run
+from v05.training.config import TrainConfig
+from v05.training.model_config import ModelConfig
+from v05.training.run import Interrupted, read_metrics, train_run, truncate_metrics
+from v05.training.run_folder import alone_in, remove_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,7 +187,7 @@ def test_a_run_that_cannot_start_holds_its_folder_to_the_end(tmp_path: Path, mon
                 seen.append(found.stderr.decode().splitlines()[-1:])
                 assert not (folder / "config.json").exists()
 
-    monkeypatch.setattr("v05.run.alone_in", watched)
+    monkeypatch.setattr("v05.training.run.alone_in", watched)
     model = ModelConfig(str(tmp_path / "absent"), str(tmp_path / "absent.jsonl"))
     with pytest.raises(InputError, match="absent"):
         train_run(TINY, tmp_path / "run", tmp_path / "cache", StopRequest(), silent, model=model)

@@ -9,9 +9,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from v05.cli import COMMANDS, app, load
-from v05.config import TrainConfig
-from v05.model_config import ModelConfig
-from v05.stream_config import StreamConfig
+from v05.training.config import TrainConfig
+from v05.training.model_config import ModelConfig
+from v05.training.stream_config import StreamConfig
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from v05.checkpoint import StopRequest
 from v05.cli import app
-from v05.compare import Curve, compare, comparison, reference_of
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.estimates import HeldOut, binomial_interval
-from v05.metrics import read_metrics
+from v05.training.compare import Curve, compare, comparison, reference_of
+from v05.training.config import TrainConfig
+from v05.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from v05.config import TrainConfig, make_config
 from v05.errors import InputError
-from v05.loss_config import LossConfig
-from v05.model_config import ModelConfig
-from v05.stream_config import StreamConfig
+from v05.training.config import TrainConfig, make_config
+from v05.training.loss_config import LossConfig
+from v05.training.model_config import ModelConfig
+from v05.training.stream_config import StreamConfig
 
 COMMANDS = (Path(__file__).resolve().parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
 

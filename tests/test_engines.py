@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from v05.engines import PolicyCodec, check_engine, make_engine
 from v05.errors import InputError
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.streaming import EngineDied
 from v05.rollout.vllm_server import ServerSettings
 from v05.rollout.weights_file import check_weights, weights_file
+from v05.training.engines import PolicyCodec, check_engine, make_engine
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_an_address_without_a_server_is_the_users_to_mend(monkeypatch: pytest.Mo
     def nobody(settings: ServerSettings) -> None:
         raise EngineDied(f"the server at {settings.url} is not healthy after {settings.startup_timeout:g} s")
 
-    monkeypatch.setattr("v05.engines.ServerEngine", nobody)
+    monkeypatch.setattr("v05.training.engines.ServerEngine", nobody)
     with pytest.raises(InputError, match=r"http://here:1 is not healthy after 2 s; allowed: the address of a server"):
         make_engine("http://here:1", make_policy("01", "tiny", 0), model="m", options={"startup_timeout": 2.0})
 

@@ -20,11 +20,11 @@ from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
 from v05.evaluate import Sampling, evaluate, fingerprint, summarise
 from v05.policy import Policy
-from v05.pretrained import load_policy
 from v05.rollout.engine import Rollout
 from v05.rollout.hf import TransformersEngine
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, digest, read_data
 from v05.tasks.pool import RewardPool
+from v05.training.pretrained import load_policy
 
 
 def test_pass_at_k_counts_the_draws_that_hold_a_right_answer() -> None:
@@ -317,8 +317,8 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
         assert options["options"] == {"block_size": 32, "timeout": 5}
         return TransformersEngine(policy)
 
-    monkeypatch.setattr("v05.pretrained.load_policy", load)
-    monkeypatch.setattr("v05.engines.make_engine", engine)
+    monkeypatch.setattr("v05.training.pretrained.load_policy", load)
+    monkeypatch.setattr("v05.training.engines.make_engine", engine)
     data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one plus one", "answer": "two"}])
     command = ["evaluate", "--model", str(write_model(tmp_path / "model")), "--data", str(data), "--engine", "vllm"]
     command += ["--output", str(tmp_path / "out"), "--samples", "2", "--max-new-tokens", "3", "--verifier", "exact"]

@@ -11,17 +11,17 @@ import torch
 from tiny_chat import write_model
 from typer.testing import CliRunner
 
-from v05.algorithms import parse_algorithm
 from v05.batch import PackedTokens
 from v05.cli import app
 from v05.errors import InputError
 from v05.kernels import policy_loss, token_logprob
-from v05.learner import Learner
-from v05.loss_config import PLAIN, LossConfig, make_loss_config
 from v05.policy import Policy
-from v05.pretrained import load_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
+from v05.training.algorithms import parse_algorithm
+from v05.training.learner import Learner
+from v05.training.loss_config import PLAIN, LossConfig, make_loss_config
+from v05.training.pretrained import load_policy
 
 TRUNCATED = LossConfig(sampler_correction="token_truncate", sampler_cap=1.5)
 LOSSES = [

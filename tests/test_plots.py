@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from v05.compare import Curve
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation
 from v05.fuse import FuseConfig, Summary
@@ -22,6 +21,7 @@ from v05.simulation import Result
 from v05.studies.gradient import GradientQuality
 from v05.studies.records import Cell
 from v05.studies.training_report import Trained
+from v05.training.compare import Curve
 from v05.value.measure import Reliability
 
 FILE = Path("not written.png")

@@ -10,11 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from v05.batch import offsets_from_lengths
-from v05.config import TrainConfig
 from v05.policy import Policy, make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.tasks import make_task
-from v05.warm_start import ADAM_RATE, MUON_RATE, cache_key, imitate, imitation_loss, make_optimizers, warm_start
+from v05.training.config import TrainConfig
+from v05.training.warm_start import (
+    ADAM_RATE,
+    MUON_RATE,
+    cache_key,
+    imitate,
+    imitation_loss,
+    make_optimizers,
+    warm_start,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,8 +141,10 @@ def test_imitation_lowers_the_loss_and_is_deterministic() -> None:
 
 def test_the_rates_of_imitation_rise_and_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     task, made, seen = make_task("arithmetic"), [], []
-    monkeypatch.setattr("v05.warm_start.WARM_UP", 2)
-    monkeypatch.setattr("v05.warm_start.make_optimizers", lambda policy: made.extend(make_optimizers(policy)) or made)
+    monkeypatch.setattr("v05.training.warm_start.WARM_UP", 2)
+    monkeypatch.setattr(
+        "v05.training.warm_start.make_optimizers", lambda policy: made.extend(make_optimizers(policy)) or made
+    )
     policy = make_policy(task.alphabet, "tiny", 0)
     imitate(policy, task, 4, 0, lambda *step: seen.append([each.param_groups[0]["lr"] for each in made]))
     muon, adam = zip(*seen, strict=True)

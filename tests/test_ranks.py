@@ -16,16 +16,16 @@ from test_user_model import SUMS, TINY, batch_of, settings_for
 from tiny_chat import write_model
 from training_runs import StopAfter, silent
 
-from v05.algorithms import parse_algorithm
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
 from v05.errors import InputError
-from v05.learner import Learner, share
-from v05.pretrained import load_policy
-from v05.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from v05.rollout.hf import TransformersEngine
-from v05.run import train_run
-from v05.stream_config import StreamConfig
-from v05.team import Team, deal
+from v05.training.algorithms import parse_algorithm
+from v05.training.learner import Learner, share
+from v05.training.pretrained import load_policy
+from v05.training.ranks import ALONE, Ranks, join_ranks, leave_ranks
+from v05.training.run import train_run
+from v05.training.stream_config import StreamConfig
+from v05.training.team import Team, deal
 
 CASES: dict[str, dict[str, Any]] = {
     "logits": dict(kind="qwen3"),

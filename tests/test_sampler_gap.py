@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from v05.sampler_gap import LARGEST, GapWatch, gap_sums, with_gap_metrics
+from v05.training.sampler_gap import LARGEST, GapWatch, gap_sums, with_gap_metrics
 
 
 def metrics_of(*parts: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:

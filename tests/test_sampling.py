@@ -13,20 +13,20 @@ from typer.testing import CliRunner
 
 from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.kernels import policy_loss, token_logprob
-from v05.learner import Learner
-from v05.metrics import read_metrics
 from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.limits import MODES
 from v05.rollout.pack import pack
 from v05.rollout.queued import QueuedEngine
 from v05.rollout.streaming import Request
-from v05.run import make_trainer, train_run
-from v05.stream_config import RULES, StreamConfig, make_stream_config
 from v05.tasks import make_task
+from v05.training.config import TrainConfig
+from v05.training.learner import Learner
+from v05.training.metrics import read_metrics
+from v05.training.run import make_trainer, train_run
+from v05.training.stream_config import RULES, StreamConfig, make_stream_config
 
 SMALL: dict[str, Any] = dict(
     policy="tiny",
@@ -144,7 +144,7 @@ def test_old_rollouts_are_weighed_by_what_has_changed() -> None:
     )
     batch = pack([rollout for row in rows for rollout in row], "token-mean", max_length=4)
     advantages = torch.linspace(-1, 1, 12)
-    from v05.algorithms import parse_algorithm
+    from v05.training.algorithms import parse_algorithm
 
     learner = Learner(
         policy,

@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 
 from v05.checkpoint import StopRequest
 from v05.cli import app
-from v05.compare import Curve
-from v05.config import TrainConfig
 from v05.errors import InputError
-from v05.run import Interrupted, read_metrics
 from v05.studies.table import StudyTable
 from v05.studies.training import TUNING_SEED, TrainStudy, best_rates, carry_out, final_runs, tuning_runs
 from v05.studies.training_report import Trained, table_of, verdicts
+from v05.training.compare import Curve
+from v05.training.config import TrainConfig
+from v05.training.run import Interrupted, read_metrics
 
 SMALL = ("--rates", "1e-4,4e-4", "--tuning-seeds", 1, "--rollouts", 64, "--per-update", 16, "--heldout", 8)
 TINY = ("--policy", "tiny", "--warm-start-steps", 2)

@@ -7,10 +7,7 @@ import random
 import pytest
 import torch
 
-from v05.algorithms import ALGORITHMS, equal_groups, parse_algorithm
 from v05.batch import Groups, PackedTokens
-from v05.config import TrainConfig
-from v05.counters import Counters
 from v05.errors import InputError
 from v05.kernels import group_advantage
 from v05.packing import AGGREGATIONS
@@ -20,11 +17,14 @@ from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
-from v05.run import make_prior
-from v05.sampling import Stopped
 from v05.seeds import seed_of
 from v05.tasks import Split
-from v05.trainer import Trainer
+from v05.training.algorithms import ALGORITHMS, equal_groups, parse_algorithm
+from v05.training.config import TrainConfig
+from v05.training.counters import Counters
+from v05.training.run import make_prior
+from v05.training.sampling import Stopped
+from v05.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

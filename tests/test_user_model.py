@@ -14,23 +14,23 @@ from training_runs import StopAfter, assert_same_run, silent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from v05.algorithms import parse_algorithm
 from v05.batch import PackedTokens
 from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
-from v05.config import TrainConfig, make_config
 from v05.errors import InputError
-from v05.learner import Learner, check_linear
-from v05.metrics import read_metrics
-from v05.model_config import ModelConfig, make_model_config
 from v05.policy import Policy
-from v05.pretrained import load_policy
 from v05.rollout.hf import TransformersEngine, pieces
 from v05.rollout.pack import pack
-from v05.run import train_run
-from v05.sampler_gap import GapWatch
-from v05.stream_config import StreamConfig
 from v05.tasks.problems import Problems
+from v05.training.algorithms import parse_algorithm
+from v05.training.config import TrainConfig, make_config
+from v05.training.learner import Learner, check_linear
+from v05.training.metrics import read_metrics
+from v05.training.model_config import ModelConfig, make_model_config
+from v05.training.pretrained import load_policy
+from v05.training.run import train_run
+from v05.training.sampler_gap import GapWatch
+from v05.training.stream_config import StreamConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -357,7 +357,7 @@ def test_an_engine_is_stopped_where_no_trainer_can_be_made_of_it(
         def close(self) -> None:
             Closed.times += 1
 
-    monkeypatch.setattr("v05.run.make_engine", lambda name, policy, *rest, **options: Closed(policy))
+    monkeypatch.setattr("v05.training.run.make_engine", lambda name, policy, *rest, **options: Closed(policy))
     model, config = settings_for(write_model(tmp_path / "model"), data), dataclasses.replace(TINY, algorithm="dapo:4")
     with pytest.raises(InputError, match="which drops equal groups"):
         train_run(config, tmp_path / "run", tmp_path, StopRequest(), silent, model=model, stream=StreamConfig("stream"))

@@ -11,9 +11,9 @@ from typing import Any
 from v05.checkpoint import Interrupted, StopRequest, write_text
 from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
+from v05.results_folder import ResultsFolder
 from v05.rollout.engine import Engine, Rollout, Unanswered
 from v05.seeds import seed_of
-from v05.studies.folder import StudyFolder
 from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
@@ -116,7 +116,7 @@ def evaluate(
             others are written.
     """
     identity = {**settings, **asdict(sampling), "problems": digest(records), "reward_range": list(pool.reward_range)}
-    results = StudyFolder(folder, identity, ["problem"], on_disk=["prompt", "completions"])
+    results = ResultsFolder(folder, identity, ["problem"], on_disk=["prompt", "completions"])
     starts = range(0, len(records), sampling.batch)
     todo = [list(range(start, min(start + sampling.batch, len(records)))) for start in starts]
     todo = [batch for batch in todo if not all(results.has(problem=number) for number in batch)]
@@ -215,7 +215,7 @@ def _submit(
 
 
 def _write(
-    results: StudyFolder,
+    results: ResultsFolder,
     records: Sequence[Mapping[str, Any]],
     batch: Sequence[int],
     answers: Sequence[Sequence[Rollout]],

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tests.with_vllm import tiny_qwen3
 from v05.cli import app
-from v05.metrics import read_metrics
+from v05.training.metrics import read_metrics
 
 pytestmark = pytest.mark.vllm
 OPTIONS = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8}

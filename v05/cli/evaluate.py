@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from v05.config import check
 from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
-from v05.model_config import is_object
 from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import VERIFIERS, make_verifier, needs_answer
+from v05.training.config import check
+from v05.training.model_config import is_object
 
 PATIENCE: Final = ("timeout", "startup_timeout")  # options of a server that change nothing but what is waited for
 
@@ -71,9 +71,9 @@ def run(
 ) -> Evaluation:
     """Evaluate with a progress bar; a stop is said in one line, with exit status 130."""
     from v05.checkpoint import Interrupted, StopRequest
-    from v05.engines import check_engine, close_engine, make_engine
-    from v05.pretrained import load_policy
-    from v05.user_model import check_positions, prompt_lengths
+    from v05.training.engines import check_engine, close_engine, make_engine
+    from v05.training.pretrained import load_policy
+    from v05.training.user_model import check_positions, prompt_lengths
 
     check_engine(engine)
     verifier = make_verifier(judging["verifier"], judging["reward_range"])

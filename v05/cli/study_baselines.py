@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from v05.checkpoint import StopRequest, read_tensors, write_tensors
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.plots.baselines import plot_baseline_errors, plot_gradients
 from v05.records import check_keys, check_number, check_range, parse_object, read_blocks
-from v05.run import make_trainer
-from v05.studies.folder import StudyFolder
+from v05.results_folder import ResultsFolder
 from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
 from v05.studies.records import DEFAULT, PRIORS, RANGE, Cell, RecordsStudy, cells
 from v05.studies.table import StudyTable
+from v05.training.config import TrainConfig
+from v05.training.run import make_trainer
 
 FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
@@ -91,7 +91,7 @@ def records(
     study = RecordsStudy(listed(estimators), sizes, repeats, batch, recorded, seed)
     scores = read_scores(context, reward_range)
     settings = {**dataclasses.asdict(study), "scores": len(scores), "sum": sum(scores)}
-    folder = StudyFolder(output, settings, ("prior", "rollouts", "estimator"))
+    folder = ResultsFolder(output, settings, ("prior", "rollouts", "estimator"))
     with progressing() as progress:
         task = progress.add_task("priors", total=len(PRIORS) * len(sizes))
         for prior in PRIORS:
@@ -159,7 +159,7 @@ def gradient(
         raise InputError(f"--prompts is {prompts} and --pool {pool}; allowed: 1 and 2 or more")
     settings = dict(task=task, prompts=prompts, pool=pool, repeats=repeats, seed=seed)
     settings["measured"] = ",".join(GradientQuality._fields)
-    folder = StudyFolder(output, settings, ("estimator", "prior", "k_init", "k_max", "cost"))
+    folder = ResultsFolder(output, settings, ("estimator", "prior", "k_init", "k_max", "cost"))
     with progressing() as progress:
         sampled = read_pool(output, task, prompts, pool, progress)
         bar = progress.add_task("estimators", total=len(asked))

@@ -11,11 +11,9 @@ from rich.console import Console
 
 from v05.checkpoint import StopRequest
 from v05.cli.study_baselines import listed, progressing
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.plots.training import plot_training
-from v05.run import Interrupted
-from v05.studies.folder import StudyFolder
+from v05.results_folder import ResultsFolder
 from v05.studies.training import (
     RATES,
     TrainStudy,
@@ -27,6 +25,8 @@ from v05.studies.training import (
     tuning_runs,
 )
 from v05.studies.training_report import Trained, table_of, target
+from v05.training.config import TrainConfig
+from v05.training.run import Interrupted
 
 PAPER = "v05,grpo:16,dapo:16,grpo:4,dr_grpo:16,dr_grpo:4"
 FROM_ONE = "v05_calibrated_loo:1,v05_calibrated_loo:2,spo,reinforce"
@@ -62,7 +62,7 @@ def train(
     config = TrainConfig(rollouts=rollouts, rollouts_per_update=per_update, eval_every=every, heldout_seed=1, **shared)  # type: ignore[arg-type]
     study = TrainStudy(listed(algorithms), swept, tuning_seeds, seeds, config)
     settings = {**dataclasses.asdict(study), "algorithms": None, "seeds": None}  # more of either may be asked for later
-    StudyFolder(output, settings, ())
+    ResultsFolder(output, settings, ())
     trained, chosen = trained_in(study, output, workers)
     title = (
         f"Held-out accuracy in % on {task}, prior {prior}, after so many rollouts, {per_update} an update: "

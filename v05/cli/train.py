@@ -13,18 +13,18 @@ from rich.table import Table
 
 from v05.checkpoint import Interrupted, StopRequest
 from v05.cli.progress import ProgressReporter, reporting
-from v05.compare import compare as compare_algorithms
-from v05.compare import reference_of
-from v05.config import PRIORS, TrainConfig
 from v05.errors import InputError
 from v05.estimates import binomial_interval
-from v05.loss_config import PLAIN
-from v05.model_config import ModelConfig
-from v05.ranks import Ranks, join_ranks, leave_ranks
-from v05.run import train_run
-from v05.run_folder import remove_run
-from v05.settings import Settings, make_settings
-from v05.stream_config import StreamConfig
+from v05.training.compare import compare as compare_algorithms
+from v05.training.compare import reference_of
+from v05.training.config import PRIORS, TrainConfig
+from v05.training.loss_config import PLAIN
+from v05.training.model_config import ModelConfig
+from v05.training.ranks import Ranks, join_ranks, leave_ranks
+from v05.training.run import train_run
+from v05.training.run_folder import remove_run
+from v05.training.settings import Settings, make_settings
+from v05.training.stream_config import StreamConfig
 
 
 def train(

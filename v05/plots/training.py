@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from v05.metrics import worth
 from v05.studies.interquartile import interquartile_mean
+from v05.training.metrics import worth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -102,7 +102,7 @@ class ServerEngine(ConcurrentEngine):
     order of asking.
 
     The server must report log-probabilities at the sampling temperature (`--logprobs-mode processed_logprobs`); no
-    answer tells whether it does, but `v05 train` warns when it does not (`v05.sampler_gap`).
+    answer tells whether it does, but `v05 train` warns when it does not (`v05.training.sampler_gap`).
     """
 
     def __init__(self, settings: ServerSettings) -> None:

@@ -22,14 +22,14 @@ class TrainConfig:
     """Everything that decides what a run computes; two runs with equal settings and threads are equal bit for bit.
 
     Attributes:
-        algorithm: `name[:k]`, see `v05.algorithms`.
+        algorithm: `name[:k]`, see `v05.training.algorithms`.
         task: one of `v05.tasks.TASKS`.
         policy: size of the policy, one of `v05.policy.SIZES`.
         prior: one of `PRIORS`.
         seed: fixes the order of prompts and every sample; the warm start has its own.
         rollouts: rollouts to spend in all.
         rollouts_per_update: rollouts that one step of the optimiser learns from.
-        learning_rate: of Adam, after the first updates, see `v05.learner.WARM_UP`.
+        learning_rate: of Adam, after the first updates, see `v05.training.learner.WARM_UP`.
         temperature: of sampling and of log-probabilities.
         cost: price of a rollout in the look-ahead, in units of the largest reward variance.
         epochs: passes over each batch; from the second on the ratio is clipped.

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v05.algorithms import Algorithm
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.rollout.budget import BudgetRule, Fixed, LookAhead, ReinforceAda, Utility, Variance
 from v05.rollout.engine import Rollout
@@ -17,9 +15,11 @@ from v05.rollout.limits import Limits
 from v05.rollout.sample import Sample
 from v05.rollout.scheduler import Scheduler
 from v05.rollout.streaming import StreamingEngine
-from v05.stream_config import StreamConfig
 from v05.tasks import Task
 from v05.tasks.grading import Grader
+from v05.training.algorithms import Algorithm
+from v05.training.config import TrainConfig
+from v05.training.stream_config import StreamConfig
 from v05.value.prior import Prior
 
 

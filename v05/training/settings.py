@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from v05.config import TABLES, TrainConfig, make_config, read_settings
 from v05.errors import InputError
-from v05.loss_config import PLAIN, LossConfig, make_loss_config
-from v05.model_config import ModelConfig, make_model_config
-from v05.stream_config import BATCHES, StreamConfig, make_stream_config
+from v05.training.config import TABLES, TrainConfig, make_config, read_settings
+from v05.training.loss_config import PLAIN, LossConfig, make_loss_config
+from v05.training.model_config import ModelConfig, make_model_config
+from v05.training.stream_config import BATCHES, StreamConfig, make_stream_config
 
 MODEL_RATE: Final = 1e-6  # learning rate of a user's model where none is given
 

@@ -1,4 +1,4 @@
-"""The folder of a study: its settings, and each finished result as a line, so that a stopped study goes on."""
+"""The folder of a study or an evaluation: its settings, and each finished result as a line, so that it can go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from v05.checkpoint import write_text
 from v05.errors import InputError
 
 
-class StudyFolder:
+class ResultsFolder:
     """Results by key, in `results.jsonl`, of a study with the settings in `settings.json`."""
 
     def __init__(

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from v05.errors import InputError
-from v05.model_config import ModelConfig
 from v05.policy import Policy
-from v05.pretrained import load_policy
 from v05.tasks.data import read_data
 from v05.tasks.grading import PoolGrader
 from v05.tasks.pool import RewardPool
 from v05.tasks.problems import Problems
 from v05.tasks.verifiers import make_verifier, needs_answer
+from v05.training.model_config import ModelConfig
+from v05.training.pretrained import load_policy
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def load_user_model(settings: ModelConfig) -> tuple[Policy, Problems, PoolGrader
     """Return policy, task and grader.
 
     Args:
-        settings: see `v05.model_config.ModelConfig`.
+        settings: see `v05.training.model_config.ModelConfig`.
 
     Raises:
         InputError: a model, data or a verifier that cannot be loaded, or prompts and answers that the model's

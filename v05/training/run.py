@@ -10,27 +10,27 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from v05.changes import make_changes, way_out
 from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
-from v05.config import TrainConfig, read_settings
-from v05.engines import close_engine, make_engine, streaming
 from v05.errors import InputError
-from v05.loss_config import PLAIN, LossConfig
-from v05.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
-from v05.model_config import ModelConfig
 from v05.plots.training import plot_run
-from v05.priors import make_prior
-from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine
-from v05.run_folder import alone_in, prepare_folder, read_summary, remove_files
-from v05.sampler_gap import GapWatch
-from v05.sampling import Stopped
-from v05.settings import Settings
-from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import make_task
-from v05.trainer import Trainer
-from v05.user_model import load_user_model
-from v05.warm_start import warm_start
+from v05.training.changes import make_changes, way_out
+from v05.training.config import TrainConfig, read_settings
+from v05.training.engines import close_engine, make_engine, streaming
+from v05.training.loss_config import PLAIN, LossConfig
+from v05.training.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
+from v05.training.model_config import ModelConfig
+from v05.training.priors import make_prior
+from v05.training.ranks import ALONE, Ranks
+from v05.training.run_folder import alone_in, prepare_folder, read_summary, remove_files
+from v05.training.sampler_gap import GapWatch
+from v05.training.sampling import Stopped
+from v05.training.settings import Settings
+from v05.training.stream_config import BATCHES, StreamConfig
+from v05.training.trainer import Trainer
+from v05.training.user_model import load_user_model
+from v05.training.warm_start import warm_start
 
 
 class Reporter(Protocol):
@@ -78,7 +78,7 @@ def train_run(
         stop: looked at after every update.
         report: shows progress.
         resume: go on from the newest checkpoint in `folder`; start anew where there is none.
-        changes: settings that may change when a run is resumed may; see `v05.changes`.
+        changes: settings that may change when a run is resumed may; see `v05.training.changes`.
         model: a model and data of the user's; None for the task and the small policy that `config` names.
         stream: how rollouts are sampled.
         loss: its options.

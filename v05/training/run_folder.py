@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from v05.algorithms import parse_algorithm
-from v05.changes import changes_of
 from v05.checkpoint import write_text
-from v05.engines import check_engine
 from v05.errors import InputError
 from v05.policy import check_size
-from v05.priors import check_prior
-from v05.settings import Settings
 from v05.tasks import make_task
+from v05.training.algorithms import parse_algorithm
+from v05.training.changes import changes_of
+from v05.training.engines import check_engine
+from v05.training.priors import check_prior
+from v05.training.settings import Settings
 
 FILES: Final = (  # of a run, beside its folders
     "config.json",
@@ -39,7 +39,7 @@ def prepare_folder(settings: Settings, folder: Path, resume: bool, changes: bool
 
     Raises:
         InputError: an unknown algorithm, task, policy or engine; the folder has a run and `resume` is false; or the
-            settings differ from those of that run; where `changes` are allowed, see `v05.changes.changes_of`.
+            settings differ from those of that run; where `changes` are allowed, see `v05.training.changes.changes_of`.
     """
     parse_algorithm(settings.config.algorithm)
     make_task(settings.config.task)

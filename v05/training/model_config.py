@@ -1,4 +1,4 @@
-"""The settings of training a model of the user's on data of the user's; the algorithm's are in `v05.config`."""
+"""The settings of a model of the user's and of its data; the algorithm's are in `v05.training.config`."""
 
 import dataclasses
 import json
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from v05.config import check, check_type, known
 from v05.errors import InputError
 from v05.tasks.data import BENCHMARKS, Source
+from v05.training.config import check, check_type, known
 
 LOSSES: Final = ("linear", "logits")
 
@@ -29,7 +29,7 @@ class ModelConfig:
         heldout_share: share of the problems that is held out for evaluation.
         max_prompt_tokens: longer prompts are left out.
         max_new_tokens: limit of an answer's tokens; one that reaches it without an end gets the smallest reward.
-        engine: what samples, see `v05.engines.make_engine`.
+        engine: what samples, see `v05.training.engines.make_engine`.
         engine_options: more arguments of an engine other than `hf`, a JSON object.
         sequences_at_once: answers that the engine `hf` samples in one batch; the samples depend on it.
         device: `auto`, `cpu`, `cuda`.

@@ -1,8 +1,8 @@
 """The priors by name: expected rewards before any rollout."""
 
-from v05.algorithms import parse_algorithm
-from v05.config import TrainConfig
 from v05.errors import InputError
+from v05.training.algorithms import parse_algorithm
+from v05.training.config import TrainConfig
 from v05.value.context import PolicyContext
 from v05.value.embedder import sentence_folder
 from v05.value.history import HistoryPrior

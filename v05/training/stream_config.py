@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from v05.config import check, check_type, known
 from v05.errors import InputError
 from v05.rollout.limits import MODES
+from v05.training.config import check, check_type, known
 
 RULES: Final = ("look-ahead", "fixed", "utility", "variance", "reinforce-ada")
 BATCH: Final = "batch"

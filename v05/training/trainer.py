@@ -7,29 +7,29 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from v05.algorithms import equal_groups, parse_algorithm
 from v05.batch import Groups
-from v05.config import TrainConfig
-from v05.counters import Counters
 from v05.estimates import HeldOut
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
-from v05.learner import Learner
-from v05.loss_config import PLAIN, LossConfig
-from v05.metrics import finite, means_of
 from v05.policy import Policy
-from v05.ranks import ALONE, Ranks
 from v05.rollout.engine import Engine, Rollout, wrong_where_unanswered
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
 from v05.rollout.streaming import StreamingEngine
-from v05.sampling import Stopped, StreamSampler
 from v05.seeds import seed_of
-from v05.stream_config import BATCHES, StreamConfig
 from v05.tasks import Task
 from v05.tasks.grading import Grader, InlineGrader
-from v05.team import Team
+from v05.training.algorithms import equal_groups, parse_algorithm
+from v05.training.config import TrainConfig
+from v05.training.counters import Counters
+from v05.training.learner import Learner
+from v05.training.loss_config import PLAIN, LossConfig
+from v05.training.metrics import finite, means_of
+from v05.training.ranks import ALONE, Ranks
+from v05.training.sampling import Stopped, StreamSampler
+from v05.training.stream_config import BATCHES, StreamConfig
+from v05.training.team import Team
 from v05.value.prior import Middle, Prior
 
 REPLACED: Final = 10  # times `rollouts_per_update` that an update spends at most before it learns from what it has

@@ -8,15 +8,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from v05.algorithms import Algorithm
 from v05.batch import PackedTokens
 from v05.errors import InputError
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
-from v05.loss_config import PLAIN, LossConfig
 from v05.policy import Policy
-from v05.ranks import ALONE, Ranks
-from v05.sampler_gap import LARGEST, gap_sums, with_gap_metrics
-from v05.sharding import shard, split_as, whole
+from v05.training.algorithms import Algorithm
+from v05.training.loss_config import PLAIN, LossConfig
+from v05.training.ranks import ALONE, Ranks
+from v05.training.sampler_gap import LARGEST, gap_sums, with_gap_metrics
+from v05.training.sharding import shard, split_as, whole
 
 GRADIENT_NORM: Final = 1.0  # gradients are scaled down to this norm
 WARM_UP: Final = 10  # updates of linearly rising learning rate, while Adam's averages fill
@@ -65,7 +65,7 @@ class Step(torch.nn.Module):
         Returns:
             The loss, differentiable; metrics, sums and counts; the log-probs that the ratio refers to, [T]; and the
             entropy summed over the tokens, 0 where `old_logprobs` was given. Where it was not, metrics also have how
-            far the policy is from the sampler, see `v05.sampler_gap.gap_sums`.
+            far the policy is from the sampler, see `v05.training.sampler_gap.gap_sums`.
         """
         device = self.policy.device
         targets, weights, offsets, advantages = (
@@ -155,7 +155,7 @@ class Learner:
         Returns:
             Sums of the loss's metrics over all epochs, so that shares of them are right; `loss`, the mean over the
             epochs; `gradient_norm` of the last; `entropy` in nats, the mean over the tokens, and how far trainer and
-            sampler are apart, see `v05.sampler_gap.with_gap_metrics`, both before the first step.
+            sampler are apart, see `v05.training.sampler_gap.with_gap_metrics`, both before the first step.
 
         Raises:
             FloatingPointError: the gradient is not finite; no step was taken with it.

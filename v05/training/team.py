@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from v05.ranks import Ranks
 from v05.rollout.engine import Engine, Rollout
 from v05.seeds import seed_of
+from v05.training.ranks import Ranks
 
 T = TypeVar("T")
 

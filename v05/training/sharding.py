@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from v05.policy import Policy
-from v05.ranks import Ranks
+from v05.training.ranks import Ranks
 
 
 def shard(root: torch.nn.Module, policy: Policy, ranks: Ranks) -> None:

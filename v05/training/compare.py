@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from v05.algorithms import parse_algorithm
 from v05.checkpoint import StopRequest, write_text
-from v05.config import TrainConfig
 from v05.errors import InputError
 from v05.plots.training import plot_comparison
-from v05.run import Reporter, accuracies, read_metrics, train_run
+from v05.training.algorithms import parse_algorithm
+from v05.training.config import TrainConfig
+from v05.training.run import Reporter, accuracies, read_metrics, train_run
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
-from v05.algorithms import parse_algorithm
 from v05.checkpoint import newest_checkpoint, write_text
-from v05.config import read_settings
 from v05.errors import InputError
-from v05.metrics import append_line
-from v05.settings import Settings
+from v05.training.algorithms import parse_algorithm
+from v05.training.config import read_settings
+from v05.training.metrics import append_line
+from v05.training.settings import Settings
 
 CHANGEABLE: Final = ("rollouts", "learning_rate", "micro_batches", "eval_every", "checkpoint_every")
 FILE: Final = "changes.jsonl"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from v05.batch import offsets_from_lengths
 from v05.checkpoint import read_tensors, write_tensors
-from v05.config import TrainConfig
 from v05.policy import Policy, make_policy
 from v05.tasks import Demonstrated
+from v05.training.config import TrainConfig
 
 BATCH: Final = 128  # demonstrations per step
 MUON_RATE: Final = 0.02  # peak learning rate of the matrices inside the layers
