@@ -55,7 +55,8 @@ def test_scores_are_those_of_autograd():
 
 def test_factor_bias_and_variance_by_hand():
     """Two answers with scores (1, 0) and (0, 1): the truth is (1, 0), the mean gradient of every block (2, 1)."""
-    pool = Pool(torch.zeros(1, 2), torch.tensor([[0, 1]]), torch.eye(2, dtype=torch.float64)[None], torch.tensor(0.25))
+    scores, common, tokens = torch.eye(2, dtype=torch.float64)[None], torch.tensor(0.25), torch.ones(1, 2)
+    pool = Pool(torch.zeros(1, 2), torch.tensor([[0, 1]]), scores, common, tokens)
     blocks = torch.tensor([[[2.0, 1.0]]], dtype=torch.float64).repeat(BLOCKS, 1, 1)
     lengths = 9.0 + torch.arange(BLOCKS, dtype=torch.float64)
     truth = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -70,7 +71,8 @@ def test_factor_bias_and_variance_by_hand():
 def test_every_rollout_weighs_alike_in_groups_of_two_sizes(monkeypatch):
     """Groups of 2 and 4 with a wrong answer each: over 3 rollouts a prompt, either has a gradient of 2 / 3."""
     rewards, answer = torch.tensor([[-1.0, 1, 1, 1]] * 2, dtype=torch.float64), torch.tensor([[0, 1, 1, 1]] * 2)
-    pool = Pool(rewards, answer, torch.eye(2, dtype=torch.float64).repeat(2, 1, 1), torch.tensor(0.0))
+    scores = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
+    pool = Pool(rewards, answer, scores, torch.tensor(0.0), torch.ones(2, 4))
     places, counts = torch.arange(4).repeat(2, 1), torch.tensor([2, 4])
     monkeypatch.setattr("v05.studies.gradient.draw_groups", lambda *given: (places, counts))
     found = quality(pool, Drawn("rloo", "constant", 2, 4, repeats=2 * BLOCKS))

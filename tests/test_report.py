@@ -66,7 +66,7 @@ def test_a_time_says_what_to_know_of_it(report):
     text = report(busy, idle, row("TRL", "5", "5", note="as released", timed_by="events"))
     assert "| others used 0.26 cores |" in text
     assert text.count("others used") == 1
-    assert "| as released; by events |" in text
+    assert "| as released; ratio as called; by events |" in text
 
 
 def test_studies_come_last(report, tmp_path):
