@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -228,20 +229,18 @@ def check_file(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Opens a file for writing that appears under its name only when everything was written."""
     path = check_file(path)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # known before it exists, whatever comes then
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; allowed: a file in a folder that can be written") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+        try:
+            handle = name.open("x", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; allowed: a file in a folder that can be written") from None
+        with handle:
             yield handle
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
     except BaseException:
-        with suppress(FileNotFoundError):  # a signal between the last two lines
-            os.unlink(name)
+        with suppress(OSError):  # not there yet, or a signal after it was renamed
+            name.unlink()
         raise
 
 
