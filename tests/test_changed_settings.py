@@ -2,41 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_runs import TINY, StopAfter
 from typer.testing import CliRunner
 
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
 from v05.cli import app
 from v05.errors import InputError
-from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics
 from v05.training.run import train_run
 from v05.training.stream_config import BATCHES, StreamConfig
 
-TINY = TrainConfig(
-    policy="tiny",
-    prior="history",
-    rollouts=192,
-    rollouts_per_update=32,
-    eval_every=64,
-    heldout_prompts=8,
-    heldout_samples=2,
-    checkpoint_every=2,
-    warm_start_steps=5,
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +28,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, cache: Path, stop_after: int = 10**9, **settings: Any) -> dict[str, Any]:
     """Train, or go on with `changes` allowed, and stop after so many rollouts."""
     stop, stream = StopRequest(), settings.pop("stream", BATCHES)
-
-    def report(stage: str, done: int, total: int, note: str) -> None:
-        stop.requested |= stage != "warm start" and done >= stop_after
-
     config = dataclasses.replace(TINY, **settings)
-    return train_run(config, folder, cache, stop, report, resume=True, changes=True, stream=stream)
+    options = dict(resume=True, changes=True, stream=stream)
+    return train_run(config, folder, cache, stop, StopAfter(stop, stop_after), **options)
 
 
 def changes_of(folder: Path) -> list[dict[str, Any]]:

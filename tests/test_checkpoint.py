@@ -14,28 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import StopAfter, assert_same_run, silent
+from training_runs import TINY, StopAfter, assert_same_run, silent
 
 from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
 from v05.errors import InputError
-from v05.training.config import TrainConfig
 from v05.training.model_config import ModelConfig
 from v05.training.run import Interrupted, read_metrics, train_run, truncate_metrics
 from v05.training.run_folder import alone_in, remove_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = TrainConfig(
-    policy="tiny",
-    prior="history",
-    rollouts=192,
-    rollouts_per_update=32,
-    eval_every=64,
-    heldout_prompts=8,
-    heldout_samples=2,
-    checkpoint_every=2,
-    warm_start_steps=5,
-)
 
 
 @pytest.fixture(scope="module")

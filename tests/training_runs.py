@@ -1,4 +1,4 @@
-"""What tests of runs share: reporters that say nothing, and when two runs are one."""
+"""What tests of runs share: a short run, reporters that say nothing, and when two runs are one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from pathlib import Path
 import torch
 
 from v05.checkpoint import StopRequest, read_checkpoint
+from v05.training.config import TrainConfig
+
+TINY = TrainConfig(
+    policy="tiny",
+    prior="history",
+    rollouts=192,
+    rollouts_per_update=32,
+    eval_every=64,
+    heldout_prompts=8,
+    heldout_samples=2,
+    checkpoint_every=2,
+    warm_start_steps=5,
+)
 
 
 def silent(stage: str, done: int, total: int, note: str) -> None:

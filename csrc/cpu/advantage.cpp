@@ -60,7 +60,8 @@ void advantage(const T* rewards, const int64_t* offsets, const T* prior, const T
   const Budget<double> range{low, high, 0, 1, 1};
   const double s = range.variance();
   Moments batch{0, 1};
-  if (baseline == Baseline::batch || scale == Scale::batch) batch = batch_moments(rewards, baseline == Baseline::batch ? lengths : nullptr, n, eps);
+  if (baseline == Baseline::batch || scale == Scale::batch)
+    batch = batch_moments(rewards, baseline == Baseline::batch ? lengths : nullptr, n, eps);
   parallel_for(groups, n, kRewardsPerThread, [&](int64_t begin_group, int64_t end_group) {
     for (int64_t g = begin_group; g < end_group; ++g) {
       int64_t begin = offsets[g], end = offsets[g + 1], count = end - begin;
