@@ -52,7 +52,7 @@ $(VENV)/.v0: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.v0
-	$(BIN)/v05 train --output runs/demo --resume
+	$(BIN)/v05 train --output runs/demo --algorithm v05_from_one --resume
 
 # The CUDA kernels for the processor, over an emulation of blocks and warps.
 build/emulated/.built: $(VENV)/.tests $(NATIVE) $(EMULATOR) tests/build_emulated.py

@@ -10,7 +10,7 @@ import pytest
 from training_runs import silent
 from typer.testing import CliRunner
 
-from v05.checkpoint import StopRequest
+from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import HeldOut, binomial_interval
@@ -154,3 +154,20 @@ def test_resume_with_a_whole_configuration_starts_where_there_is_no_run(tmp_path
     for _ in range(2):  # as a script does that is queued again
         result = CliRunner().invoke(app, [*command, "--rollouts", "32"])
         assert result.exit_code == 0, result.output
+
+
+def test_the_demo_starts_where_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of `make demo`, up to the run itself, which takes minutes."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    command = re.search(r"^demo:.*\n\t\S+/v05 (train .*)$", makefile, re.MULTILINE)
+    assert command
+    begun: list[TrainConfig] = []
+
+    def run(config: TrainConfig, *rest: object, **options: object) -> None:
+        begun.append(config)
+        raise Interrupted("the demo begins")
+
+    monkeypatch.setattr("v05.cli.train.train_run", run)
+    result = CliRunner().invoke(app, command[1].replace("runs/demo", str(tmp_path / "run")).split())
+    assert result.exit_code == 130, result.output
+    assert begun == [TrainConfig()]
