@@ -93,6 +93,7 @@ def make_logits(engine: Engine, given: Inputs, out: Tensor) -> None:
 
 
 def statistics_of(engine: Engine, logits: Tensor, given: Inputs, whole: Inputs, ranks: Ranks | None) -> Partial:
+    """Sums over a slice of logits; raises, where these can be looked at, what is wrong with `whole`."""
     partial = engine.statistics(logits, given)
     if partial is not None:
         return partial
@@ -133,6 +134,7 @@ def forward(engine: Engine, given: Inputs, chunk: int, ranks: Ranks | None = Non
 
 
 def taken(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Some of the values, where there are any; all without rows."""
     return values if values is None or rows is None else values[rows]
 
 
