@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
 from v05.cli import app
 from v05.errors import InputError
+from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics
 from v05.training.run import train_run
+from v05.training.settings import make_settings
 from v05.training.stream_config import BATCHES, StreamConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,3 +130,20 @@ def test_a_run_that_breaks_down_says_where_it_can_go_on(
     monkeypatch.undo()
     command = ["train", "--output", str(tmp_path / "run"), "--resume", "--learning-rate", "1e-5"]
     assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_a_file_that_does_not_name_a_setting_leaves_it_as_it_was(cache: Path, tmp_path: Path) -> None:
+    """Settings without an option are changed by --config, which need not repeat what the run was started with."""
+    train(tmp_path, cache, learning_rate=1e-3)
+    kept = {name: value for name, value in TINY.to_dict().items() if name not in ("learning_rate", "rollouts")}
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(kept | {"eval_every": 32}))
+    settings = make_settings(file, tmp_path, True, {"rollouts": 256}, {}, {})
+    assert (settings.config.learning_rate, settings.config.rollouts, settings.config.eval_every) == (1e-3, 256, 32)
+    assert make_settings(file, tmp_path / "new", True, {}, {}, {}).config.learning_rate == TrainConfig.learning_rate
+
+
+def test_a_rate_that_the_algorithm_would_not_take_is_refused(cache: Path, tmp_path: Path) -> None:
+    train(tmp_path, cache, algorithm="v05@1e-3")
+    with pytest.raises(InputError, match="learning_rate is given with v05@1e-3; allowed: the rate in its name"):
+        train(tmp_path, cache, algorithm="v05@1e-3", rollouts=256, learning_rate=1e-5)

@@ -126,6 +126,14 @@ def test_dapo_looks_for_groups_that_differ_within_bounds_and_learns_from_those_i
     assert [line["kept"] > 0 for line in lines] == ["loss" in line for line in lines] == [right > 0] * len(lines)
 
 
+def test_dapo_does_not_look_for_a_group_of_one_that_differs() -> None:
+    trainer, draw = make_trainer(algorithm="dapo:4", rollouts=1600, rollouts_per_update=65), random.Random(0)
+    trainer.grader.verify = lambda prompt, text: float(draw.random() < 0.5)  # type: ignore[attr-defined]
+    sample, _ = trainer._sample()
+    assert sample.kept == 64
+    assert sample.spent < 130
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_gradient_does_not_depend_on_the_split(aggregation: str, parts: int) -> None:

@@ -128,7 +128,8 @@ class CustomOp:
     The custom op serves torch.compile, fake tensors, subclasses and modes; in torch.func (grad, vjp and vmap) it runs
     within an autograd.Function that transforms, one sample after the other under vmap. A list of tensors must be the
     last argument, so that those before it keep their places in `ctx.needs_input_grad`. `ctx.direct` is there, and True,
-    where nothing listened: an output that the caller has dropped is then nobody's but the derivative's.
+    where nothing listened: an output that the caller has dropped is then nobody's but the derivative's
+    (and of hooks on saved tensors).
     """
 
     def __init__(self, name: str, run: Callable[..., Any], mutates_args: Sequence[str]) -> None:

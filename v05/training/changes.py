@@ -9,11 +9,10 @@ from typing import Any, Final
 from v05.checkpoint import newest_checkpoint, write_text
 from v05.errors import InputError
 from v05.training.algorithms import parse_algorithm
-from v05.training.config import read_settings
+from v05.training.config import CHANGEABLE, read_settings
 from v05.training.metrics import append_line
 from v05.training.settings import Settings
 
-CHANGEABLE: Final = ("rollouts", "learning_rate", "micro_batches", "eval_every", "checkpoint_every")
 FILE: Final = "changes.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,8 @@ def changes_of(settings: Settings, folder: Path, allowed: bool) -> dict[str, lis
         saved = read_settings(folder / file) if (folder / file).exists() else {}
         differing = [name for name in {**saved, **values} if saved.get(name) != values.get(name)]
         changes |= {name: [saved.get(name), values.get(name)] for name in differing}
+    if "learning_rate" in changes and parse_algorithm(settings.config.algorithm).learning_rate is not None:
+        raise InputError(f"learning_rate is given with {settings.config.algorithm}; allowed: the rate in its name")
     computes = "rollouts" in changes or not (folder / "summary.json").exists()
     for name, (old, new) in changes.items():
         free = allowed and _may_change(name, old, new)
@@ -76,6 +77,6 @@ def way_out(folder: Path) -> str:
     """Return how a run goes on whose numbers are no longer finite."""
     newest = newest_checkpoint(folder / "checkpoints")
     return (
-        f"the run is saved in {newest}; --resume repeats this, unless learning_rate or micro_batches changes, or that "
-        "folder is removed, which goes back to the one before"
+        f"the run is saved in {newest}; --resume repeats this, unless learning_rate (or that in the algorithm's name) "
+        "or micro_batches changes, or that folder is removed, which goes back to the one before"
     )

@@ -14,6 +14,8 @@ from v05.errors import InputError
 # running mean for all prompts; none: always the middle of the reward range, as an ablation.
 PRIORS: Final = ("v0", "history", "constant", "none")
 
+# What a resumed run may change; see `v05.training.changes`.
+CHANGEABLE: Final = ("rollouts", "learning_rate", "micro_batches", "eval_every", "checkpoint_every")
 TABLES: Final = ("model", "sampling", "loss")  # of a file of settings; of a run each is a file of its own
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from v05.errors import InputError
-from v05.training.config import TABLES, TrainConfig, make_config, read_settings
+from v05.training.config import CHANGEABLE, TABLES, TrainConfig, make_config, read_settings
 from v05.training.loss_config import PLAIN, LossConfig, make_loss_config
 from v05.training.model_config import ModelConfig, make_model_config
 from v05.training.stream_config import BATCHES, StreamConfig, make_stream_config
@@ -69,6 +69,8 @@ def make_settings(
         if file is not None and not file.exists():
             raise InputError(f"--config is {file}, which does not exist")
         tables = {} if file is None else read_settings(file)
+        before = read_settings(folder / "config.json") if resume and (folder / "config.json").exists() else {}
+        given = {name: before[name] for name in CHANGEABLE if name in before and name not in tables} | dict(given)
     where = str(folder if saved else file)
     user = make_model_config(tables.get("model", {}), model, where)
     if user is not None and not saved and "learning_rate" not in {**tables, **given}:

@@ -176,6 +176,8 @@ class Trainer:
                 self.counters.position = position
                 raise Stopped
             budget = min(target - sample.kept, most - sample.spent)
+            if round_number and self.algorithm.drop_equal and budget == 1:
+                break  # a group of one has equal rewards
             more = self._planned_more(sample, budget)
             first = first_rollouts(budget - sum(more), self.algorithm.k_init, self.counters.expected_extra)
             self._start_prompts(sample, len(first))

@@ -81,7 +81,7 @@ def split_rows(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
 
 
 def in_pieces(step: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
-    """Cut the rows of a step into the fewest equal pieces of at most `most` rows.
+    """Cut the rows of a step into the fewest pieces of at most `most` rows.
 
     Pieces hold `step_tokens` too, the tokens of the whole step that are learnt from.
     """
