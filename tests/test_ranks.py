@@ -21,6 +21,7 @@ from v05.errors import InputError
 from v05.rollout.hf import TransformersEngine
 from v05.training.algorithms import parse_algorithm
 from v05.training.learner import Learner, share
+from v05.training.loss_config import LossConfig
 from v05.training.pretrained import load_policy
 from v05.training.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from v05.training.run import train_run
@@ -31,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logits": dict(kind="qwen3"),
     "linear": dict(kind="qwen3", linear=True, micro_batches=4),
     "tied": dict(kind="llama", tied=True, linear=True, micro_batches=6, gradient_checkpointing=True),
+    "kl": dict(kind="qwen3", linear=True, epochs=2, micro_batches=3, loss=LossConfig(kl="k3", kl_coef=0.5)),
     "epochs": dict(kind="gpt2", tied=True, linear=True, epochs=2),
 }
 

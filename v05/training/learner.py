@@ -1,105 +1,26 @@
-"""Learning from a batch: log-probs, loss, gradients summed over micro-batches and ranks, a step."""
+"""Learning from a batch: gradients of the loss summed over micro-batches and ranks, a step of the optimiser."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from v05.batch import PackedTokens
 from v05.errors import InputError
-from v05.kernels import linear_logprob, linear_policy_loss, policy_loss, token_logprob
 from v05.policy import Policy
 from v05.training.algorithms import Algorithm
 from v05.training.loss_config import PLAIN, LossConfig
 from v05.training.ranks import ALONE, Ranks
-from v05.training.sampler_gap import LARGEST, gap_sums, with_gap_metrics
+from v05.training.reference import Reference
+from v05.training.sampler_gap import LARGEST, with_gap_metrics
 from v05.training.sharding import shard, split_as, whole
+from v05.training.step import Step
 
 GRADIENT_NORM: Final = 1.0  # gradients are scaled down to this norm
 WARM_UP: Final = 10  # updates of linearly rising learning rate, while Adam's averages fill
-
-
-class Step(torch.nn.Module):
-    """One micro-batch from tokens to loss, in one module, so that what shards its parameters gathers them for all."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        algorithm: Algorithm,
-        temperature: float,
-        linear: bool,
-        behaviour: bool = False,
-        loss: LossConfig = PLAIN,
-    ) -> None:
-        """Hold what every micro-batch needs.
-
-        Args:
-            policy: what is trained.
-            algorithm: gives the bounds of the ratio.
-            temperature: divides the logits.
-            linear: go from hidden states to the loss, without logits in memory.
-            behaviour: the ratio refers to the sampler's log-probs, not to the policy's own before this update, unless
-                the loss corrects for the sampler.
-            loss: its options.
-        """
-        super().__init__()
-        self.model, self.behaviour, self.corrects = policy.model, behaviour and not loss.corrects, loss.corrects
-        self.policy, self.temperature, self.linear = policy, temperature, linear
-        self.options = loss.options(algorithm)
-
-    def forward(
-        self, batch: PackedTokens, advantages: Tensor, old_logprobs: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Return the loss of a micro-batch.
-
-        With `behaviour` rollouts of earlier policies are weighed by what has changed since they were sampled.
-
-        Args:
-            batch: N sequences with T response tokens, on the CPU.
-            advantages: [N] float32.
-            old_logprobs: [T] float32 on the policy's device; None to take the policy's own, as it is now.
-
-        Returns:
-            The loss, differentiable; metrics, sums and counts; the log-probs that the ratio refers to, [T]; and the
-            entropy summed over the tokens, 0 where `old_logprobs` was given. Where it was not, metrics also have how
-            far the policy is from the sampler, see `v05.training.sampler_gap.gap_sums`.
-        """
-        device = self.policy.device
-        targets, weights, offsets, advantages = (
-            value.to(device) for value in (batch.tokens, batch.weights, batch.sequence_offsets, advantages)
-        )
-        place = (batch.prompts, batch.tokens, batch.sequence_offsets)
-        options: dict[str, Any] = {"sequence_offsets": offsets, **self.options}
-        if self.corrects:
-            options["sampler_logprobs"] = batch.logprobs.to(device)
-        silence = torch.zeros((), device=device)
-        if not self.linear:
-            logits = self.policy.response_logits(*place)
-            logprobs, entropy = token_logprob(logits, targets, temperature=self.temperature)
-            old, gaps = self._reference(logprobs.detach(), batch) if old_logprobs is None else (old_logprobs, {})
-            result = policy_loss(logprobs, old, advantages, weights, **options)
-            silence = entropy.detach().sum() if old_logprobs is None else silence
-            return result.loss, {**result.metrics, **gaps}, old, silence
-        hidden = self.policy.response_hidden(*place)
-        weight, bias = self.policy.output_layer
-        layer: dict[str, Any] = {"bias": bias, "temperature": self.temperature}
-        gaps = {}
-        if old_logprobs is None:
-            with torch.no_grad():
-                own, entropies = linear_logprob(hidden, weight, targets, **layer)
-            old_logprobs, gaps = self._reference(own, batch)
-            silence = entropies.sum()
-        result = linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, weights, **layer, **options)
-        metrics = {name: value for name, value in result.metrics.items() if name != "entropy_sum"}
-        return result.loss, {**metrics, **gaps}, old_logprobs, silence
-
-    def _reference(self, own: Tensor, batch: PackedTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the log-probs that the ratio refers to, and how far the policy's own are from the sampler's."""
-        sampled, weights = batch.logprobs.to(own.device), batch.weights.to(own.device)
-        return sampled if self.behaviour else own, gap_sums(own, sampled, weights)
 
 
 class Learner:
@@ -129,7 +50,7 @@ class Learner:
             epochs: passes over each batch.
             micro_batches: parts that a batch is split into; the gradient does not depend on it.
             linear: go from hidden states to the loss, without logits in memory.
-            behaviour, loss: see `Step`.
+            behaviour, loss: see `Step`; a KL refers to the policy as it is given here.
             ranks: all of them make a learner of an equal policy, and call the same methods with equal arguments.
 
         Raises:
@@ -140,8 +61,11 @@ class Learner:
         if linear:
             check_linear(policy)
         self.step = Step(policy, algorithm, temperature, linear, behaviour, loss)
+        self.reference = Reference(policy, temperature, linear) if loss.refers else None
         if ranks.count > 1:
             shard(self.step, policy, ranks)
+            if self.reference is not None:
+                shard(self.reference, self.reference.policy, ranks)
         self.optimizer = torch.optim.Adam(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.999))
 
     def learn(self, batch: PackedTokens, advantages: Tensor, update: int) -> dict[str, float]:
@@ -164,12 +88,13 @@ class Learner:
             group["lr"] = self.learning_rate * min(1.0, (update + 1) / WARM_UP)
         parts = share(batch, self.micro_batches, self.ranks)
         old_logprobs: list[Tensor] = []
+        reference = [None if self.reference is None else self.reference.logprobs(tokens) for _, tokens, _ in parts]
         totals: dict[str, float] = {}
         for epoch in range(self.epochs):
             self.optimizer.zero_grad(set_to_none=True)
             for part, (sequences, tokens, counts) in enumerate(parts):
                 known = old_logprobs[part] if epoch else None
-                loss, metrics, old, entropy = self.step(tokens, advantages[sequences], known)
+                loss, metrics, old, entropy = self.step(tokens, advantages[sequences], known, reference[part])
                 (loss * self.ranks.count).backward()  # sharded gradients are averaged over the ranks
                 if epoch == 0:
                     old_logprobs.append(old)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from v05.errors import InputError
-from v05.kernels.policy_loss.options import CORRECTIONS, LEVELS, make_kinds, make_numbers
+from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, make_kinds, make_numbers
 from v05.training.algorithms import Algorithm
 from v05.training.config import check, known
 
@@ -22,6 +22,9 @@ class LossConfig:
         level: of the ratio: `token`, or `sequence` for GSPO.
         clip_low, clip_high: the ratio is clipped below 1 - clip_low and above 1 + clip_high; None for the algorithm's.
         dual_clip: above 1: the loss of ppo is at most so many times |A| where A < 0; None for no such bound.
+        kl: an estimate of the KL to the policy that the run starts from, see `policy_loss`; all but `none` take a
+            frozen copy of the model.
+        kl_coef: of the KL; 0 measures it and no more.
         sampler_correction: of what the sampler's log-probabilities are off, see `policy_loss`; with `mode = "stream"`
             the ratio then refers to the policy before the update, as in batches, no longer to the sampler's.
         sampler_cap: of the weights of that correction.
@@ -32,12 +35,14 @@ class LossConfig:
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = None
+    kl: str = "none"
+    kl_coef: float = 0.0
     sampler_correction: str = "none"
     sampler_cap: float = 2.0
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        choices = {"surrogate": SURROGATES, "level": LEVELS, "sampler_correction": tuple(CORRECTIONS)}
+        choices = {"surrogate": SURROGATES, "level": LEVELS, "kl": tuple(KLS), "sampler_correction": tuple(CORRECTIONS)}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in choices:
@@ -45,10 +50,13 @@ class LossConfig:
                 check(field.name, value, lambda value, allowed=allowed: value in allowed, ", ".join(allowed))  # type: ignore[misc]
             elif value is not None or field.default is not None:
                 check(field.name, value, lambda value: type(value) in (int, float), "a number")
-        kinds = make_kinds(self.surrogate, self.level, "none", self.sampler_correction)
+        check("kl_coef", self.kl_coef, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
+        if self.kl_coef and not self.refers:
+            raise InputError(f"kl_coef is {self.kl_coef} without a kl; allowed: 0, or a kl of {', '.join(KLS)}")
+        kinds = make_kinds(self.surrogate, self.level, self.kl, self.sampler_correction)
         low, high = (0.2 if clip is None else clip for clip in (self.clip_low, self.clip_high))
         try:
-            make_numbers(kinds, low, high, self.dual_clip, (1.0, 1.0), 1.0, 0.0, None, self.sampler_cap)
+            make_numbers(kinds, low, high, self.dual_clip, (1.0, 1.0), 1.0, self.kl_coef, None, self.sampler_cap)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -56,6 +64,11 @@ class LossConfig:
     def corrects(self) -> bool:
         """Return whether the sampler's log-probabilities are corrected for."""
         return self.sampler_correction != "none"
+
+    @property
+    def refers(self) -> bool:
+        """Return whether there is a KL to the policy that the run starts from."""
+        return self.kl != "none"
 
     def options(self, algorithm: Algorithm) -> dict[str, Any]:
         """Return the arguments of the loss, but for tensors; bounds that are not given are the algorithm's."""
