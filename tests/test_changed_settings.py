@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import TINY, StopAfter
+from tiny_chat import write_model
+from training_runs import TINY, StopAfter, silent
 from typer.testing import CliRunner
 
 from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
@@ -15,6 +16,7 @@ from v05.cli import app
 from v05.errors import InputError
 from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics
+from v05.training.model_config import ModelConfig
 from v05.training.run import train_run
 from v05.training.settings import make_settings
 from v05.training.stream_config import BATCHES, StreamConfig
@@ -147,3 +149,30 @@ def test_a_rate_that_the_algorithm_would_not_take_is_refused(cache: Path, tmp_pa
     train(tmp_path, cache, algorithm="v05@1e-3")
     with pytest.raises(InputError, match="learning_rate is given with v05@1e-3; allowed: the rate in its name"):
         train(tmp_path, cache, algorithm="v05@1e-3", rollouts=256, learning_rate=1e-5)
+
+
+def test_a_verifier_whose_file_changes_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, verifier = tmp_path / "sums.jsonl", tmp_path / "judge.py"
+    data.write_text("".join(json.dumps({"prompt": f"one plus {word}"}) + "\n" for word in ("one", "two", "three")))
+    verifier.write_text("def judge(prompt, completion, record):\n    return float('t' in completion)\n")
+    given: dict[str, Any] = dict(data=str(data), verifier=f"{verifier}:judge", max_new_tokens=4, device="cpu")
+    model = ModelConfig(model=str(write_model(tmp_path / "model")), **given)
+    config = TrainConfig(prior="constant", rollouts=32, rollouts_per_update=8, heldout_samples=1, checkpoint_every=1)
+    options: dict[str, Any] = dict(model=model, resume=True)
+
+    def go_on(rollouts: int) -> None:
+        stop = StopRequest()
+        with pytest.raises(Interrupted):
+            train_run(config, tmp_path / "run", tmp_path, stop, StopAfter(stop, rollouts), **options)
+
+    go_on(8)
+    go_on(16)
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+    verifier.write_text(verifier.read_text().replace("'t'", "'w'"))
+    go_on(24)
+    (line,) = changes_of(tmp_path / "run")
+    assert (line["update"], line.keys()) == (2, {"update", "verifier_file"})
+    assert len(set(line["verifier_file"])) == 2
+    assert "verifier_file was" in caplog.text
+    train_run(config, tmp_path / "run", tmp_path, StopRequest(), silent, **options)
+    assert len(changes_of(tmp_path / "run")) == 1

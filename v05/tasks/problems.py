@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from v05.errors import InputError
 from v05.tasks.data import columns_digest, digest
-from v05.tasks.verifiers import VERIFIERS, make_verifier
+from v05.tasks.verifiers import VERIFIERS, make_verifier, source_digest
 
 
 class Problems:
@@ -17,6 +17,7 @@ class Problems:
         name, reward_range, max_answer_length: see `v05.tasks.Task`.
         digest: changes with any prompt or answer.
         columns: changes with any column, where the verifier is one of the user's own, which may read it; else empty.
+        verifier_file: changes with the file that defines a verifier of the user's own; else empty.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Problems:
         self.digest = digest(records)
         self.columns = "" if verifier in VERIFIERS else columns_digest(records)
         self._verify = make_verifier(verifier, reward_range)
+        self.verifier_file = "" if verifier in VERIFIERS else source_digest(self._verify)
         self._records = {str(record["prompt"]): record for record in records}
         ordered = sorted(self._records, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
         heldout = min(max(1, round(heldout_share * len(ordered))), len(ordered) - 1)

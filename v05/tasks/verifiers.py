@@ -1,7 +1,9 @@
 """Verifiers: functions of prompt, completion and record that say what an answer is worth."""
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +68,15 @@ def make_verifier(name: str, reward_range: tuple[float, float]) -> Verifier:
 def needs_answer(verifier: Verifier) -> bool:
     """Return whether a verifier reads `answer` from every record."""
     return bool(getattr(verifier, "needs_answer", False))
+
+
+def source_digest(verifier: Verifier) -> str:
+    """Return 16 hexadecimal digits that depend on the file that defines a verifier; empty where it has none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(verifier) if inspect.isroutine(verifier) else type(verifier))
+    except TypeError:
+        file = None
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from v05.checkpoint import newest_checkpoint, write_text
 from v05.errors import InputError
+from v05.tasks.problems import Problems
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import CHANGEABLE, read_settings
 from v05.training.metrics import append_line
+from v05.training.ranks import Ranks
 from v05.training.settings import Settings
 
 FILE: Final = "changes.jsonl"
@@ -65,12 +68,41 @@ def make_changes(settings: Settings, folder: Path, allowed: bool) -> None:
     if not changes:
         return
     (folder / "summary.json").unlink(missing_ok=True)
+    note_changes(folder, changes)
+    write_text(folder / "config.json", json.dumps(settings.config.to_dict(), indent=2) + "\n")
+
+
+def note_changes(folder: Path, changes: Mapping[str, list[Any]]) -> None:
+    """Note and log what has changed since the newest checkpoint of the run in a folder: old and new values by name."""
     newest = newest_checkpoint(folder / "checkpoints")
     update = 0 if newest is None else int(newest.stem)
     append_line(folder / FILE, {"update": update, **changes})
-    write_text(folder / "config.json", json.dumps(settings.config.to_dict(), indent=2) + "\n")
     for name, (old, new) in changes.items():
         logger.warning("%s was %s until update %d, and is %s after it", name, old, update, new)
+
+
+def check_data(folder: Path, task: Problems, data: str, ranks: Ranks) -> None:
+    """Note a run's data when it begins; when it is resumed, note a verifier whose file has changed since.
+
+    Args:
+        folder: of the run.
+        task: its problems.
+        data: where they are from, for the error.
+        ranks: all of them call this.
+
+    Raises:
+        InputError: the problems are not those that the run began with.
+    """
+    file = folder / "data.json"
+    found = {"problems": len(task), "digest": task.digest, "columns": task.columns}
+    mine = {**found, "verifier_file": task.verifier_file}
+    before = ranks.broadcast(read_settings(file) if file.exists() else mine)
+    if found | {name: value for name, value in before.items() if name in found} != found:
+        raise InputError(f"{data} has changed since the run in {folder} began; allowed: the same problems")
+    if ranks.leads:
+        if (old := before.get("verifier_file")) not in (None, task.verifier_file):
+            note_changes(folder, {"verifier_file": [old, task.verifier_file]})
+        write_text(file, json.dumps(mine) + "\n")
 
 
 def way_out(folder: Path) -> str:

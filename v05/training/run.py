@@ -15,8 +15,8 @@ from v05.errors import InputError
 from v05.plots.training import plot_run
 from v05.rollout.engine import Engine
 from v05.tasks import make_task
-from v05.training.changes import make_changes, way_out
-from v05.training.config import TrainConfig, read_settings
+from v05.training.changes import check_data, make_changes, way_out
+from v05.training.config import TrainConfig
 from v05.training.engines import close_engine, make_engine, streaming
 from v05.training.loss_config import PLAIN, LossConfig
 from v05.training.metrics import accuracies, append_line, read_metrics, total_of, truncate_metrics, worth
@@ -180,13 +180,7 @@ def make_user_trainer(
 ) -> Trainer:
     """Return a trainer of the user's model on the user's data, which must be that of the run in the folder, if any."""
     policy, task, grader = load_user_model(model)
-    file = folder / "data.json"
-    found = {"problems": len(task), "digest": task.digest, "columns": task.columns}
-    before = ranks.broadcast(read_settings(file) if file.exists() else found)
-    if found | before != found:  # an older run did not note columns
-        raise InputError(f"{model.data} has changed since the run in {folder} began; allowed: the same problems")
-    if ranks.leads:
-        write_text(file, json.dumps(found) + "\n")
+    check_data(folder, task, model.data, ranks)
     if model.engine != "hf" and ranks.count > 1 and not stream.streams:
         raise InputError(f"mode is {stream.mode!r} with {ranks.count} processes; allowed for {model.engine}: stream")
     prior = make_prior(config, task.reward_range)
