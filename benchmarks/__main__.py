@@ -23,6 +23,7 @@ from benchmarks import (
     bench_shrinkage,
     bench_split_vocabulary,
     bench_token_logprob,
+    bench_trl_step,
     bench_v0_prior,
     report,
     wins,
@@ -41,6 +42,7 @@ BENCHES = {
     "linear_logprob": bench_linear_logprob,
     "query_attention": bench_query_attention,
     "v0_prior": bench_v0_prior,
+    "trl_step": bench_trl_step,
 }
 
 

@@ -54,7 +54,8 @@ class Case:
     `tolerance` is the largest difference between a rival's tensors and ours, relative to max(1, |value|), at which they
     count as having done the same work. `elements` is the size that dispatch goes by. `another` makes the same case on
     other inputs, from a seed: on a GPU a call then finds none of its inputs in the cache, since others were read in
-    between; without it a small input stays there.
+    between; without it a small input stays there. `captured` is False where a call waits for the device, so that no
+    graph can hold it.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Case:
     tolerance: float = 1e-3
     elements: int = 0
     another: Callable[[int], Case] | None = None
+    captured: bool = True
 
 
 class Row(NamedTuple):
@@ -197,7 +199,8 @@ def clocks_of(case: Case, runs: dict[str, Run]) -> dict[str, Clock]:
     others = [{c.name: c.run for c in case.another(seed).contenders} for seed in seeds] if case.another else []
     turns = {name: [run, *filter(None, (other[name] for other in others))] for name, run in runs.items()}
     turns[""] = [copier(case.bytes, case.device) for _ in range(1 + len(others))]
-    return {name: clock_of(runs, case.device, graph=case.bytes <= GRAPHED) for name, runs in turns.items()}
+    graph = case.captured and case.bytes <= GRAPHED
+    return {name: clock_of(runs, case.device, graph=graph) for name, runs in turns.items()}
 
 
 def interleaved(clocks: dict[str, Clock], device: torch.device, seconds: float) -> dict[str, list[float]]:

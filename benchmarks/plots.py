@@ -12,7 +12,7 @@ from benchmarks.harness import OURS
 Line = dict[str, str]
 COLOURS = {OURS: "#0b6e4f", "torch eager": "#8d99ae", "torch.compile": "#4a6fa5"}
 OTHERS = ("#c97b63", "#b5a642", "#7d5a94", "#5f9ea0")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>phd"
 
 
 def grouped(rows: Iterable[Line], *names: str) -> dict[tuple[str, ...], list[Line]]:

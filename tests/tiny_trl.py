@@ -30,8 +30,17 @@ def starts_early(completions, **_):
     return [float(text[:1] != "" and text[0] < "l") for text in completions]
 
 
-def make_trainer(folder, output, rewards=starts_early, trainer=V05Trainer, config=V05Config, extra=None, **options):
-    """A trainer on the CPU: 8 rows a step, 4 to a prompt, unless `options` say otherwise."""
+def make_trainer(
+    folder,
+    output,
+    rewards=starts_early,
+    trainer=V05Trainer,
+    config=V05Config,
+    extra=None,
+    weights=torch.float32,
+    **options,
+):
+    """A trainer on the CPU: 8 rows a step, 4 to a prompt, unless `options` say otherwise; `weights` is their dtype."""
     settings = dict(
         output_dir=str(output),
         use_cpu=True,
@@ -53,7 +62,7 @@ def make_trainer(folder, output, rewards=starts_early, trainer=V05Trainer, confi
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
     )
     return trainer(
-        model=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=Qwen3ForCausalLM.from_pretrained(folder, dtype=weights),
         reward_funcs=rewards,
         args=config(**(settings | options)),
         **(parts | (extra or {})),

@@ -4,8 +4,11 @@ from collections import defaultdict
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 from tiny_trl import VOCABULARY, WIDTH, make_trainer, write_policy
 from trl import GRPOTrainer
+
+from v05.integrations.trl.linear_loss import why_not_linear
 
 pytestmark = pytest.mark.trl
 ROWS, PROMPT = 8, 3
@@ -58,7 +61,8 @@ def outcome(trainer, compute, inputs):
     """Loss, gradients and metrics."""
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     loss = compute(trainer.model, inputs)
-    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     mode = "train" if trainer.model.training else "eval"
     return loss.detach(), gradients, {name: values[-1] for name, values in trainer._metrics[mode].items()}
 
@@ -153,8 +157,9 @@ def test_advantages_of_tokens(folder, tmp_path, loss_type):
     assert_same(trainer, few, metrics=False)
 
 
-def test_a_batch_that_is_masked_whole(folder, tmp_path):
-    trainer = trainer_of(folder, tmp_path, "dapo")
+@pytest.mark.parametrize("backend", ["policy_loss", "linear_policy_loss"])
+def test_a_batch_that_is_masked_whole(folder, tmp_path, backend):
+    trainer = trainer_of(folder, tmp_path, "dapo", loss_backend=backend)
     inputs = batch(trainer)
     inputs["tool_mask"] = torch.zeros_like(inputs["tool_mask"])
     inputs["num_items_in_batch"] = torch.tensor(0)
@@ -192,6 +197,36 @@ def test_the_fused_head_with_a_sampler_s_ratio(folder, tmp_path, mode):
     assert_same(trainer, inputs, metrics=False)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+def test_the_fused_head_under_bf16(folder, tmp_path, weights, cast):
+    """The dtype of the product is TRL's, seen from that of the gradient which the kernel keeps for the head."""
+    options = dict(loss_backend="linear_policy_loss", bf16=True, cast_lm_head_to_fp32=cast)
+    trainer = trainer_of(folder, tmp_path, "dapo", weights=weights, **options)
+    model = trainer.accelerator.prepare(trainer.model)
+    inputs, shape, kept = batch(trainer), trainer.model.lm_head.weight.shape, set()
+
+    def pack(saved):
+        kept.update([saved.dtype] if saved.shape == shape else [])
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = trainer._compute_loss(model, inputs)
+    assert kept == {torch.float32 if cast else torch.bfloat16}
+    theirs = GRPOTrainer._compute_loss(trainer, model, inputs)
+    torch.testing.assert_close(loss, theirs, rtol=2e-2, atol=1e-3)
+    head = trainer.model.lm_head.weight
+    ours, wanted = (torch.autograd.grad(value, head)[0].double() for value in (loss, theirs))
+    assert (ours - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_the_fused_head_behind_virtual_tokens(folder, tmp_path):
+    """Prompt tuning puts states before the prompt's, so completions are counted from the end."""
+    tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = trainer_of(folder, tmp_path, "dapo", loss_backend="linear_policy_loss", extra=dict(peft_config=tuned))
+    assert_same(trainer, batch(trainer), metrics=False)
+
+
 @pytest.mark.parametrize(
     ("options", "runs"),
     [
@@ -213,3 +248,11 @@ def test_what_the_kernels_cannot_express_runs_in_trl_s_code(folder, tmp_path, op
     trainer = trainer_of(folder, tmp_path, options.pop("loss_type", "dapo"), **options)
     assert trainer._loss_code == runs
     assert_same(trainer, batch(trainer), metrics=False)
+
+
+def test_the_fused_head_is_not_for_images(folder, tmp_path):
+    """It would be given the text alone."""
+    trainer = trainer_of(folder, tmp_path, "dapo")
+    given = (trainer.args, trainer.model.config, False, False)
+    assert why_not_linear(*given) is None
+    assert why_not_linear(*given, images=True) == "the model takes images"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from v05.integrations.trl.config import V05Config
-from v05.integrations.trl.loss import CLIPPED, Divisors, kind_of, packed_advantages, row_offsets, token_weights, why_not
+from v05.integrations.trl.loss import (
+    CLIPPED,
+    Divisors,
+    kind_of,
+    packed,
+    packed_advantages,
+    places_of,
+    token_weights,
+    why_not,
+)
+from v05.integrations.trl.rollouts import learnt_from
 from v05.kernels import linear_policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
 
@@ -16,23 +28,27 @@ from v05.kernels.policy_loss.op import PolicyLoss
 SCALES: Final = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-class States(NamedTuple):
-    """Rows as the head sees them: `hidden` `[B, L, H]` before each completion token, `targets` `[B, L]`, `weight`
-    `[V, H]` and `bias` `[V]` or None of the head, `old` `[B, L]` or None where the policy is the old one, `mask`
-    `[B, L]` bool, `advantages` `[B, 1]` or `[B, L]`, `factor` as in `v05.integrations.trl.loss.Scored`.
+class Tokens(NamedTuple):
+    """What a step learns from, packed: T tokens of its rows.
+
+    `places` `[T]` int64, among the rows' B * `length` completion tokens; `targets` `[T]` int64; `old` `[T]`, or None
+    where the policy is the old one; `advantages` and `offsets` as `policy_loss` takes them; `weights` `[T]` float32;
+    `value`, what the loss is where that of REINFORCE has another value, or None.
     """
 
-    hidden: Tensor
+    places: Tensor
+    length: int
     targets: Tensor
-    weight: Tensor
-    bias: Tensor | None
     old: Tensor | None
-    mask: Tensor
     advantages: Tensor
-    factor: Tensor | None
+    offsets: Tensor
+    weights: Tensor
+    value: Tensor | None
 
 
-def why_not_linear(args: V05Config, model_config: Any, mixture_of_experts: bool, sharded: bool) -> str | None:
+def why_not_linear(
+    args: V05Config, model_config: Any, mixture_of_experts: bool, sharded: bool, images: bool = False
+) -> str | None:
     """Return why `linear_policy_loss` cannot compute the loss that `args` ask for, or None where it can.
 
     Args:
@@ -40,6 +56,7 @@ def why_not_linear(args: V05Config, model_config: Any, mixture_of_experts: bool,
         model_config: of the language model.
         mixture_of_experts: whether an auxiliary loss belongs to the model.
         sharded: whether a process holds only a part of the parameters.
+        images: whether the model takes them.
     """
     reasons = {
         "beta is not 0, and a KL needs log-probs": args.beta != 0.0,
@@ -48,49 +65,82 @@ def why_not_linear(args: V05Config, model_config: Any, mixture_of_experts: bool,
         "off_policy_mask_threshold needs log-probs": args.off_policy_mask_threshold is not None,
         "the model has an auxiliary loss": mixture_of_experts,
         "parameters are sharded": sharded,
+        "the model takes images": images,
     }
     scaled = [name for name in SCALES if getattr(model_config, name, None) not in (None, 1.0)]
     reasons |= {f"the model's {name} changes logits": True for name in scaled}
     return why_not(args) or next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def linear_loss_of(args: V05Config, states: States, by: Divisors) -> PolicyLoss:
+def packed_tokens(args: V05Config, inputs: dict[str, Tensor], factor: Tensor | None, by: Divisors) -> Tokens:
+    """Return the tokens of a step; a device is waited for, so this comes before the model's forward.
+
+    Where the policy is the old one its log-probs are not known beforehand, but the value of the loss is: the ratio is 1
+    then, so it follows from the advantages alone.
+
+    Args:
+        args: the choices.
+        inputs: TRL's batch.
+        factor: as in `v05.integrations.trl.loss.Scored`.
+        by: see `Divisors`.
+    """
+    mask, targets, old = learnt_from(inputs).bool(), inputs["completion_ids"], inputs.get("old_per_token_logps")
+    each = inputs["advantages"] if inputs["advantages"].dim() == 2 else inputs["advantages"].unsqueeze(1)
+    weights, places = token_weights(args, mask, by), places_of(mask)
+    advantages, offsets = packed_advantages(mask, each, factor, places)
+    value = None
+    if old is None and args.loss_type != "cispo":
+        value = -(weights * each * (1 if factor is None else factor)).sum(1)
+        if args.loss_type not in CLIPPED:  # sapo: 4 / tau times a sigmoid at 0
+            value = value * 2 / torch.where(each[:, 0] > 0, args.sapo_temperature_pos, args.sapo_temperature_neg)
+        value = value.sum()
+    old = None if old is None else packed(old, places)
+    tokens = (packed(targets, places), old, advantages, offsets, packed(weights, places))
+    return Tokens(places, mask.size(1), *tokens, value)
+
+
+def linear_loss_of(args: V05Config, hidden: Tensor, head: Any, tokens: Tokens) -> PolicyLoss:
     """Return the loss of one step: TRL's value and gradient.
 
-    Where the policy is the old one its log-probs are not known beforehand. The ratio is 1 then, so the gradient is that
-    of REINFORCE, and the value follows from the advantages alone.
+    Where the policy is the old one, the gradient is that of REINFORCE.
+
+    Args:
+        args: the choices.
+        hidden: last hidden states `[B, S, H]`, those of the completions last.
+        head: the output layer, with a weight `[V, H]` and a bias `[V]` or None.
+        tokens: what is learnt from.
     """
-    mask = states.mask
-    weights = token_weights(args, mask, by)
-    offsets = row_offsets(mask)
-    advantages, offsets = packed_advantages(mask, states.advantages, states.factor, offsets)
-    options, old = kind_of(args), torch.zeros_like(weights) if states.old is None else states.old
-    if states.old is None:
-        options = dict(surrogate="gpg")
-    result = linear_policy_loss(
-        states.hidden[mask],
-        states.weight,
-        states.targets[mask],
-        old[mask],
-        advantages,
-        weights[mask],
-        sequence_offsets=offsets,
-        bias=states.bias,
-        temperature=args.temperature,
-        **options,
-    )
-    if states.old is not None or args.loss_type == "cispo":
+    row, column = tokens.places // tokens.length, tokens.places % tokens.length
+    before = (row + 1) * hidden.size(1) - tokens.length + column - 1
+    states, weight, bias = hidden.flatten(0, 1).index_select(0, before), head.weight, head.bias
+    apart = args.cast_lm_head_to_fp32
+    states = states.float() if apart else states
+    if apart or not torch.is_autocast_enabled(states.device.type):
+        weight, bias = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
+    options, old = kind_of(args), tokens.old
+    if old is None:
+        options, old = dict(surrogate="gpg"), torch.zeros_like(tokens.weights)
+    with torch.autocast(states.device.type, enabled=False) if apart else nullcontext():
+        result = linear_policy_loss(
+            states,
+            weight,
+            tokens.targets,
+            old,
+            tokens.advantages,
+            tokens.weights,
+            sequence_offsets=tokens.offsets,
+            bias=bias,
+            temperature=args.temperature,
+            **options,
+        )
+    if tokens.value is None:
         return result
-    value = -(weights * states.advantages * (1 if states.factor is None else states.factor)).sum(1)
-    if args.loss_type not in CLIPPED:  # sapo: 4 / tau times a sigmoid at 0
-        positive = states.advantages[:, 0] > 0
-        value = value * 2 / torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg)
-    return result._replace(loss=result.loss - result.loss.detach() + value.sum())
+    return result._replace(loss=result.loss - result.loss.detach() + tokens.value)
 
 
-def linear_metrics(args: V05Config, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Return what TRL logs of a step, as means over tokens, from the kernel's sums over all processes."""
-    means = {name: float(value / sums["tokens"].clamp(min=1)) for name, value in sums.items()}
+def linear_metrics(args: V05Config, names: Sequence[str], sums: Tensor) -> dict[str, float]:
+    """Return what TRL logs of a step, as means over tokens, from the kernel's named sums over all processes."""
+    means = dict(zip(names, (sums / sums[names.index("tokens")].clamp(min=1)).tolist(), strict=True))
     found = {"entropy": means["entropy_sum"]}
     if args.loss_type in CLIPPED:
         low, high = means["clipped_low"], means["clipped_high"]

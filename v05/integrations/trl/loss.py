@@ -102,6 +102,16 @@ def row_offsets(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
 
 
+def places_of(mask: Tensor) -> Tensor:
+    """Return where the unmasked tokens of `mask` [B, L] are among its B * L, [T] int64; a device is waited for."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def packed(values: Tensor, places: Tensor) -> Tensor:
+    """Return `values` [B, L] at the places, [T]."""
+    return values.reshape(-1).index_select(0, places)
+
+
 def bias_corrected_kl(scored: Scored, level: str) -> Tensor:
     """Return k3 times the ratio, both with gradient, [B, L]; 0 where masked (arXiv 2512.02556)."""
     assert scored.ref is not None
@@ -109,17 +119,16 @@ def bias_corrected_kl(scored: Scored, level: str) -> Tensor:
     return torch.where(scored.mask, (gap.exp() - gap - 1) * scored.log_ratio(level).exp(), 0)
 
 
-def packed_advantages(
-    mask: Tensor, advantages: Tensor, factor: Tensor | None, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return advantages and offsets as `policy_loss` takes them: `[N]`, or `[T]` where a token has its own.
+def packed_advantages(mask: Tensor, advantages: Tensor, factor: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return advantages and offsets of the tokens at the places, as `policy_loss` takes them: `[N]`, or `[T]`, of each.
 
     A factor of 0 or more on a token's surrogate is one on its advantage. As many advantages as sequences would be read
     as one per sequence, so an empty sequence goes behind where T is N.
     """
+    offsets = row_offsets(mask)
     if factor is None and advantages.shape[1] == 1:
         return advantages[:, 0], offsets
-    tokens = (advantages * (1 if factor is None else factor)).expand(mask.shape)[mask]
+    tokens = packed((advantages * (1 if factor is None else factor)).expand(mask.shape), places)
     if len(tokens) == len(offsets) - 1:
         offsets = torch.cat([offsets, offsets[-1:]])
     return tokens, offsets
@@ -137,17 +146,15 @@ def loss_of(args: V05Config, scored: Scored, by: Divisors) -> tuple[PolicyLoss, 
         The loss, whose value and gradient are those of TRL's `_compute_loss` on the same rows, and the KL [B, L] or
         None.
     """
-    mask = scored.mask
+    mask, places = scored.mask, places_of(scored.mask)
     weights = token_weights(args, mask, by)
-    offsets = row_offsets(mask)
-    advantages, offsets = packed_advantages(mask, scored.advantages, scored.factor, offsets)
+    advantages, offsets = packed_advantages(mask, scored.advantages, scored.factor, places)
     options: Mapping[str, Any] = kind_of(args)
     own_kl = scored.ref is not None and args.use_bias_correction_kl
     if scored.ref is not None and not own_kl:
-        options = dict(options, kl="k3", kl_coef=args.beta, ref_logprobs=scored.ref[mask])
-    result = policy_loss(
-        scored.logprobs[mask], scored.old[mask], advantages, weights[mask], sequence_offsets=offsets, **options
-    )
+        options = dict(options, kl="k3", kl_coef=args.beta, ref_logprobs=packed(scored.ref, places))
+    logprobs, old, kept = (packed(values, places) for values in (scored.logprobs, scored.old, weights))
+    result = policy_loss(logprobs, old, advantages, kept, sequence_offsets=offsets, **options)
     if not own_kl:
         return result, None
     kl = bias_corrected_kl(scored, args.importance_sampling_level)

@@ -12,10 +12,12 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from v05.integrations.trl.config import V05Config
-from v05.integrations.trl.linear_loss import States, linear_loss_of, linear_metrics, why_not_linear
+from v05.integrations.trl.linear_loss import Tokens, linear_loss_of, linear_metrics, packed_tokens, why_not_linear
 from v05.integrations.trl.loss import CLIPPED, ROW_MEANS, Divisors, Scored, loss_of, why_not
 from v05.integrations.trl.metrics import sequence_means, step_tensors, token_means
 from v05.integrations.trl.rollouts import in_pieces, learnt_from
+from v05.integrations.trl.states import add_states_loss
+from v05.kernels.policy_loss.op import PolicyLoss
 
 logger = get_logger(__name__)
 # What TRL's batches hold for models that see images.
@@ -50,11 +52,13 @@ class KernelLossTrainer(GRPOTrainer):
         if chosen == "linear_policy_loss":
             text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            reason = why_not_linear(self.args, text_config, self.aux_loss_enabled, sharded)
+            reason = why_not_linear(self.args, text_config, self.aux_loss_enabled, sharded, self._is_vlm)
             chosen = self._instead(chosen, "policy_loss", reason)
         if chosen == "policy_loss":
             chosen = self._instead(chosen, "trl", why_not(self.args))
         self._loss_code = chosen
+        if chosen == "linear_policy_loss":
+            add_states_loss(self.accelerator.unwrap_model(self.model))
 
     def _instead(self, asked: str, other: str, reason: str | None) -> str:
         if reason is None:
@@ -122,32 +126,26 @@ class KernelLossTrainer(GRPOTrainer):
 
     def _linear_loss(self, model: Any, inputs: dict[str, Any], by: Divisors) -> Tensor:
         """Return the loss from hidden states; the model is called as a whole, so that wrappers see the call."""
-        inside = inputs["completion_mask"]
-        with self.accelerator.autocast():
-            outputs = model(
-                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inside], dim=1),
-                output_hidden_states=True,
-                logits_to_keep=1,
-                use_cache=False,
-            )
-        hidden = outputs.hidden_states[-1][:, -inside.size(1) - 1 : -1]
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hidden = hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
-        weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
-        mask = learnt_from(inputs).bool()
-        old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
-        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         factor = inputs["importance_sampling_ratio"] if corrected else None
-        states = States(hidden, inputs["completion_ids"], weight, bias, old, mask, advantages, factor)
-        result = linear_loss_of(self.args, states, by)
+        tokens = packed_tokens(self.args, inputs, factor, by)
+        with self.accelerator.autocast():
+            result = model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                states_loss=self._loss_of_states,
+                tokens=tokens,
+            )
         names = list(result.metrics)
         sums = self.accelerator.reduce(torch.stack([result.metrics[name] for name in names]), reduction="sum")
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in linear_metrics(self.args, dict(zip(names, sums, strict=True))).items():
+        for name, value in linear_metrics(self.args, names, sums).items():
             metrics[name].append(value)
         return result.loss
+
+    @torch.compiler.disable
+    def _loss_of_states(self, hidden: Tensor, head: Any, tokens: Tokens) -> PolicyLoss:
+        return linear_loss_of(self.args, hidden, head, tokens)
 
     def _divisors(self, inputs: dict[str, Any]) -> Divisors:
         """Return what TRL divides by; rows are counted over the generation batch."""
