@@ -13,7 +13,9 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from v05.integrations.trl import V05Config, V05Trainer
 from v05.tasks.data import BENCHMARKS, Source, read_data
-from v05.tasks.mathematics import same_answer
+from v05.tasks.mathematics import Mathematics
+
+verify = Mathematics()
 
 
 @dataclass
@@ -35,7 +37,7 @@ def read_problems(name: str) -> Dataset:
 
 def solved(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
     """Return 1 for each completion whose last boxed answer equals the problem's, else 0."""
-    return [float(same_answer(gold, turns[0]["content"])) for gold, turns in zip(answer, completions, strict=True)]
+    return [verify("", turns[0]["content"], {"answer": gold}) for turns, gold in zip(completions, answer, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
