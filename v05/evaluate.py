@@ -1,6 +1,5 @@
 """Samples of a model at the problems of a data set, judged, line for line, in a folder that goes on after a stop."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -161,22 +160,6 @@ def summarise(rows: Sequence[Mapping[str, Any]], reward_range: tuple[float, floa
         timeouts=sum(row["timeouts"] for row in rows),
         right=tuple(right),
     )
-
-
-def fingerprint(model: str) -> str:
-    """Return a name that changes with the model in a folder: weights, settings, tokenizer; a hub name is itself."""
-    folder, found = Path(model), hashlib.sha256()
-    if not folder.is_dir():
-        return model
-    for file in sorted(
-        file for end in ("safetensors", "bin", "json", "jinja", "model") for file in folder.glob(f"*.{end}")
-    ):
-        size, end = file.stat().st_size, 2**20
-        with file.open("rb") as stream:
-            found.update(f"{file.name} {size} ".encode() + stream.read(end))
-            stream.seek(max(0, size - end))
-            found.update(stream.read())
-    return found.hexdigest()[:16]
 
 
 def _generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from v05.errors import InputError
 from v05.estimates import Estimate
-from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
+from v05.evaluate import Evaluation, Sampling, evaluate
+from v05.fingerprint import fingerprint, folder_fingerprint
 from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, read_data
 from v05.tasks.pool import RewardPool
@@ -82,11 +82,12 @@ def run(
     policy = load_policy(model, dtype=dtype, device=device if engine == "hf" else "cpu")
     longest = max(prompt_lengths(policy, records, source.place))
     check_positions(policy, longest, sampling.max_new_tokens)
-    settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
+    weights = folder_fingerprint(Path(model)) or model
+    settings: dict[str, Any] = {"model": model, "weights": weights, "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
     place = judging["verifier"].rpartition(":")[0]
     if place.endswith(".py"):
-        settings["verifier_text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16]
+        settings["verifier_text"] = fingerprint([Path(place).read_bytes()])
     if judging["verifier"] not in VERIFIERS:
         settings["columns"] = columns_digest(records)
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:

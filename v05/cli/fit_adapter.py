@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from v05.cli.models import cache_file, cache_limit
 from v05.errors import InputError
+from v05.fingerprint import fingerprint
 from v05.records import check_range
-from v05.scored import Scored, by_policy, read_scored
+from v05.scored import by_policy, read_scored
 from v05.studies.prior import outcomes_of
 
 MEASURES = (
@@ -69,7 +69,8 @@ def fit_adapter(
         embedder = make_embedder(backbone, device, cache, cache_gib)
         states = embed_all(embedder, data.prompts, stop, progress)
         aged = [rows[0].step for rows in by_policy(found).values()]
-        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{fingerprint(found)}/{low:g} {high:g}"
+        named = fingerprint(repr(record).encode() for record in found)
+        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{named}/{low:g} {high:g}"
         task = progress.add_task("train", total=steps, note="")
         report = fit(
             config,
@@ -117,14 +118,6 @@ def embed_all(embedder: Any, prompts: list[str], stop: Any, progress: Progress) 
         if stop.requested:
             raise InputError("stopped while prompts were embedded; what is done is cached, so run the command again")
     return rows
-
-
-def fingerprint(records: list[Scored]) -> str:
-    """Return 16 hexadecimal digits that depend on every record."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-    return digest.hexdigest()[:16]
 
 
 def show(report: dict[str, Any], console: Console) -> None:

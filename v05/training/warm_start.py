@@ -1,6 +1,5 @@
 """The warm start: imitating answers that are often wrong, so that the policy is right sometimes."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from v05.batch import offsets_from_lengths
 from v05.checkpoint import read_tensors, write_tensors
+from v05.fingerprint import fingerprint
 from v05.policy import Policy, make_policy
 from v05.tasks import Demonstrated
 from v05.training.config import TrainConfig
@@ -57,7 +57,7 @@ def cache_key(config: TrainConfig) -> str:
         "seed": config.warm_start_seed,
         "optimizer": [BATCH, MUON_RATE, ADAM_RATE, WARM_UP],
     }
-    return "warm-" + hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return "warm-" + fingerprint([json.dumps(recipe, sort_keys=True).encode()])
 
 
 def imitate(
