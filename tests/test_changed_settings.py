@@ -10,9 +10,10 @@ import torch
 from training_runs import TINY, StopAfter
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
 from v05.cli import app
 from v05.errors import InputError
+from v05.stop import Interrupted, StopRequest
 from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics
 from v05.training.run import train_run

@@ -14,7 +14,6 @@ import pytest
 from tiny_chat import write_model
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import over_prompts, pass_at_k, powers
@@ -22,6 +21,7 @@ from v05.evaluate import Sampling, evaluate, summarise
 from v05.policy import Policy
 from v05.rollout.engine import Rollout
 from v05.rollout.hf import TransformersEngine
+from v05.stop import Interrupted, StopRequest
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, digest, read_data
 from v05.tasks.pool import RewardPool
 from v05.training.pretrained import load_policy

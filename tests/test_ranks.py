@@ -16,9 +16,10 @@ from test_user_model import SUMS, TINY, batch_of, settings_for
 from tiny_chat import write_model
 from training_runs import StopAfter, silent
 
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
 from v05.errors import InputError
 from v05.rollout.hf import TransformersEngine
+from v05.stop import Interrupted, StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.learner import Learner, share
 from v05.training.pretrained import load_policy

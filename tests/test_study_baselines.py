@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from v05.checkpoint import write_tensors
 from v05.cli import app
 from v05.errors import InputError
+from v05.files import write_tensors
 from v05.studies import records as study_records
 from v05.studies.gradient import centred_gram
 from v05.studies.records import PRIORS, RecordsStudy, batches, cells

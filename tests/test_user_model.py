@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from v05.batch import PackedTokens
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.policy import Policy
 from v05.rollout.hf import TransformersEngine, pieces
 from v05.rollout.pack import pack
+from v05.stop import Interrupted, StopRequest
 from v05.tasks.problems import Problems
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import TrainConfig, make_config

@@ -1,18 +1,18 @@
 """Samples of a model at the problems of a data set, judged, line for line, in a folder that goes on after a stop."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v05.checkpoint import Interrupted, StopRequest, write_text
 from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
+from v05.files import finite, write_json
 from v05.results_folder import ResultsFolder
 from v05.rollout.engine import Engine, Rollout, Unanswered
 from v05.seeds import seed_of
+from v05.stop import Interrupted, StopRequest
 from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
@@ -77,9 +77,8 @@ class Evaluation:
         """Return it as JSON can hold it."""
         intervals = {f"pass@{k}": list(estimate) for k, estimate in self.passed.items()}
         rest = {name: value for name, value in asdict(self).items() if name not in ("mean", "passed", "right")}
-        values = {f"mean@{self.samples}": list(self.mean), **intervals}
-        cleaned = {name: [None if x != x else x for x in numbers] for name, numbers in values.items()}
-        return {**rest, **cleaned, "interval": "95 %, percentile bootstrap over problems"}
+        values = finite({f"mean@{self.samples}": list(self.mean), **intervals})
+        return {**rest, **values, "interval": "95 %, percentile bootstrap over problems"}
 
 
 def evaluate(
@@ -140,7 +139,7 @@ def evaluate(
             raise InputError(f"{kept}; {missing[0]}; the same command asks again for what is missing")
         raise Interrupted(kept)
     evaluation = summarise(list(results.results.values()), pool.reward_range)
-    write_text(folder / "summary.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    write_json(folder / "summary.json", evaluation.to_dict())
     return evaluation
 
 

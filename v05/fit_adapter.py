@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from v05.errors import InputError
+from v05.files import finite, write_json, write_text
+from v05.stop import StopRequest
 from v05.studies.prior import Outcomes, Scores
 from v05.value.adapter import QUERIES, QueryAdapter, save_adapter
 from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, draw_episode, evaluate
@@ -155,7 +157,7 @@ def prepare(config: FitConfig, records: Records, folder: Path, resume: bool) -> 
     file = folder / "config.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=2) + "\n")
+        write_json(file, settings)
         return
     check_new(folder, resume)
     saved = json.loads(file.read_text(encoding="utf-8"))
@@ -196,7 +198,8 @@ def measures(data: Outcomes, prediction: np.ndarray, steps: Sequence[int]) -> di
         "residual_correlation_with_context_mean": with_mean,
         "residual_correlation_with_difficulty": with_difficulty,
     }
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+    found: dict[str, float | None] = finite(values)
+    return found
 
 
 def describe(metrics: dict[str, Any]) -> str:
@@ -217,11 +220,9 @@ def save(trainer: AdapterTrainer, metrics: list[dict[str, Any]], losses: list[fl
         for index, entry in trainer.optimizer.state_dict()["state"].items()
         for name, value in entry.items()
     }
-    adapter = {name: value.contiguous() for name, value in trainer.adapter.state_dict().items()}
+    tensors = {"adapter": trainer.adapter.state_dict(), "optimizer": optimizer}
     state = {"metrics": metrics, "losses": losses}
-    write_checkpoint(
-        folder / "checkpoints", Checkpoint(trainer.done, {"adapter": adapter, "optimizer": optimizer}, state)
-    )
+    write_checkpoint(folder / "checkpoints", Checkpoint(trainer.done, tensors, state))
 
 
 def load(trainer: AdapterTrainer, checkpoint: Checkpoint) -> None:

@@ -70,7 +70,7 @@ def run(
     console: Console,
 ) -> Evaluation:
     """Evaluate with a progress bar; a stop is said in one line, with exit status 130."""
-    from v05.checkpoint import Interrupted, StopRequest
+    from v05.stop import Interrupted, StopRequest
     from v05.training.engines import check_engine, close_engine, make_engine
     from v05.training.pretrained import load_policy
     from v05.training.user_model import check_positions, prompt_lengths

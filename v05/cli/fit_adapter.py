@@ -49,9 +49,9 @@ def fit_adapter(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
     """Train V0's adapter, which `v05 predict --checkpoint` then uses with the same --backbone."""
-    from v05.checkpoint import StopRequest
     from v05.fit_adapter import FitConfig, Records, check_new
     from v05.fit_adapter import fit_adapter as fit
+    from v05.stop import StopRequest
     from v05.value.adapter_training import embedded_head
     from v05.value.tabpfn_head import differentiable_head
 

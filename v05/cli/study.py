@@ -17,6 +17,7 @@ from v05.cli import study_baselines, study_train
 from v05.cli.models import cache_file, cache_limit
 from v05.cli.outputs import check_outputs
 from v05.errors import InputError
+from v05.files import finite
 from v05.records import check_range, whole_file
 from v05.scored import read_scored
 from v05.studies.prior import EMBEDDED, Scores, cross_predict, mean_of_known, outcomes_of, predictors_of
@@ -80,7 +81,7 @@ def prior(
     show(report, scores, console)
     if output is not None:
         with whole_file(output) as out:
-            out.write(json.dumps(without_nan(report), indent=2, allow_nan=False) + "\n")
+            out.write(json.dumps(finite(report), indent=2) + "\n")
         console.print(f"numbers: {output}", soft_wrap=True)
     if plot is not None:
         draw(scores, plot, console)
@@ -131,15 +132,6 @@ def interval_of(draws: np.ndarray) -> np.ndarray:
     known = (column[~np.isnan(column)] for column in draws.T)
     none = np.full(2, np.nan)
     return np.stack([np.quantile(part, [0.025, 0.975]) if len(part) else none for part in known], axis=1)
-
-
-def without_nan(value: Any) -> Any:
-    """Return a report with null in the place of nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def show(report: dict[str, Any], scores: Scores, console: Console) -> None:

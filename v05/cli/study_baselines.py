@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from v05.checkpoint import StopRequest, read_tensors, write_tensors
 from v05.errors import InputError
+from v05.files import read_tensors, write_tensors
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.plots.baselines import plot_baseline_errors, plot_gradients
 from v05.records import check_keys, check_number, check_range, parse_object, read_blocks
 from v05.results_folder import ResultsFolder
+from v05.stop import StopRequest
 from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
 from v05.studies.records import DEFAULT, PRIORS, RANGE, Cell, RecordsStudy, cells
 from v05.studies.table import StudyTable

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from v05.checkpoint import StopRequest
 from v05.cli.study_baselines import listed, progressing
 from v05.errors import InputError
 from v05.plots.training import plot_training
 from v05.results_folder import ResultsFolder
+from v05.stop import StopRequest
 from v05.studies.training import (
     RATES,
     TrainStudy,

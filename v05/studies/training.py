@@ -17,8 +17,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from v05.checkpoint import StopRequest
 from v05.errors import InputError
+from v05.stop import StopRequest
 from v05.studies.training_report import Trained
 from v05.training.algorithms import parse_algorithm
 from v05.training.compare import read_curve

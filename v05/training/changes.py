@@ -1,13 +1,13 @@
 """What may change when a run is resumed, and the note of it, so that it stays known what was computed with what."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any, Final
 
-from v05.checkpoint import newest_checkpoint, write_text
+from v05.checkpoint import newest_checkpoint
 from v05.errors import InputError
+from v05.files import write_json
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import CHANGEABLE, read_settings
 from v05.training.metrics import append_line
@@ -68,7 +68,7 @@ def make_changes(settings: Settings, folder: Path, allowed: bool) -> None:
     newest = newest_checkpoint(folder / "checkpoints")
     update = 0 if newest is None else int(newest.stem)
     append_line(folder / FILE, {"update": update, **changes})
-    write_text(folder / "config.json", json.dumps(settings.config.to_dict(), indent=2) + "\n")
+    write_json(folder / "config.json", settings.config.to_dict())
     for name, (old, new) in changes.items():
         logger.warning("%s was %s until update %d, and is %s after it", name, old, update, new)
 

@@ -1,7 +1,6 @@
 """Several algorithms from the same warm start and seeds, side by side: accuracy against rollouts spent."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from v05.checkpoint import StopRequest, write_text
 from v05.errors import InputError
+from v05.files import write_json
 from v05.plots.training import plot_comparison
+from v05.stop import StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import TrainConfig
 from v05.training.run import Reporter, accuracies, read_metrics, train_run
@@ -87,7 +87,7 @@ def compare(
             train_run(run_config, run_folder, folder / "warm_start", stop, report, resume=True)
             runs[name].append(run_folder)
     curves = [read_curve(name, folders, config) for name, folders in runs.items()]
-    write_text(folder / "compare.json", json.dumps(comparison(curves, seeds, config), indent=2) + "\n")
+    write_json(folder / "compare.json", comparison(curves, seeds, config))
     plot_comparison({curve.name: (curve.rollouts, curve.accuracy) for curve in curves}, folder / "curves.png")
     return curves
 

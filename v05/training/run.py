@@ -10,10 +10,12 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from v05.errors import InputError
+from v05.files import write_json, write_text
 from v05.plots.training import plot_run
 from v05.rollout.engine import Engine
+from v05.stop import Interrupted, StopRequest
 from v05.tasks import make_task
 from v05.training.changes import make_changes, way_out
 from v05.training.config import TrainConfig, read_settings
@@ -294,5 +296,5 @@ def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, 
         "seconds": clock.seconds,
     }
     plot_run(metrics, trainer.algorithm.name, folder / "curves.png")
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(folder / "summary.json", summary)
     return summary

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.batch import offsets_from_lengths
-from v05.checkpoint import read_tensors, write_tensors
+from v05.files import read_tensors, write_tensors
 from v05.fingerprint import fingerprint
 from v05.policy import Policy, make_policy
 from v05.tasks import Demonstrated
@@ -43,7 +43,7 @@ def warm_start(
         return policy
     imitate(policy, task, config.warm_start_steps, config.warm_start_seed, on_step)
     cache.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {name: value.contiguous() for name, value in policy.model.state_dict().items()})
+    write_tensors(file, policy.model.state_dict())
     return policy
 
 

@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from v05.checkpoint import read_tensors, write_tensors
+from v05.files import read_tensors, write_tensors
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.loss_trainer import KernelLossTrainer
