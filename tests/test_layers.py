@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # The files beside the rooms that all of these but `kernels` may stand on.
 FLOOR = {"batch", "checkpoint", "errors", "estimates", "files", "fingerprint", "packing", "policy", "quiet"}
-FLOOR |= {"records", "results_folder", "scored", "seeds", "stop"}
+FLOOR |= {"records", "results_folder", "scored", "seeds", "small_policy", "stop"}
 HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray", "math_verify", "datasets"}
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from v05.batch import offsets_from_lengths
-from v05.policy import Policy, make_policy
+from v05.policy import Policy
 from v05.rollout.hf import TransformersEngine
+from v05.small_policy import make_policy
 from v05.tasks import make_task
 from v05.training.config import TrainConfig
 from v05.training.warm_start import (

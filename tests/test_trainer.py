@@ -11,13 +11,13 @@ from v05.batch import Groups, PackedTokens
 from v05.errors import InputError
 from v05.kernels import group_advantage
 from v05.packing import AGGREGATIONS
-from v05.policy import make_policy
 from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
 from v05.rollout.sample import Sample, first_rollouts
 from v05.rollout.share import share_out
 from v05.seeds import seed_of
+from v05.small_policy import make_policy
 from v05.tasks import Split
 from v05.training.algorithms import ALGORITHMS, equal_groups, parse_algorithm
 from v05.training.config import TrainConfig

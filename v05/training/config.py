@@ -26,7 +26,7 @@ class TrainConfig:
     Attributes:
         algorithm: `name[:k]`, see `v05.training.algorithms`.
         task: one of `v05.tasks.TASKS`.
-        policy: size of the policy, one of `v05.policy.SIZES`.
+        policy: size of the policy, one of `v05.small_policy.SIZES`.
         prior: one of `PRIORS`.
         seed: fixes the order of prompts and every sample; the warm start has its own.
         rollouts: rollouts to spend in all.

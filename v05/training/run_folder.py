@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from v05.errors import InputError
 from v05.files import write_json
-from v05.policy import check_size
+from v05.small_policy import check_size
 from v05.tasks import make_task
 from v05.training.algorithms import parse_algorithm
 from v05.training.changes import changes_of

@@ -11,7 +11,8 @@ from torch import Tensor
 from v05.batch import offsets_from_lengths
 from v05.files import read_tensors, write_tensors
 from v05.fingerprint import fingerprint
-from v05.policy import Policy, make_policy
+from v05.policy import Policy
+from v05.small_policy import make_policy
 from v05.tasks import Demonstrated
 from v05.training.config import TrainConfig
 
