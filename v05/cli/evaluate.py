@@ -9,9 +9,11 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
+from v05.cli.options import RewardRange
+from v05.cli.progress import counting
 from v05.errors import InputError
 from v05.estimates import Estimate
 from v05.evaluate import Evaluation, Sampling, evaluate
@@ -92,8 +94,8 @@ def run(
         settings["columns"] = columns_digest(records)
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RewardPool(**judging) as pool, StopRequest() as stop, Progress(*columns, console=console) as progress:
+    display = counting(TimeRemainingColumn(), console=console)
+    with RewardPool(**judging) as pool, StopRequest() as stop, display as progress:
         bar = progress.add_task("problems", total=len(records))
 
         def on_problems(done: int, total: int) -> None:
@@ -119,7 +121,7 @@ def evaluate_command(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer; one cut off there is wrong.")] = 4096,
     verifier: Annotated[str, typer.Option(help="math, exact, package.module:function or file.py:function.")] = "math",
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (0.0, 1.0),
+    reward_range: RewardRange = (0.0, 1.0),
     engine: Annotated[str, typer.Option(help="What generates: hf, vllm, vllm-sync, http://host:port.")] = "hf",
     engine_options: Annotated[str, typer.Option(help="More arguments of vLLM, a JSON object.")] = "{}",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",

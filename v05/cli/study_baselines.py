@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from v05.cli.options import RewardRange, StudyFolder
+from v05.cli.progress import progressing
 from v05.errors import InputError
 from v05.files import read_tensors, write_tensors
 from v05.kernels.advantage.estimators import ESTIMATORS
@@ -28,14 +28,6 @@ from v05.training.run import make_trainer
 
 FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
-
-
-@contextmanager
-def progressing() -> Iterator[Progress]:
-    """A progress bar on standard error, with rate and time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        yield progress
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -78,13 +70,13 @@ def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
 
 def records(
     context: Annotated[Path, typer.Option(help="JSON Lines with a mean reward, `score`, a line.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    output: StudyFolder,
     estimators: Annotated[str, typer.Option(help="Of `group_advantage`, with commas between.")] = ",".join(DEFAULT),
     rollouts: Annotated[str, typer.Option(help="Group sizes, with commas between.")] = "2,4,8",
     repeats: Annotated[int, typer.Option(help="Batches drawn for each prior and group size.")] = 200,
     batch: Annotated[int, typer.Option(help="Prompts in a batch.")] = 256,
     recorded: Annotated[int, typer.Option(help="Rollouts behind each score.")] = 10,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    reward_range: RewardRange = (-1.0, 1.0),
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
 ) -> None:
     """Compare baselines with the truth on rewards redrawn from recorded success rates, under seven kinds of prior."""
@@ -134,7 +126,7 @@ def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTa
 
 
 def gradient(
-    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    output: StudyFolder,
     estimators: Annotated[
         str, typer.Option(help="Of `group_advantage`: name, name:k or name:k-k_max (growing); k is 4 by default.")
     ] = f"{FIXED},{GROWING}",

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from v05.cli.study_baselines import listed, progressing
+from v05.cli.progress import progressing
+from v05.cli.study_baselines import listed
 from v05.errors import InputError
 from v05.plots.training import plot_training
 from v05.results_folder import ResultsFolder
