@@ -12,7 +12,8 @@ from training_runs import StopAfter, assert_same_run, silent
 from v05.stop import StopRequest
 from v05.training.config import PRIORS
 from v05.training.run import Interrupted, make_prior, train_run
-from v05.value.context import PolicyContext, pack_text, unpack_text
+from v05.value.context import PolicyContext
+from v05.value.memory import pack_text, unpack_text
 from v05.value.model import V0
 from v05.value.past import WithPast
 from v05.value.prior import Middle, RunningMean

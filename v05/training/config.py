@@ -11,7 +11,7 @@ from typing import Any, Final
 from v05.errors import InputError
 
 # v0: the embedded V0; history: kernel regression over past prompts (both with each prompt's own past); constant: one
-# running mean for all prompts; none: always the middle of the reward range, as an ablation.
+# running mean for all prompts; none: always the middle of the reward range, as an ablation. See `v05.value.priors`.
 PRIORS: Final = ("v0", "history", "constant", "none")
 
 # What a resumed run may change; see `v05.training.changes`.

@@ -226,7 +226,7 @@ class Trainer:
             groups.offsets,
             prior,
             reward_range=self.task.reward_range,
-            cost=self.config.cost if self.algorithm.cost is None else self.algorithm.cost,
+            cost=self.algorithm.cost_or(self.config.cost),
             k_init=self.algorithm.k_init,
             k_max=self.algorithm.k_max,
             fusion=self.algorithm.fusion,

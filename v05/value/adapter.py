@@ -15,6 +15,7 @@ from v05.files import write_tensors
 from v05.kernels import query_attention
 from v05.kernels.query_attention.rules import AttentionWeights
 from v05.value.embedder import TokenStates
+from v05.value.memory import under
 
 QUERIES: Final = 168
 HEADS: Final = 3
@@ -165,4 +166,4 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_adapter(adapter: QueryAdapter, file: Path) -> None:
     """Write the weights under the checkpoint's names as safetensors."""
-    write_tensors(file, {PREFIX + name: value for name, value in adapter.state_dict().items()})
+    write_tensors(file, under(PREFIX, adapter.state_dict()))

@@ -16,6 +16,7 @@ from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
 from v05.value.embedder import QWEN, CachedEmbedder, Embedder, TransformersEmbedder, sentence_embedder
 from v05.value.head import SEARCH_STEPS, Context, GaussianProcessHead, check_outcomes
+from v05.value.memory import forget_oldest
 from v05.value.regression_head import RegressionHead
 from v05.value.tabpfn_head import TabPFNHead
 
@@ -235,8 +236,7 @@ class V0:
         for prompt in dict.fromkeys(prompts):
             self.memory.pop(prompt, None)
             self.memory[prompt] = rows[prompt]
-        for prompt in list(self.memory)[: max(0, len(self.memory) - MEMORY)]:
-            del self.memory[prompt]
+        forget_oldest(self.memory, MEMORY)
         return stack([rows[prompt] for prompt in prompts])
 
     def context(self, record: Record, reward_range: tuple[float, float]) -> Context[Any]:
