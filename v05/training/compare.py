@@ -1,6 +1,7 @@
 """Several algorithms from the same warm start and seeds, side by side: accuracy against rollouts spent."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,20 @@ class Curve:
 
     def rollouts_to(self, target: float) -> float | None:
         """Return the rollouts after which the mean accuracy first reaches `target`, interpolated; None for never."""
-        mean = self.accuracy.mean(axis=0)
-        for point, value in enumerate(mean):
-            if value >= target and point == 0:
-                return float(self.rollouts[0])
-            if value >= target:
-                share = (target - mean[point - 1]) / (value - mean[point - 1])
-                return float(self.rollouts[point - 1] + share * (self.rollouts[point] - self.rollouts[point - 1]))
-        return None
+        reached = first_reach(np.array(self.rollouts), self.accuracy.mean(axis=0), target)
+        return reached if math.isfinite(reached) else None
+
+
+def first_reach(budgets: np.ndarray, accuracy: np.ndarray, target: float) -> float:
+    """Return the budget at which a curve `[P]` first reaches a target, interpolated; infinity for never."""
+    reached = np.flatnonzero(accuracy >= target)
+    if not len(reached):
+        return math.inf
+    point = int(reached[0])
+    if point == 0:
+        return float(budgets[0])
+    share = (target - accuracy[point - 1]) / (accuracy[point] - accuracy[point - 1])
+    return float(budgets[point - 1] + share * (budgets[point] - budgets[point - 1]))
 
 
 def compare(
