@@ -56,7 +56,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
-    """A name for a temporary file, which takes the place of `file` once it is written and on the disk."""
+    """Yield a name for a temporary file, which takes the place of `file` once it is written and on the disk."""
     partial = file.with_name(file.name + ".partial")
     yield partial
     with partial.open("rb") as stream:

@@ -47,7 +47,7 @@ class FuseConfig:
     fusion: str = "v05"
 
     def __post_init__(self) -> None:
-        """Raises InputError where a setting is not allowed."""
+        """Raise InputError where a setting is not allowed."""
         try:
             choice("fusion", self.fusion, FUSIONS)
             make_budget(self.reward_range, self.cost, self.k_init, self.k_max)
@@ -79,15 +79,15 @@ class Summary:
 
     @property
     def zero_or_one(self) -> bool:
-        """Whether all rewards are 0 or 1, and not all are 1, which a range from -1 has too."""
+        """Return whether all rewards are 0 or 1, and not all are 1, which a range from -1 has too."""
         return 0 < self.zeros == self.rollouts - self.ones
 
     def per_group(self, total: float) -> float:
-        """A sum over groups as a mean; 0 where there are none."""
+        """Return a sum over groups as a mean; 0 where there are none."""
         return total / self.groups if self.groups else 0.0
 
     def add(self, decisions: Decisions) -> None:
-        """Adds a block of groups; the sample stays uniform over all groups seen."""
+        """Add a block of groups; the sample stays uniform over all groups seen."""
         fused, prior = decisions.fused, decisions.prior
         some = fused.count > 0
         self.groups += prior.numel()
@@ -142,7 +142,7 @@ class Decisions:
         self.bounds = offsets.tolist()
 
     def write(self, records: list[dict[str, Any]], out: IO[str]) -> None:
-        """Writes every record with what was decided about it."""
+        """Write every record with what was decided about it."""
         fused, advantages = self.fused, self.advantages.tolist()
         columns = (
             fused.baseline.tolist(),
@@ -165,7 +165,7 @@ def fuse_file(
     config: FuseConfig | None = None,
     on_bytes: Callable[[int], None] = lambda read: None,
 ) -> Summary:
-    """Runs a file of rollout records through `shrinkage` and `group_advantage`.
+    """Run a file of rollout records through `shrinkage` and `group_advantage`.
 
     Args:
         source: a JSON Lines file of records (see `v05.records`), or `-` for standard input.

@@ -35,7 +35,7 @@ def source_of(data: str, given: dict[str, str | None]) -> Source:
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """A table of what was found, for the terminal."""
+    """Return a table of what was found, for the terminal."""
     table = Table(title=title, title_justify="left")
     table.add_column()
     table.add_column("mean", justify="right")

@@ -19,7 +19,7 @@ from v05.records import bad_path
 
 
 def summary_table(summary: Summary, config: FuseConfig) -> Table:
-    """A table of what was decided, for the terminal."""
+    """Return a table of what was decided, for the terminal."""
     table = table_of_facts("V0.5 fusion")
     share = summary.per_group
     ceiling = summary.groups * config.k_max

@@ -21,7 +21,7 @@ from v05.value.model import Record
 
 
 def prediction_table(summary: Prediction, skip_bad: bool) -> Table:
-    """A table of what was predicted, for the terminal."""
+    """Return a table of what was predicted, for the terminal."""
     table = table_of_facts("V0")
     table.add_row("prompts in the context", f"{summary.context:,}")
     table.add_row("prompts predicted", f"{summary.prompts:,}")

@@ -59,7 +59,7 @@ def batches(items: Sequence[str], size: int, what: str, progress: Progress) -> I
 
 @contextmanager
 def reading(path: str, what: str) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many bytes of a file, or of standard input, `-`, are read.
+    """Yield a function that shows how many bytes of a file, or of standard input, `-`, are read.
 
     Meanwhile SIGTERM ends the command as Ctrl-C does.
     """
@@ -87,6 +87,6 @@ class ProgressReporter:
 
 @contextmanager
 def reporting(console: Console) -> Iterator[ProgressReporter]:
-    """A reporter that draws on `console`, with rate, time left and note."""
+    """Yield a reporter that draws on `console`, with rate, time left and note."""
     with noting(RateColumn(), console) as progress:
         yield ProgressReporter(progress)

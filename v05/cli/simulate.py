@@ -70,7 +70,7 @@ def read_lengths(file: Path) -> tuple[int, ...]:
 
 
 def table_of(results: list[Result], simulation: Simulation) -> Table:
-    """A line for each contender."""
+    """Return a table with a line for each contender."""
     title = f"{simulation.steps} steps of {simulation.prompts} prompts, {simulation.slots} slots"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.padding = 0

@@ -31,12 +31,12 @@ GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The names in a comma-separated option."""
+    """Return the names in a comma-separated option."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def fractions(text: str) -> tuple[float, ...]:
-    """The numbers in a comma-separated `--cost`, such as 1/256."""
+    """Return the numbers in a comma-separated `--cost`, such as 1/256."""
     try:
         return tuple(float(Fraction(part)) for part in listed(text))
     except (ValueError, ZeroDivisionError):
@@ -44,7 +44,7 @@ def fractions(text: str) -> tuple[float, ...]:
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers in a comma-separated option."""
+    """Return the whole numbers in a comma-separated option."""
     try:
         return tuple(int(part) for part in listed(text))
     except ValueError:
@@ -52,7 +52,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
-    """The `score` of every line of a JSON Lines file, moved to [-1, 1]."""
+    """Return the `score` of every line of a JSON Lines file, moved to [-1, 1]."""
     low, high = reward_range
     check_range(low, high)
 
@@ -102,7 +102,7 @@ def records(
 
 
 def command_of(study: RecordsStudy, reward_range: tuple[float, float]) -> str:
-    """The command that repeats a study of records: its names and sizes, and what else is not as by default."""
+    """Return the command that repeats a study of records: its names, its sizes, and what is not as by default."""
     chosen = f"--estimators {','.join(study.estimators)} --rollouts {','.join(map(str, study.rollouts))}"
     for name in ("repeats", "batch", "recorded", "seed"):
         if (value := getattr(study, name)) != getattr(RecordsStudy, name):
@@ -113,7 +113,7 @@ def command_of(study: RecordsStudy, reward_range: tuple[float, float]) -> str:
 
 
 def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTable:
-    """A line for each prior and group size; the smallest error has a star."""
+    """Return a line for each prior and group size; the smallest error has a star."""
     by_key, rows = {cell[:3]: cell for cell in found}, []
     for prior in PRIORS:
         for k in study.rollouts:
@@ -173,7 +173,7 @@ def gradient(
 
 
 def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progress) -> Pool:
-    """The pool in a folder, made where it is not there yet."""
+    """Return the pool in a folder, made where it is not there yet."""
     file = output / "pool.safetensors"
     if file.exists() and (found := read_tensors(file)).keys() == set(Pool._fields):
         return Pool(**found)
@@ -195,7 +195,7 @@ def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progre
 
 
 def gradients_table(found: list[GradientQuality], title: str, command: str) -> StudyTable:
-    """A line for each estimator, prior by prior."""
+    """Return a line for each estimator, prior by prior."""
     columns = ["estimator", "prior", "k", "rollouts", "factor", "bias^2", "variance", "x rollouts", "with prompts"]
     rows = [
         [

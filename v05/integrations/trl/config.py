@@ -87,20 +87,20 @@ class V05Config(GRPOConfig):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Smallest and largest reward."""
+        """Return the smallest and the largest reward."""
         return parsed_range("reward_range", self.reward_range)
 
     @property
     def fused(self) -> bool:
-        """Whether the estimator has a prior."""
+        """Return whether the estimator has a prior."""
         return ESTIMATORS[self.estimator].needs_prior
 
     @property
     def fusion(self) -> str:
-        """Of prior and rollouts, in the test and in the baseline; see `v05.kernels.shrinkage`."""
+        """Return how prior and rollouts are fused, in the test and in the baseline; see `v05.kernels.shrinkage`."""
         return ESTIMATORS[self.estimator].fusion or "v05"
 
     @property
     def grows(self) -> bool:
-        """Whether prompts may get more rollouts than they start with."""
+        """Return whether prompts may get more rollouts than they start with."""
         return self.fused and self.k_max > self.num_generations and self.extra_rounds > 0
