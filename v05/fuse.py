@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from v05.batch import offsets_of
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.segments import choice
@@ -116,7 +117,7 @@ class Decisions:
 
     def __init__(self, records: list[dict[str, Any]], config: FuseConfig) -> None:
         lengths = [len(record["rewards"]) for record in records]
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+        offsets = offsets_of(lengths)
         rewards = torch.tensor([reward for record in records for reward in record["rewards"]], dtype=torch.float64)
         self.rewards = rewards
         self.prior = torch.tensor([record["prior"] for record in records], dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from v05.batch import offsets_of
 from v05.kernels.query_attention.rules import HEAD, AttentionWeights, weight_shapes
 
 # The largest error against float64 that is never blamed on a kernel, relative to max(1, |value|).
@@ -58,11 +59,6 @@ class RaggedStates(NamedTuple):
         return AttentionWeights(*self[3:])
 
 
-def offsets_of(lengths: Tensor) -> Tensor:
-    """Return the offsets `[G+1]` int64 of segments with lengths `[G]`."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.long().cumsum(0)])
-
-
 def ragged_groups(
     groups: int,
     shortest: int = 0,
@@ -91,7 +87,7 @@ def ragged_tokens(
     drift: float = 0.3,
     dtype: torch.dtype = torch.float32,
 ) -> RaggedTokens:
-    """Return random packed sequences; `masked` is the share of tokens of weight 0, `drift` the std between log-probs."""
+    """Return random packed sequences; `masked` is the share of tokens of weight 0, `drift` the sd between log-probs."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (sequences,), generator=rng)
     tokens = int(lengths.sum())

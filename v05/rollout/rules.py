@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
+from v05.batch import offsets_of
 from v05.rollout.budget import BudgetRule
 from v05.rollout.step import Group
 
@@ -57,4 +57,4 @@ def _ragged(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
     rewards = [[group.rewards[place] for place in group.in_order] for group in groups]
     flat = torch.tensor([value for row in rewards for value in row], dtype=torch.float32)
     prior = torch.tensor([group.prior for group in groups], dtype=torch.float32)
-    return flat, offsets_from_lengths([len(row) for row in rewards]), prior
+    return flat, offsets_of([len(row) for row in rewards]), prior

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.batch import offsets_of
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage, token_logprob
 from v05.kernels.advantage.estimators import ESTIMATORS
@@ -197,7 +198,7 @@ def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -
 def ragged(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first `counts` `[P]` of each row of values `[P, K]` end to end, and their offsets `[P + 1]`."""
     kept = torch.arange(values.shape[1]) < counts[:, None]
-    return values[kept], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return values[kept], offsets_of(counts)
 
 
 def quality(pool: Pool, drawn: Drawn) -> GradientQuality:

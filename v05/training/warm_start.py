@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
+from v05.batch import offsets_of
 from v05.files import read_tensors, write_tensors
 from v05.fingerprint import fingerprint
 from v05.policy import Policy
@@ -108,7 +108,5 @@ def imitation_loss(policy: Policy, task: Demonstrated, seed: int, start: int, co
     answers = policy.encode([task.demonstration(prompt, seed, start + row) for row, prompt in enumerate(prompts)])
     end = policy.tokenizer.eos_token_id
     tokens = torch.tensor([token for answer in answers for token in [*answer, end]])
-    logits = policy.response_logits(
-        policy.encode(prompts), tokens, offsets_from_lengths([len(answer) + 1 for answer in answers])
-    )
+    logits = policy.response_logits(policy.encode(prompts), tokens, offsets_of([len(answer) + 1 for answer in answers]))
     return torch.nn.functional.cross_entropy(logits, tokens)

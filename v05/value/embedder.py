@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
+from v05.batch import offsets_of
 from v05.errors import InputError
 from v05.fingerprint import model_fingerprint
 from v05.kernels import segments
@@ -261,4 +261,4 @@ def sentence_folder() -> Path:
 def join(rows: Sequence[Tensor], width: int, truncated: int) -> TokenStates:
     """Return the states of several prompts as one batch."""
     states = torch.cat(list(rows)) if rows else torch.zeros(0, width)
-    return TokenStates(states, offsets_from_lengths([len(row) for row in rows]), truncated)
+    return TokenStates(states, offsets_of([len(row) for row in rows]), truncated)

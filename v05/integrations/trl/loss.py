@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.batch import offsets_of
 from v05.integrations.trl.config import V05Config
 from v05.kernels import policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
@@ -99,7 +100,7 @@ def token_weights(args: V05Config, mask: Tensor, by: Divisors) -> Tensor:
 
 def row_offsets(mask: Tensor) -> Tensor:
     """Return where the unmasked tokens of each row of `mask` [B, L] begin and end, packed: [B + 1] int64."""
-    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    return offsets_of(mask.sum(1))
 
 
 def bias_corrected_kl(scored: Scored, level: str) -> Tensor:
