@@ -47,13 +47,6 @@ def test_a_run_spends_what_it_has_and_no_more(mode: str, total: int) -> None:
     assert sum(group.requested for step in steps for group in step.groups) == total + made.trouble.given_up
 
 
-def test_a_cap_on_tokens_stops_growth() -> None:
-    free = steps_of(scheduler(LookAhead(), limits("planned")), 3)
-    few = steps_of(scheduler(LookAhead(), limits("planned", tokens=1)), 3)
-    assert all(step.extra == 0 for step in few)
-    assert any(step.extra > 0 for step in free)
-
-
 @pytest.mark.parametrize("mode", ["planned", "stream"])
 def test_a_cap_that_binds_goes_to_the_largest_gains_of_the_whole_step(mode: str) -> None:
     refused = 0
@@ -69,11 +62,3 @@ def test_a_cap_that_binds_goes_to_the_largest_gains_of_the_whole_step(mode: str)
             assert first.gain[grown].min() >= first.gain[without].max()
             assert sum(group.requested for group in step.groups) == 24 * 4 + 12
     assert refused > 0
-
-
-def test_a_cap_on_tokens_keeps_growth_under_it() -> None:
-    """Every answer is 5 tokens long, so that the expectation is exact: 24 first ones, then at most 6 more."""
-    engine = SimulatedEngine(8, success, lambda draw: 5)
-    steps = steps_of(scheduler(LookAhead(), limits(tokens=150), engine), 4)
-    assert max(step.tokens for step in steps) == 150
-    assert all(step.tokens == 5 * int(step.outcome.counts.sum()) for step in steps)

@@ -248,7 +248,7 @@ class Scheduler:
         """Give groups what they want; where a cap may bind, once all of the step are tested, largest gains first."""
         wishes = self.wishes.pop(step.number)
         wanted = [wish.more for wish in wishes]
-        left = step.left(self.limits.tokens) if any(wanted) else None
+        left = step.left if any(wanted) else None
         untested = sum(not group.tested for group in step.groups) if left is not None else 0
         if left is None:
             given = wanted
