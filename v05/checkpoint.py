@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from v05.files import read_tensors, write_json, write_tensors
 
@@ -74,6 +76,21 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return where the newest checkpoint in `folder` is, or None where there is none."""
     return next(reversed(_finished(folder)), None)
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser keeps of each parameter, by the parameter's number and the name of what is kept."""
+    entries = optimizer.state_dict()["state"].items()
+    return {f"{number}.{name}": value for number, entry in entries for name, value in entry.items()}
+
+
+def optimizer_entries(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return what `optimizer_tensors` was made of: by number, then by name, as `load_state_dict` takes it."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        entries.setdefault(int(number), {})[name] = value
+    return entries
 
 
 def _finished(folder: Path) -> list[Path]:

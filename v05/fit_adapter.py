@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from v05.checkpoint import (
+    Checkpoint,
+    optimizer_entries,
+    optimizer_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from v05.errors import InputError
 from v05.files import finite, write_json, write_text
 from v05.stop import StopRequest
@@ -215,12 +221,7 @@ def write_metrics(folder: Path, metrics: Sequence[dict[str, Any]]) -> None:
 
 def save(trainer: AdapterTrainer, metrics: list[dict[str, Any]], losses: list[float], folder: Path) -> None:
     """Write a checkpoint."""
-    optimizer = {
-        f"{index}.{name}": value
-        for index, entry in trainer.optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-    tensors = {"adapter": trainer.adapter.state_dict(), "optimizer": optimizer}
+    tensors = {"adapter": trainer.adapter.state_dict(), "optimizer": optimizer_tensors(trainer.optimizer)}
     state = {"metrics": metrics, "losses": losses}
     write_checkpoint(folder / "checkpoints", Checkpoint(trainer.done, tensors, state))
 
@@ -228,9 +229,6 @@ def save(trainer: AdapterTrainer, metrics: list[dict[str, Any]], losses: list[fl
 def load(trainer: AdapterTrainer, checkpoint: Checkpoint) -> None:
     """Go on from a checkpoint."""
     trainer.adapter.load_state_dict(checkpoint.tensors["adapter"])
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in checkpoint.tensors["optimizer"].items():
-        index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = value
+    entries = optimizer_entries(checkpoint.tensors["optimizer"])
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": entries})
     trainer.done = checkpoint.update
