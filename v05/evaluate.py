@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from v05.checks import FROM_ONE, POSITIVE, check, check_each
 from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
 from v05.files import finite, write_json
@@ -41,11 +42,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for name in ("samples", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; allowed: above 0 and finite")
+        check_each(self, ("samples", "max_new_tokens", "batch"), FROM_ONE)
+        check("temperature", self.temperature, *POSITIVE)
 
 
 @dataclass(frozen=True)

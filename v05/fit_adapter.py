@@ -20,6 +20,7 @@ from v05.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from v05.checks import FROM_ONE, POSITIVE, check, check_each
 from v05.errors import InputError
 from v05.files import finite, write_json, write_text
 from v05.stop import StopRequest
@@ -55,11 +56,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for name in ("steps", "context", "pairs", "queries", "eval_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate}; allowed: above 0 and finite")
+        check_each(self, ("steps", "context", "pairs", "queries", "eval_every"), FROM_ONE)
+        check("learning_rate", self.learning_rate, *POSITIVE)
 
 
 @dataclass(frozen=True)

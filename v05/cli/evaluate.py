@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
+from v05.checks import check
 from v05.cli.options import RewardRange
 from v05.cli.progress import counting
 from v05.errors import InputError
@@ -22,7 +23,6 @@ from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import VERIFIERS, make_verifier, needs_answer
-from v05.training.config import check
 from v05.training.model_config import is_object
 
 PATIENCE: Final = ("timeout", "startup_timeout")  # options of a server that change nothing but what is waited for

@@ -40,7 +40,7 @@ def simulate(
     drawn = LogNormal() if lengths is None else Observed(read_lengths(lengths))
     try:
         simulation = Simulation(prompts, slots, steps, window, prior_sd, seed, drawn)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
     results = []
     with progressing() as progress:

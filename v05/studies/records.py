@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.checks import FROM_ONE, check_each
 from v05.errors import InputError
 from v05.kernels import group_advantage
 from v05.kernels.advantage.estimators import ESTIMATORS, Scale
@@ -67,11 +68,9 @@ class RecordsStudy:
         for name in self.estimators:
             if name not in ALLOWED:
                 raise InputError(f"estimator is {name!r}; allowed, since it has a baseline: {', '.join(ALLOWED)}")
-        for name in ("repeats", "batch", "recorded"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or above")
+        check_each(self, ("repeats", "batch", "recorded"), FROM_ONE)
         if not self.rollouts or min(self.rollouts) < 1:
-            raise InputError(f"rollouts is {self.rollouts}; allowed: numbers of 1 or above")
+            raise InputError(f"rollouts is {self.rollouts}; allowed: numbers of 1 or more")
 
 
 class Cell(NamedTuple):

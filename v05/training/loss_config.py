@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from v05.checks import check, known
 from v05.errors import InputError
 from v05.kernels.policy_loss.options import CORRECTIONS, LEVELS, make_kinds, make_numbers
 from v05.training.algorithms import Algorithm
-from v05.training.config import check, known
 
 SURROGATES: Final = ("ppo", "cispo", "sapo", "gpg")  # the others select tokens of a whole batch, not of its parts
 
