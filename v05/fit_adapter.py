@@ -76,14 +76,14 @@ class Records:
     steps: list[int]
     source: str
 
-    def part(self, policy: int, held_out: bool) -> np.ndarray:
+    def part(self, policy: int, heldout: bool) -> np.ndarray:
         """Return one policy's records, those of prompts held out or the others, as row numbers."""
         own = self.data.policy == policy
-        return np.flatnonzero(own & ((self.data.fold[self.data.prompt] == 0) == held_out))
+        return np.flatnonzero(own & ((self.data.fold[self.data.prompt] == 0) == heldout))
 
     def training(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Return token states and success rates of each policy's training records."""
-        rows = [self.part(policy, held_out=False) for policy in range(len(self.data.policies))]
+        rows = [self.part(policy, heldout=False) for policy in range(len(self.data.policies))]
         states = [[self.states[number] for number in self.data.prompt[part]] for part in rows]
         return states, [torch.from_numpy(self.data.rate[part]).float() for part in rows]
 
@@ -175,7 +175,7 @@ def judge(trainer: AdapterTrainer, records: Records, size: int, loss: float | No
     data, predictions = records.data, np.full(len(records.data.rate), np.nan)
     states, rates = records.training()
     for policy in range(len(data.policies)):
-        rows = records.part(policy, held_out=True)
+        rows = records.part(policy, heldout=True)
         if len(rows) and len(rates[policy]) > 1:
             wanted = [records.states[number] for number in data.prompt[rows]]
             found = evaluate(trainer.adapter, trainer.head, (states[policy], rates[policy]), wanted, size)

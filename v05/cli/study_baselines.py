@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from v05.cli.options import RewardRange, StudyFolder
+from v05.cli.options import RewardRange, StudyFolder, fractions, listed, numbers
 from v05.cli.progress import progressing
 from v05.errors import InputError
 from v05.files import read_tensors, write_tensors
@@ -28,27 +27,6 @@ from v05.training.run import make_trainer
 
 FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Return the names in a comma-separated option."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def fractions(text: str) -> tuple[float, ...]:
-    """Return the numbers in a comma-separated `--cost`, such as 1/256."""
-    try:
-        return tuple(float(Fraction(part)) for part in listed(text))
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"--cost is {text!r}; allowed: numbers and fractions from 0 to 1, by commas") from None
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Return the whole numbers in a comma-separated option."""
-    try:
-        return tuple(int(part) for part in listed(text))
-    except ValueError:
-        raise InputError(f"{option} is {text!r}; allowed: whole numbers with commas between") from None
 
 
 def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:

@@ -15,7 +15,8 @@ from v05.plots.training import plot_comparison
 from v05.stop import StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import TrainConfig
-from v05.training.run import Reporter, accuracies, read_metrics, train_run
+from v05.training.metrics import accuracies, read_metrics
+from v05.training.run import Reporter, train_run
 
 
 @dataclass(frozen=True)

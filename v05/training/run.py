@@ -220,9 +220,7 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             metrics = trainer.update()
         except Stopped:
             _save(trainer, folder, clock)
-            raise Interrupted(
-                f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts"
-            ) from None
+            raise Interrupted(progress_of(trainer, folder)) from None
         clock.updating += time.process_time() - started
         if leads:
             watch.see(metrics)
