@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from test_user_model import SUMS, TINY, batch_of, settings_for
+from test_user_model import SUMS, batch_of
+from test_user_runs import TINY, settings_for
 from tiny_chat import write_model
 from training_runs import StopAfter, silent
 
