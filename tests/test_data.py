@@ -1,20 +1,15 @@
 """Problems from files and data sets, and names that change with them."""
 
 import datetime
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import write
 
 from v05.errors import InputError
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, digest, read_data
-
-
-def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "dapo_math_17k"])
@@ -49,23 +44,24 @@ def test_the_training_set_is_read_in_the_format_that_the_hub_has(tmp_path: Path)
     source = replace(BENCHMARKS["dapo_math_17k"], place=str(tmp_path / "train.parquet"))
     found = [(record["prompt"], record["answer"], record["data_source"]) for record in read_data(source)]
     assert found == [("What is 1?", "1", "math"), ("What is 2?", "2", "math")]
-    several = write_lines(tmp_path / "bad.jsonl", [{"prompt": [*turns[0], *turns[1]], "answer": 1}])
+    several = write(tmp_path / "bad.jsonl", {"prompt": [*turns[0], *turns[1]], "answer": 1})
     with pytest.raises(InputError, match="allowed: text, or one turn of a conversation"):
-        read_data(Source(str(several)))
+        read_data(Source(several))
 
 
 def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     from datasets import Dataset
 
     rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "x", "weight": 2}, {"prompt": "a", "answer": "1"}]
-    file = write_lines(tmp_path / "data.jsonl", rows)
-    assert read_data(Source(str(file))) == [
+    file = write(tmp_path / "data.jsonl", *rows)
+    assert read_data(Source(file)) == [
         {"prompt": "a", "answer": "1"},
         {"prompt": "b", "answer": "x", "weight": 2},
     ]
     Dataset.from_list([{"q": "a", "answer": "1"}]).to_parquet(tmp_path / "data.parquet")
     source = Source(str(tmp_path / "data.parquet"), prompt_key="q", template="Q: {prompt}")
     assert read_data(source) == [{"q": "a", "prompt": "Q: a", "answer": "1"}]
+    bad = tmp_path / "bad.jsonl"
     for content, message in (
         ([{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}], "a prompt with the answers '1' and '2'"),
         ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
@@ -77,12 +73,12 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         ([{"prompt": "\ud83d", "answer": 1}], "bad.jsonl:1: prompt has half a surrogate pair at character 0"),
         ([], "has no problem"),
     ):
-        bad = write_lines(tmp_path / "bad.jsonl", content)
+        write(bad, *content)
         with pytest.raises(InputError, match=message):
             read_data(Source(str(bad)))
-    assert read_data(Source(str(write_lines(bad, [{"prompt": "a"}]))), needs_answer=False) == [{"prompt": "a"}]
+    assert read_data(Source(write(bad, {"prompt": "a"})), needs_answer=False) == [{"prompt": "a"}]
     values = [7, 7.0, 0.5, 1.5e-05, -2.5e22, [1, 2.0], "  x "]
-    write_lines(bad, [{"prompt": str(number), "answer": value} for number, value in enumerate(values)])
+    write(bad, *({"prompt": str(number), "answer": value} for number, value in enumerate(values)))
     found = [record["answer"] for record in read_data(Source(str(bad)))]
     assert found == ["7", "7", "0.5", "0.000015", str(int(-2.5e22)), "1, 2", "x"]
     bad.write_text('\n{"prompt": "a", "answer": 1}\n\n{"prompt": "b"}\n')
@@ -91,7 +87,7 @@ def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     for source, message in (
         (Source("missing.jsonl"), "No such file"),
         (Source("missing.parquet"), "no such file"),
-        (Source(str(file), template="none"), "allowed: text with {prompt}"),
+        (Source(file, template="none"), "allowed: text with {prompt}"),
     ):
         with pytest.raises(InputError, match=message):
             read_data(source)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import write
 from tiny_chat import write_model
 from typer.testing import CliRunner
 
@@ -18,11 +19,6 @@ from v05.rollout.hf import TransformersEngine
 from v05.stop import Interrupted, StopRequest
 from v05.tasks.pool import RewardPool
 from v05.training.pretrained import load_policy
-
-
-def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 class Scripted:
@@ -124,7 +120,7 @@ def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:
 def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     rows = [{"prompt": f"{word} plus one", "answer": "two"} for word in ("one", "two", "three")]
-    data = write_lines(tmp_path / "data.jsonl", rows)
+    data = write(tmp_path / "data.jsonl", *rows)
     command = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     command += ["--samples", "8", "--max-new-tokens", "3", "--verifier", "exact", "--device", "cpu", "--batch", "2"]
     first = CliRunner().invoke(app, command)
@@ -154,7 +150,7 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
         assert message in str(result.exception or "")
         assert (result.exit_code == 0) is not bool(message)
     mine.write_text("def score(prompt, completion, record):\n    return 1.0\n")
-    data.write_text(data.read_text().replace("{", '{"hint": 1, '))
+    Path(data).write_text(Path(data).read_text().replace("{", '{"hint": 1, '))
     assert CliRunner().invoke(app, [*command, "--verifier", "exact", "--output", str(tmp_path / "out")]).exit_code == 0
     assert "columns is" in str(CliRunner().invoke(app, command).exception)  # which a verifier of one's own may read
 
@@ -175,7 +171,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
 
     monkeypatch.setattr("v05.training.pretrained.load_policy", load)
     monkeypatch.setattr("v05.training.engines.make_engine", engine)
-    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one plus one", "answer": "two"}])
+    data = write(tmp_path / "data.jsonl", {"prompt": "one plus one", "answer": "two"})
     command = ["evaluate", "--model", str(write_model(tmp_path / "model")), "--data", str(data), "--engine", "vllm"]
     command += ["--output", str(tmp_path / "out"), "--samples", "2", "--max-new-tokens", "3", "--verifier", "exact"]
     command += ["--engine-options", '{"block_size": 32, "timeout": 5}']
@@ -204,7 +200,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
-    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one", "answer": "two"}])
+    data = write(tmp_path / "data.jsonl", {"prompt": "one", "answer": "two"})
     command = ["evaluate", "--model", str(tmp_path), "--data", str(data), "--output", str(tmp_path / "out"), *options]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, InputError)
