@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import TINY
 from tiny_models import LettersEmbedder
-from training_runs import StopAfter, assert_same_run, silent
+from training_runs import TINY, StopAfter, assert_same_run, silent
 
 from v05.stop import StopRequest
 from v05.training.config import PRIORS
