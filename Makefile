@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-CPU_TESTS := shrinkage.py calibration.py advantage.py policy_loss.py policy_loss_gradients.py policy_loss_input.py token_logprob.py linear_logprob.py linear_policy_loss.py query_attention.py
+CPU_TESTS := shrinkage.py shrinkage_input.py calibration.py advantage.py policy_loss.py policy_loss_gradients.py policy_loss_input.py token_logprob.py token_logprob_input.py linear_logprob.py linear_logprob_input.py linear_policy_loss.py query_attention.py query_attention_input.py
 EMULATOR := $(shell find tests/emulator -name '*.h' -o -name '*.cu*')
 
 .PHONY: help setup demo test test-portable test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from v05.checkpoint import StopRequest
 from v05.errors import InputError
 from v05.evaluate import Sampling, evaluate
 from v05.rollout.batches import ATTEMPTS, Batches
@@ -13,6 +12,7 @@ from v05.rollout.engine import NOTHING, Rollout, Unanswered, wrong_where_unanswe
 from v05.rollout.streaming import Outcome, Request
 from v05.rollout.vllm_in_process import InProcessVllm
 from v05.rollout.vllm_library import VllmSettings
+from v05.stop import StopRequest
 from v05.tasks.pool import RewardPool
 
 LIMITS = {"seed": 3, "temperature": 1.0, "max_new_tokens": 4}

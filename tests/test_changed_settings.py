@@ -11,9 +11,10 @@ from tiny_chat import write_model
 from training_runs import TINY, StopAfter, silent
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
 from v05.cli import app
 from v05.errors import InputError
+from v05.stop import Interrupted, StopRequest
 from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics
 from v05.training.model_config import ModelConfig

@@ -16,8 +16,10 @@ import pytest
 import torch
 from training_runs import TINY, StopAfter, assert_same_run, silent
 
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_tensors
+from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from v05.errors import InputError
+from v05.files import write_tensors
+from v05.stop import StopRequest
 from v05.training.model_config import ModelConfig
 from v05.training.run import Interrupted, read_metrics, train_run, truncate_metrics
 from v05.training.run_folder import alone_in, remove_run

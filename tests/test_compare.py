@@ -10,10 +10,10 @@ import pytest
 from training_runs import silent
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.estimates import HeldOut, binomial_interval
+from v05.stop import Interrupted, StopRequest
 from v05.training.compare import Curve, compare, comparison, reference_of
 from v05.training.config import TrainConfig
 from v05.training.metrics import read_metrics

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_embedder, write_qwen3
 
 from v05.errors import InputError
+from v05.fingerprint import folder_fingerprint, model_fingerprint
 from v05.value.cache import EmbeddingCache
 from v05.value.embedder import (
     CachedEmbedder,
@@ -20,7 +21,6 @@ from v05.value.embedder import (
     sentence_embedder,
     sentence_folder,
 )
-from v05.value.fingerprint import fingerprint, folder_fingerprint
 from v05.value.vllm_embedder import VllmEmbedder, weights_of
 
 PROMPTS = ["47+8=", "1", "", "what is 2+3?", "9=" * 30, "1"]
@@ -96,11 +96,11 @@ def test_the_cache_is_asked_first_and_gives_the_same_bits(embedder: Transformers
 
 
 def test_other_weights_have_another_name(embedder: TransformersEmbedder) -> None:
-    before = fingerprint(embedder.model, embedder.tokenizer)
+    before = model_fingerprint(embedder.model, embedder.tokenizer)
     weight = next(embedder.model.parameters())
     with torch.no_grad():
         weight += 1
-        after = fingerprint(embedder.model, embedder.tokenizer)
+        after = model_fingerprint(embedder.model, embedder.tokenizer)
         weight -= 1
     assert before != after
 
@@ -209,4 +209,8 @@ def test_weights_of_another_kind_are_read_whole(tmp_path: Path) -> None:
     for content in (b"a" * 1000, b"a" * 500 + b"b" + b"a" * 499):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
         names.add(folder_fingerprint(tmp_path))
-    assert len(names) == 2
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        names.add(folder_fingerprint(tmp_path))
+    assert len(names) == 4
+    assert folder_fingerprint(tmp_path / "owner" / "name") is None

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from v05.errors import InputError
-from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.streaming import EngineDied
 from v05.rollout.vllm_server import ServerSettings
 from v05.rollout.weights_file import check_weights, weights_file
+from v05.small_policy import make_policy
 from v05.training.engines import PolicyCodec, check_engine, make_engine
 
 

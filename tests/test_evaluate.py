@@ -1,156 +1,24 @@
-"""mean@n and pass@k: the estimators, the loaders, and runs that go on after a stop."""
+"""Evaluations: what is sampled and judged, and runs that go on after a stop."""
 
-import datetime
-import itertools
 import json
-import math
-import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import write
 from tiny_chat import write_model
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
-from v05.estimates import over_prompts, pass_at_k, powers
-from v05.evaluate import Sampling, evaluate, fingerprint, summarise
+from v05.evaluate import Sampling, evaluate, summarise
 from v05.policy import Policy
 from v05.rollout.engine import Rollout
 from v05.rollout.hf import TransformersEngine
-from v05.tasks.data import BENCHMARKS, Source, columns_digest, digest, read_data
+from v05.stop import Interrupted, StopRequest
 from v05.tasks.pool import RewardPool
 from v05.training.pretrained import load_policy
-
-
-def test_pass_at_k_counts_the_draws_that_hold_a_right_answer() -> None:
-    for samples, right in ((1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (6, 6)):
-        answers = [number < right for number in range(samples)]
-        for k in range(1, samples + 1):
-            draws = [any(draw) for draw in itertools.combinations(answers, k)]
-            assert pass_at_k(samples, right, k) == pytest.approx(np.mean(draws))
-            assert pass_at_k(samples, right, k) == pytest.approx(
-                1 - math.comb(samples - right, k) / math.comb(samples, k)
-            )
-    assert pass_at_k(100_000, 3, 50_000) == pytest.approx(0.875, abs=1e-4)
-    for bad in ((4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1)):
-        with pytest.raises(ValueError, match="allowed"):
-            pass_at_k(*bad)
-
-
-def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(120):
-        chances = rng.beta(1, 2, size=40)
-        low, high = over_prompts(rng.binomial(8, chances) / 8, seed=trial)[1:]
-        covered += low <= 1 / 3 <= high
-    assert 0.88 <= covered / 120 <= 0.99
-    assert math.isnan(over_prompts([0.5]).low)
-    assert over_prompts([1.0, 1.0]) == (1.0, 1.0, 1.0)
-    assert powers(16) == [1, 2, 4, 8, 16]
-    assert powers(6) == [1, 2, 4, 6]
-    assert powers(1) == [1]
-
-
-def test_intervals_of_many_prompts_take_no_more_than_their_different_values() -> None:
-    values = np.random.default_rng(0).integers(0, 17, 100_000) / 16
-    tracemalloc.start()
-    found = over_prompts(values)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    assert (found.high - found.value, found.value - found.low) == pytest.approx((half, half), rel=0.05)
-    assert peak < 16 * values.nbytes
-
-
-def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "dapo_math_17k"])
-def test_benchmarks_are_read_in_the_format_that_the_hub_has(name: str, tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    source = BENCHMARKS[name]
-    answers: list[Any] = [["2", "-2"], ["$3$"]] if name == "olympiad_bench" else ["204", r"\frac{1}{2}"]
-    if name == "amc_2023":
-        answers = [27.0, 36.0]
-    columns = {source.prompt_key: ["What is $1+1$?", "And then?"], source.answer_key: answers, "url": ["a", "b"]}
-    (tmp_path / "data").mkdir()
-    Dataset.from_dict(columns).to_parquet(tmp_path / "data" / f"{source.split}-00000-of-00001.parquet")
-    local = Source(str(tmp_path), source.split, source.prompt_key, source.answer_key, source.template)
-    records = read_data(local)
-    assert records[0]["prompt"].startswith("What is $1+1$?\n\nPlease reason step by step")
-    assert "\\boxed{}" in records[0]["prompt"]
-    expected = {"olympiad_bench": ["2, -2", "$3$"], "amc_2023": ["27", "36"]}.get(name, ["204", r"\frac{1}{2}"])
-    assert [record["answer"] for record in records] == expected
-    assert records[1]["url"] == "b"
-    with pytest.raises(InputError, match="cannot be loaded"):
-        read_data(Source(str(tmp_path), "nowhere", source.prompt_key, source.answer_key))
-
-
-def test_the_training_set_is_read_in_the_format_that_the_hub_has(tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    turns = [[{"content": f"What is {number}?", "role": "user"}] for number in (1, 2, 1)]
-    models = [{"ground_truth": str(number), "style": "rule"} for number in (1, 2, 1)]
-    rows = {"data_source": ["math"] * 3, "prompt": turns, "reward_model": models}
-    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
-    source = replace(BENCHMARKS["dapo_math_17k"], place=str(tmp_path / "train.parquet"))
-    found = [(record["prompt"], record["answer"], record["data_source"]) for record in read_data(source)]
-    assert found == [("What is 1?", "1", "math"), ("What is 2?", "2", "math")]
-    several = write_lines(tmp_path / "bad.jsonl", [{"prompt": [*turns[0], *turns[1]], "answer": 1}])
-    with pytest.raises(InputError, match="allowed: text, or one turn of a conversation"):
-        read_data(Source(str(several)))
-
-
-def test_files_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "x", "weight": 2}, {"prompt": "a", "answer": "1"}]
-    file = write_lines(tmp_path / "data.jsonl", rows)
-    assert read_data(Source(str(file))) == [
-        {"prompt": "a", "answer": "1"},
-        {"prompt": "b", "answer": "x", "weight": 2},
-    ]
-    Dataset.from_list([{"q": "a", "answer": "1"}]).to_parquet(tmp_path / "data.parquet")
-    source = Source(str(tmp_path / "data.parquet"), prompt_key="q", template="Q: {prompt}")
-    assert read_data(source) == [{"q": "a", "prompt": "Q: a", "answer": "1"}]
-    for content, message in (
-        ([{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}], "a prompt with the answers '1' and '2'"),
-        ([{"prompt": "a"}], "bad.jsonl:1: key 'answer' is missing; given: prompt"),
-        ([{"question": "a"}], "bad.jsonl:1: key 'prompt' is missing"),
-        ([{"prompt": "a", "answer": " "}], "bad.jsonl:1: answer is blank; allowed: an answer"),
-        ([{"prompt": "a", "answer": []}], "bad.jsonl:1: answer is blank; allowed: an answer"),
-        ([{"prompt": "a", "answer": float("nan")}], "bad.jsonl:1: key 'answer' is missing"),
-        ([{"prompt": 3, "answer": 1}], "prompt is 3; allowed: text"),
-        ([{"prompt": "\ud83d", "answer": 1}], "bad.jsonl:1: prompt has half a surrogate pair at character 0"),
-        ([], "has no problem"),
-    ):
-        bad = write_lines(tmp_path / "bad.jsonl", content)
-        with pytest.raises(InputError, match=message):
-            read_data(Source(str(bad)))
-    assert read_data(Source(str(write_lines(bad, [{"prompt": "a"}]))), needs_answer=False) == [{"prompt": "a"}]
-    values = [7, 7.0, 0.5, 1.5e-05, -2.5e22, [1, 2.0], "  x "]
-    write_lines(bad, [{"prompt": str(number), "answer": value} for number, value in enumerate(values)])
-    found = [record["answer"] for record in read_data(Source(str(bad)))]
-    assert found == ["7", "7", "0.5", "0.000015", str(int(-2.5e22)), "1, 2", "x"]
-    bad.write_text('\n{"prompt": "a", "answer": 1}\n\n{"prompt": "b"}\n')
-    with pytest.raises(InputError, match=r"bad.jsonl:4: key 'answer' is missing"):
-        read_data(Source(str(bad)))
-    for source, message in (
-        (Source("missing.jsonl"), "No such file"),
-        (Source("missing.parquet"), "no such file"),
-        (Source(str(file), template="none"), "allowed: text with {prompt}"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read_data(source)
 
 
 class Scripted:
@@ -249,29 +117,10 @@ def test_the_summary_is_what_the_lines_say(tmp_path: Path) -> None:
     assert summary["pass@4"][0] == found.passed[4].value
 
 
-def test_digests_change_with_what_they_name(tmp_path: Path) -> None:
-    assert digest(RECORDS) != digest(RECORDS[::-1])
-    columns = [{"hint": 1}, {"hint": 2}, {"hint": b"1"}, {"hint": {"at": [datetime.date(2026, 1, 2)]}}, {}]
-    assert len({columns_digest([*RECORDS, RECORDS[0] | more]) for more in columns}) == len(columns)
-    turned = dict(reversed((RECORDS[0] | columns[0]).items()))
-    assert columns_digest([turned]) == columns_digest([RECORDS[0] | columns[0]])
-    images = [[RECORDS[0] | {"image": object()}] for _ in range(2)]  # whose name is its address
-    assert columns_digest(images[0]) == columns_digest(images[1])
-    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
-    before = fingerprint(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
-    assert fingerprint(str(tmp_path)) != before
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        before = fingerprint(str(tmp_path))
-        (tmp_path / name).write_text("{}")
-        assert fingerprint(str(tmp_path)) != before, name
-    assert fingerprint("owner/name") == "owner/name"
-
-
 def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     rows = [{"prompt": f"{word} plus one", "answer": "two"} for word in ("one", "two", "three")]
-    data = write_lines(tmp_path / "data.jsonl", rows)
+    data = write(tmp_path / "data.jsonl", *rows)
     command = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     command += ["--samples", "8", "--max-new-tokens", "3", "--verifier", "exact", "--device", "cpu", "--batch", "2"]
     first = CliRunner().invoke(app, command)
@@ -290,6 +139,9 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
     other = CliRunner().invoke(app, [*command, "--temperature", "0.5"])
     assert isinstance(other.exception, InputError)
     assert "temperature is 0.5 and was 1.0" in str(other.exception)
+    write_model(model, seed=1)
+    assert "weights is" in str(CliRunner().invoke(app, command).exception)
+    write_model(model)
     mine = tmp_path / "mine.py"
     command += ["--verifier", f"{mine}:score", "--output", str(tmp_path / "mine")]
     for reward, message in ((1.0, ""), (0.0, "verifier_text is")):
@@ -298,7 +150,7 @@ def test_the_command_evaluates_a_model(tmp_path: Path) -> None:
         assert message in str(result.exception or "")
         assert (result.exit_code == 0) is not bool(message)
     mine.write_text("def score(prompt, completion, record):\n    return 1.0\n")
-    data.write_text(data.read_text().replace("{", '{"hint": 1, '))
+    Path(data).write_text(Path(data).read_text().replace("{", '{"hint": 1, '))
     assert CliRunner().invoke(app, [*command, "--verifier", "exact", "--output", str(tmp_path / "out")]).exit_code == 0
     assert "columns is" in str(CliRunner().invoke(app, command).exception)  # which a verifier of one's own may read
 
@@ -319,7 +171,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
 
     monkeypatch.setattr("v05.training.pretrained.load_policy", load)
     monkeypatch.setattr("v05.training.engines.make_engine", engine)
-    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one plus one", "answer": "two"}])
+    data = write(tmp_path / "data.jsonl", {"prompt": "one plus one", "answer": "two"})
     command = ["evaluate", "--model", str(write_model(tmp_path / "model")), "--data", str(data), "--engine", "vllm"]
     command += ["--output", str(tmp_path / "out"), "--samples", "2", "--max-new-tokens", "3", "--verifier", "exact"]
     command += ["--engine-options", '{"block_size": 32, "timeout": 5}']
@@ -348,7 +200,7 @@ def test_an_engine_that_loads_the_model_itself_has_the_device_to_itself(
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
-    data = write_lines(tmp_path / "data.jsonl", [{"prompt": "one", "answer": "two"}])
+    data = write(tmp_path / "data.jsonl", {"prompt": "one", "answer": "two"})
     command = ["evaluate", "--model", str(tmp_path), "--data", str(data), "--output", str(tmp_path / "out"), *options]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, InputError)

@@ -10,11 +10,12 @@ import torch
 from random_tabpfn import write_tabpfn
 from tiny_models import write_qwen3
 
-from v05.checkpoint import StopRequest, read_tensors
 from v05.cli import main
 from v05.errors import InputError
+from v05.files import read_tensors
 from v05.fit_adapter import FitConfig, Records, fit_adapter, measures
 from v05.scored import Scored
+from v05.stop import StopRequest
 from v05.studies.prior import outcomes_of
 from v05.value.adapter_training import draw_episode, embedded_head, episode_loss, learning_rate
 from v05.value.tabpfn_head import differentiable_head

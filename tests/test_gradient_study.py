@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from v05.errors import InputError
-from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
+from v05.small_policy import make_policy
 from v05.studies.gradient import BLOCKS, Drawn, Pool, _summary, centred_gram, drawn_as, in_common, make_pool, quality
 from v05.tasks import make_task
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from v05.studies.interquartile import bootstrap, first_reach, interquartile_mean
+from v05.studies.interquartile import bootstrap, interquartile_mean
+from v05.training.compare import first_reach
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 4, 5, 8, 11])

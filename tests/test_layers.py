@@ -21,8 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "studies": {"kernels", "rollout", "value", "tasks", "training"},
 }
 # The files beside the rooms that all of these but `kernels` may stand on.
-FLOOR = {"batch", "checkpoint", "errors", "estimates", "packing", "policy", "quiet", "records", "results_folder"}
-FLOOR |= {"scored", "seeds"}
+FLOOR = {"batch", "checkpoint", "checks", "errors", "estimates", "files", "fingerprint", "packing", "policy"}
+FLOOR |= {"quiet", "records", "results_folder", "scored", "seeds", "small_policy", "stop"}
 HEAVY = {"transformers", "vllm", "trl", "verl", "tabpfn", "matplotlib", "ray", "math_verify", "datasets"}
 
 

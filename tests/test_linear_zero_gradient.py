@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linear_logprob import random_layer
+from linear_layers import random_layer
 from test_linear_policy_loss import COLUMNS, FEATURES, companions, make
 from test_linear_policy_loss import run as run_loss
 

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from v05.batch import offsets_from_lengths
-from v05.policy import Policy, make_policy
+from v05.batch import offsets_of
+from v05.policy import Policy
 from v05.rollout.hf import TransformersEngine
+from v05.small_policy import make_policy
 from v05.tasks import make_task
 from v05.training.config import TrainConfig
 from v05.training.warm_start import (
@@ -66,9 +67,9 @@ def test_response_logits_do_not_depend_on_the_rest_of_the_batch(policy: Policy) 
     prompts = policy.encode(["1+2=", "12+34+56=", "7="])
     answers = policy.encode(["3", "201", "70"])
     tokens = torch.tensor([token for answer in answers for token in answer])
-    together = policy.response_logits(prompts, tokens, offsets_from_lengths([1, 3, 2]))
+    together = policy.response_logits(prompts, tokens, offsets_of([1, 3, 2]))
     alone = [
-        policy.response_logits([prompt], torch.tensor(answer), offsets_from_lengths([len(answer)]))
+        policy.response_logits([prompt], torch.tensor(answer), offsets_of([len(answer)]))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     assert (together - torch.cat(alone)).abs().max() < 1e-5
@@ -87,7 +88,7 @@ def test_rollouts_are_reproducible_and_report_their_log_probabilities(policy: Po
     assert rollouts != generate(2)
     flat = [rollout for row in rollouts for rollout in row]
     tokens = torch.tensor([token for rollout in flat for token in rollout.token_ids])
-    offsets = offsets_from_lengths([len(rollout.token_ids) for rollout in flat])
+    offsets = offsets_of([len(rollout.token_ids) for rollout in flat])
     logits = policy.response_logits([rollout.prompt_ids for rollout in flat], tokens, offsets)
     expected = torch.log_softmax(logits / 0.8, dim=-1).gather(1, tokens[:, None])[:, 0]
     reported = torch.tensor([value for rollout in flat for value in rollout.logprobs])

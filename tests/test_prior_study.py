@@ -12,8 +12,9 @@ from records import v0_folder
 from tiny_models import LettersEmbedder
 
 from v05.cli import main
-from v05.cli.study import summarise, without_nan
+from v05.cli.study import summarise
 from v05.errors import BadLine, InputError
+from v05.files import finite
 from v05.scored import Scored, by_policy, read_scored, to_record
 from v05.studies.prior import EMBEDDED, Outcomes, Scores, cross_predict, outcomes_of, predictors_of
 from v05.studies.rivals import describer
@@ -119,7 +120,7 @@ def test_intervals_leave_out_what_a_resample_does_not_have() -> None:
         low, high = entry[f"{name}_interval"]
         assert low < entry[name] < high
     alone = summarise(Scores(outcomes_of(rows, (0.0, 1.0), 2, 0), {EMBEDDED: rng.random(60)}, 1.0), 0)
-    written = json.loads(json.dumps(without_nan(alone), allow_nan=False))["models"][EMBEDDED]
+    written = json.loads(json.dumps(finite(alone), allow_nan=False))["models"][EMBEDDED]
     assert written["residual_correlation_with_context_mean"] is None
     assert written["auc_by_policy"] == alone["models"][EMBEDDED]["auc_by_policy"]
 

@@ -1,61 +1,22 @@
-"""query_attention: hand-computed numbers, torch's own attention, the oracle in every dtype, ragged edges, refusals."""
+"""query_attention: hand-computed numbers, torch's own attention, the oracle in every dtype, ragged edges."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from attention_runs import BACKENDS, DTYPES, attend, compare, run
 from padded_attention import attend_padded, attention_of, padded
 
 from v05.kernels import AttentionWeights, query_attention
 from v05.kernels.query_attention.rules import weight_shapes
-from v05.testing import FLOORS as TIGHT
-from v05.testing import assert_as_exact_as, error_against, offsets_of, poisoned_outputs, ragged_states
+from v05.testing import error_against, offsets_of, poisoned_outputs, ragged_states
 
-BACKENDS = ["reference", "cpu"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FLOORS = TIGHT | {torch.float64: 1e-10}
 LENGTHS = [3, 0, 1, 70, 33, 20]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def attend(data, backend, **options):
-    return query_attention(data.states, data.offsets, data.queries, data.weights, backend=backend, **options)
-
-
-def widened(data):
-    return data._make(value.double() if value.is_floating_point() else value for value in data)
-
-
-def run(data, backend, **options):
-    """Features, and the gradient of a weighted sum of them by everything that floats."""
-    data = data._make(value.detach().requires_grad_(value.is_floating_point()) for value in data)
-    features = attend(data, backend, heads=data.queries.shape[2] // 2, **options)
-    rng = torch.Generator().manual_seed(5)
-    upstream = torch.randn(features.shape[::-1], generator=rng, dtype=torch.float64).t().to(features.dtype)
-    leaves = [value for value in data if value.requires_grad]
-    return [features.detach(), *torch.autograd.grad(features, leaves, upstream)]
-
-
-def compare(data, least=0.0, **options):
-    """Features as exact as torch's, gradients of the order of its worst; in float64 both to 1e-10.
-
-    A layer norm of a few numbers magnifies rounding, and a tensor of six of them tells little of how much.
-    """
-    exact = run(widened(data), "reference", **options)
-    same = run(data, "reference", **options)
-    with poisoned_outputs():
-        results = run(data, "cpu", **options)
-    errors = [error_against(like, truth) for like, truth in zip(same, exact, strict=True)]
-    for i, (result, like, truth) in enumerate(zip(results, same, exact, strict=True)):
-        assert result.dtype == like.dtype
-        floor = (10 * max(errors) if i else 2 * errors[0]) + FLOORS[result.dtype] + least
-        assert_as_exact_as(result, like, truth, floor)
 
 
 def identity(heads=1, size=2, dtype=torch.float64):
@@ -272,87 +233,6 @@ def test_compiles_without_a_break(which):
         value = function(*leaves)
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     torch.testing.assert_close(*results)
-
-
-GOOD = ragged_states([2, 1], count=4, size=5)
-BIG = torch.tensor([0, 4, 3])
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        (dict(states=torch.zeros(3)), {}, r"states has shape \[3\]"),
-        (dict(states=torch.zeros(3, 0)), {}, r"states has shape \[3, 0\]"),
-        (dict(states=torch.zeros(3, 5, dtype=torch.int32)), {}, "states is torch.int32"),
-        (dict(offsets=GOOD.offsets.int()), {}, "offsets is torch.int32"),
-        (dict(offsets=GOOD.offsets[None]), {}, r"offsets has shape \[1, 3\]"),
-        (dict(offsets=torch.tensor([1, 2, 3])), {}, r"offsets\[0\] is 1; allowed: 0"),
-        (dict(offsets=torch.tensor([0, 4, 3])), {}, r"offsets\[2\] is 3; allowed: 4"),
-        (dict(offsets=torch.tensor([0, 1, 2])), {}, r"offsets\[2\] is 2; allowed: 3"),
-        (dict(offsets=torch.tensor([0, 1, 4])), {}, r"offsets\[2\] is 4; allowed: 3"),
-        (dict(queries=GOOD.queries[0]), {}, r"queries has shape \[4, 6\]; allowed: three dimensions"),
-        (dict(queries=GOOD.queries[:, :0]), {}, r"queries has shape \[2, 0, 6\]"),
-        (dict(queries=GOOD.queries[:1]), {}, r"queries has shape \[1, 4, 6\]; allowed: \[2, 4, 6\]"),
-        (dict(queries=GOOD.queries.int()), {}, "queries is torch.int32"),
-        ({}, {"heads": 2}, r"queries has shape \[2, 4, 6\]; allowed: \[2, 4, 4\]"),
-        ({}, {"heads": 0}, "heads is 0; allowed: 1 to 4"),
-        ({}, {"heads": 5}, "heads is 5"),
-        ({}, {"eps": 0.0}, "eps is 0.0; allowed: above 0"),
-        ({}, {"eps": math.nan}, "eps is nan"),
-        (dict(in_weight=torch.zeros(6, 6)), {}, r"weights.in_weight has shape \[6, 6\]; allowed: \[18, 6\]"),
-        (dict(out_bias=torch.zeros(6, dtype=torch.int64)), {}, "weights.out_bias is torch.int64"),
-        (dict(projection_weight=torch.zeros(6, 4)), {}, r"weights.projection_weight has shape \[6, 4\]"),
-        ({}, {"backend": "tpu"}, "backend is 'tpu'"),
-    ],
-)
-def test_refusals(backend, changes, options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        attend(GOOD._replace(**changes), **{"backend": backend, **options})
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bad_state_is_named(backend, value, dtype):
-    for row, column in ((0, 0), (40, 1029), (44, 5)):
-        data = ragged_states([0, 45], count=2, size=1030, dtype=dtype)
-        data.states[row, column] = value
-        with pytest.raises(ValueError, match=rf"states\[{row}, {column}\] is {value}; allowed: finite"):
-            attend(data, backend)
-
-
-@pytest.mark.parametrize("name", ["queries", *AttentionWeights._fields])
-@pytest.mark.parametrize("lengths", [[2, 3], [0, 0]])
-def test_a_bad_query_or_weight_is_named(backend, name, lengths):
-    data = ragged_states(lengths, count=3, size=9)
-    getattr(data, name).view(-1)[-1] = math.nan
-    with pytest.raises(ValueError, match=rf"{name}\[.*\] is nan; allowed: finite"):
-        attend(data, backend)
-
-
-@given(data=st.data())
-def test_any_input_gives_a_right_answer_or_a_clear_error(data):
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 33, 70]), max_size=4))
-    heads, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
-    options = dict(heads=heads, count=count, size=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 2**31)))
-    dtype, scale = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([0.0, 1.0, 4.0]))
-    given_data = ragged_states(lengths, dtype=dtype, scale=scale, **options)
-    odd = data.draw(st.sampled_from([None, "states", "queries", "in_weight", "offsets"]))
-    if odd is not None and getattr(given_data, odd).numel():
-        values = getattr(given_data, odd).view(-1)
-        place = data.draw(st.integers(0, values.numel() - 1))
-        value = data.draw(st.integers(-2, 200) if odd == "offsets" else st.sampled_from([math.nan, math.inf, 3.0]))
-        values[place] = value
-    offsets = given_data.offsets
-    fine = int(offsets[0]) == 0 and int(offsets[-1]) == len(given_data.states) and bool((offsets.diff() >= 0).all())
-    if fine and all(value.isfinite().all() for value in given_data):
-        compare(given_data, least=1e-10 if dtype == torch.float64 else 2e-3)
-        return
-    messages = []
-    for backend in BACKENDS:
-        with pytest.raises(ValueError, match=r"is .*; allowed") as caught:
-            attend(given_data, backend, heads=heads)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
 
 
 def test_shapes_of_the_published_adapter():

@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from test_user_model import SUMS, TINY, batch_of, settings_for
+from test_user_model import SUMS, batch_of
+from test_user_runs import TINY, settings_for
 from tiny_chat import write_model
 from training_runs import StopAfter, silent
 
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
 from v05.errors import InputError
 from v05.rollout.hf import TransformersEngine
+from v05.stop import Interrupted, StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.learner import Learner, share
 from v05.training.loss_config import LossConfig

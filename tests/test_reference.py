@@ -11,9 +11,10 @@ from test_loss_config import batch_of
 from tiny_chat import write_model
 from training_runs import TINY, StopAfter, assert_same_run, silent
 
-from v05.checkpoint import Interrupted, StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
 from v05.kernels import policy_loss, token_logprob
 from v05.policy import Policy
+from v05.stop import Interrupted, StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.learner import Learner
 from v05.training.loss_config import LossConfig

@@ -11,16 +11,16 @@ import torch
 from training_runs import silent
 from typer.testing import CliRunner
 
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli import app
 from v05.errors import InputError
 from v05.kernels import policy_loss, token_logprob
-from v05.policy import make_policy
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.limits import MODES
 from v05.rollout.pack import pack
 from v05.rollout.queued import QueuedEngine
 from v05.rollout.streaming import Request
+from v05.small_policy import make_policy
+from v05.stop import Interrupted, StopRequest
 from v05.tasks import make_task
 from v05.training.config import TrainConfig
 from v05.training.learner import Learner

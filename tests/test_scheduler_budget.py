@@ -47,13 +47,6 @@ def test_a_run_spends_what_it_has_and_no_more(mode: str, total: int) -> None:
     assert sum(group.requested for step in steps for group in step.groups) == total + made.trouble.given_up
 
 
-def test_a_cap_on_tokens_stops_growth() -> None:
-    free = steps_of(scheduler(LookAhead(), limits("planned")), 3)
-    few = steps_of(scheduler(LookAhead(), limits("planned", tokens=1)), 3)
-    assert all(step.extra == 0 for step in few)
-    assert any(step.extra > 0 for step in free)
-
-
 @pytest.mark.parametrize("mode", ["planned", "stream"])
 def test_a_cap_that_binds_goes_to_the_largest_gains_of_the_whole_step(mode: str) -> None:
     refused = 0
@@ -69,33 +62,3 @@ def test_a_cap_that_binds_goes_to_the_largest_gains_of_the_whole_step(mode: str)
             assert first.gain[grown].min() >= first.gain[without].max()
             assert sum(group.requested for group in step.groups) == 24 * 4 + 12
     assert refused > 0
-
-
-def test_a_cap_on_tokens_keeps_growth_under_it() -> None:
-    """Every answer is 5 tokens long, so that the expectation is exact: 24 first ones, then at most 6 more."""
-    engine = SimulatedEngine(8, success, lambda draw: 5)
-    steps = steps_of(scheduler(LookAhead(), limits(tokens=150), engine), 4)
-    assert max(step.tokens for step in steps) == 150
-    assert all(step.tokens == 5 * int(step.outcome.counts.sum()) for step in steps)
-
-
-def test_prompts_may_have_sizes_and_prices_of_their_own() -> None:
-    calls: list[int] = []
-
-    class Counted(LookAhead):
-        def more(self, rewards, offsets, prior):  # type: ignore[no-untyped-def]
-            calls.append(len(prior))
-            return super().more(rewards, offsets, prior)
-
-    rules = (Counted(2, 6), Counted(4, 16, cost=1.0))
-    made = scheduler(rules[0], limits("barrier"))
-    made.rules.rule_of = lambda prompt: rules[int(prompt) % 2]
-    steps = steps_of(made, 4)
-    check_whole(steps, 16)
-    sizes = [
-        [group.requested for step in steps for group in step.groups if group.position % 2 == odd] for odd in (0, 1)
-    ]
-    assert set(sizes[1]) == {4}  # a rollout costs more than it can gain
-    assert min(sizes[0]) == 2
-    assert 2 < max(sizes[0]) <= 6
-    assert calls.count(3) >= 4  # one call for all of a step that go by the same rule

@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from v05.checkpoint import write_tensors
 from v05.cli import app
 from v05.errors import InputError
+from v05.files import write_tensors
 from v05.studies import records as study_records
 from v05.studies.gradient import centred_gram
 from v05.studies.records import PRIORS, RecordsStudy, batches, cells
@@ -87,7 +87,7 @@ def lines_that_parse(folder):
         ('{"score": 1}\n', ("--estimators", "grpo"), r"estimator is 'grpo'; allowed, since it has a baseline: v05, "),
         ('{"score": 1}\n', ("--estimators", "opo"), r"estimator is 'opo'; allowed, since it has a baseline"),
         ('{"score": 1}\n', ("--rollouts", "two"), r"--rollouts is 'two'; allowed: whole numbers"),
-        ('{"score": 1}\n', ("--rollouts", "0"), r"rollouts is \(0,\); allowed: numbers of 1 or above"),
+        ('{"score": 1}\n', ("--rollouts", "0"), r"rollouts is \(0,\); allowed: numbers of 1 or more"),
         ('{"score": 1}\n', ("--reward-range", "1", "1"), r"--reward-range is 1 1"),
     ],
 )

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from v05.checkpoint import StopRequest
 from v05.cli import app
 from v05.errors import InputError
+from v05.stop import StopRequest
 from v05.studies.table import StudyTable
 from v05.studies.training import TUNING_SEED, TrainStudy, best_rates, carry_out, final_runs, tuning_runs
 from v05.studies.training_report import Trained, table_of, verdicts

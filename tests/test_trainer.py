@@ -7,17 +7,14 @@ import random
 import pytest
 import torch
 
-from v05.batch import Groups, PackedTokens
-from v05.errors import InputError
+from v05.batch import PackedTokens
 from v05.kernels import group_advantage
 from v05.packing import AGGREGATIONS
-from v05.policy import make_policy
 from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.rollout.pack import pack
-from v05.rollout.sample import Sample, first_rollouts
-from v05.rollout.share import share_out
 from v05.seeds import seed_of
+from v05.small_policy import make_policy
 from v05.tasks import Split
 from v05.training.algorithms import ALGORITHMS, equal_groups, parse_algorithm
 from v05.training.config import TrainConfig
@@ -247,39 +244,6 @@ def test_held_out_answers_that_never_came_are_wrong(caplog: pytest.LogCaptureFix
     assert "x; it counts as wrong" in caplog.messages
 
 
-def test_algorithm_names() -> None:
-    assert parse_algorithm("grpo:8").k_max == 8
-    assert (parse_algorithm("v05:1").k_init, parse_algorithm("v05:1").k_max) == (1, 16)
-    assert (parse_algorithm("v05:4-4").k_init, parse_algorithm("v05:4-4@1e-4").k_max) == (4, 4)
-    assert (parse_algorithm("v05_calibrated_loo:1-8").k_init, parse_algorithm("v05:20-32").k_max) == (1, 32)
-    assert (parse_algorithm("v05_from_one").k_init, parse_algorithm("v05_from_one@1e-4").cost) == (1, 1 / 64)
-    assert parse_algorithm("dr_grpo:4@1e-4").learning_rate == 1e-4
-    for bad, message in (
-        ("ppo", "name one of v05"),
-        ("grpo:1", "allowed: 2 or more"),
-        ("v05:17", "allowed: 1 to 16"),
-        ("v05:x", "k is 'x'"),
-        ("v05:8-4", "1 <= k <= k_max"),
-        ("v05:4-2147483648", "a k_max of 2147483647 or less"),
-        ("grpo:4-16", "allowed: 2 or more"),
-        ("v05@0", "a number above 0"),
-    ):
-        with pytest.raises(InputError, match=message):
-            parse_algorithm(bad)
-
-
-def test_advantages_by_hand() -> None:
-    groups = Groups.from_lists(["a", "b"], [0, 1], [[1.0, 0.0], [0.0]])
-    prior = torch.tensor([0.25, 0.5])
-    spo = parse_algorithm("spo")
-    assert spo.advantages(groups, prior, (0.0, 1.0)).tolist() == [0.75, -0.25, -0.5]
-    assert parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)).tolist() == [0.5, -0.5, 0.0]
-    with pytest.raises(InputError, match="prior is None"):
-        spo.advantages(groups, None, (0.0, 1.0))
-    found = parse_algorithm("opo").advantages(groups, None, (0.0, 1.0), lengths=torch.tensor([3, 1, 2]))
-    assert found.tolist() == [0.25, -0.75, 0.0]  # the mean by length is 3 / 4
-
-
 def test_opo_weighs_answers_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, seen = make_trainer(algorithm="opo:4"), list[tuple[PackedTokens, torch.Tensor]]()
     sample, _ = trainer._sample()
@@ -293,34 +257,6 @@ def test_opo_weighs_answers_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     options = dict(estimator="opo", lengths=lengths, reward_range=(0.0, 1.0))
     assert torch.equal(found, group_advantage(groups.rewards, groups.offsets, **options))  # type: ignore[arg-type]
     assert not torch.equal(found, parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)))
-
-
-def test_equal_groups() -> None:
-    groups = Groups.from_lists("abcd", range(4), [[1.0, 1.0], [0.0, 1.0], [], [0.5]])
-    assert equal_groups(groups).tolist() == [True, False, True, True]
-
-
-def test_rollouts_go_to_the_largest_gain_first() -> None:
-    assert share_out([3, 5, 2], [0.1, 0.3, 0.2], 6) == [0, 5, 1]
-    assert share_out([3, 5, 2], [0.1, 0.3, 0.2], 99) == [3, 5, 2]
-    assert share_out([], [], 4) == []
-
-
-def test_first_rollouts_keep_back_what_is_expected() -> None:
-    assert first_rollouts(128, 16, 0.0) == [16] * 8
-    assert first_rollouts(128, 4, 4.0) == [4] * 16
-    assert first_rollouts(11, 4, 4.0) == [4, 4, 3]
-    assert first_rollouts(3, 4, 0.0) == [3]
-    assert first_rollouts(0, 4, 2.0) == []
-
-
-def test_a_sample_counts_what_it_drops() -> None:
-    sample = Sample()
-    sample.start(["a", "b"], [0, 1], torch.tensor([0.5, 0.5]))
-    sample.spent = 3
-    sample.rewards = [[1.0, 1.0], [0.0]]
-    sample.drop(torch.tensor([True, False]))
-    assert (sample.prompts, sample.dropped, sample.kept) == (["b"], 2, 1)
 
 
 def test_seeds_depend_on_every_part() -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import TINY
 from tiny_models import LettersEmbedder
-from training_runs import StopAfter, assert_same_run, silent
+from training_runs import TINY, StopAfter, assert_same_run, silent
 
-from v05.checkpoint import StopRequest
+from v05.stop import StopRequest
 from v05.training.config import PRIORS
 from v05.training.run import Interrupted, make_prior, train_run
-from v05.value.context import PolicyContext, pack_text, unpack_text
+from v05.value.context import PolicyContext
+from v05.value.memory import pack_text, unpack_text
 from v05.value.model import V0
 from v05.value.past import WithPast
 from v05.value.prior import Middle, RunningMean

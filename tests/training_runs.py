@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from v05.checkpoint import StopRequest, read_checkpoint
+from v05.checkpoint import read_checkpoint
+from v05.stop import StopRequest
 from v05.training.config import TrainConfig
 
 TINY = TrainConfig(

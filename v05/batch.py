@@ -40,7 +40,7 @@ class Groups:
             prompts=tuple(prompts),
             ids=tuple(ids),
             rewards=torch.tensor(flat, dtype=torch.float32),
-            offsets=offsets_from_lengths([len(group) for group in rewards]),
+            offsets=offsets_of([len(group) for group in rewards]),
         )
 
     @property
@@ -133,9 +133,9 @@ class PackedTokens:
             )
 
 
-def offsets_from_lengths(lengths: Sequence[int]) -> Tensor:
-    """Return the offsets [len(lengths) + 1] int64 of consecutive segments with the given lengths."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+def offsets_of(lengths: Sequence[int] | Tensor) -> Tensor:
+    """Return the offsets [N + 1] int64 of consecutive segments with lengths [N], on the device of a tensor of them."""
+    return torch.nn.functional.pad(torch.as_tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
 
 
 def check_offsets(name: str, offsets: Tensor, total: int) -> None:

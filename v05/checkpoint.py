@@ -1,19 +1,17 @@
 """Checkpoints: tensors in safetensors, the rest in one small JSON file, written whole or not at all."""
 
-import errno
 import json
 import os
 import shutil
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
+
+from v05.files import read_tensors, write_json, write_tensors
 
 KEPT = 2  # checkpoints that stay; older ones are removed
 ASIDE: Final = ".aside"  # ends the name of one whose successor, of the same update, is about to take its place
@@ -55,7 +53,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
         write_tensors(partial / f"{name}.safetensors", tensors)
-    write_text(partial / "state.json", json.dumps({"update": checkpoint.update, **checkpoint.state}, indent=2) + "\n")
+    write_json(partial / "state.json", {"update": checkpoint.update, **checkpoint.state})
     if target.exists():
         os.replace(target, aside)
     os.replace(partial, target)
@@ -80,39 +78,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(_finished(folder)), None)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors as safetensors: to a temporary file first, then renamed.
-
-    Raises:
-        OSError: they cannot be written; the disk is full, for example.
-    """
-    partial = file.with_name(file.name + ".partial")
-    try:
-        save_file(dict(tensors), partial)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(file)) from error
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser keeps of each parameter, by the parameter's number and the name of what is kept."""
+    entries = optimizer.state_dict()["state"].items()
+    return {f"{number}.{name}": value for number, entry in entries for name, value in entry.items()}
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
-    return dict(load_file(file))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file: to a temporary file first, then renamed."""
-    _write(file, text.encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+def optimizer_entries(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return what `optimizer_tensors` was made of: by number, then by name, as `load_state_dict` takes it."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        entries.setdefault(int(number), {})[name] = value
+    return entries
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -122,35 +100,3 @@ def _finished(folder: Path) -> list[Path]:
     aside = [entry for entry in folder.glob(f"*{ASIDE}") if not entry.with_suffix("").exists()]
     finished = [entry for entry in folder.iterdir() if entry.name.isdecimal()]
     return sorted(finished + aside, key=lambda entry: int(entry.stem))
-
-
-class Interrupted(Exception):
-    """A stop was asked for, and what is needed to go on is saved."""
-
-
-class StopRequest:
-    """Inside its `with` block, the first SIGINT or SIGTERM asks for a stop; the second has its usual effect."""
-
-    def __init__(self) -> None:
-        """Start without a request; the handlers are installed by `with`."""
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        """Install the handlers."""
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Put the previous handlers back."""
-        self._restore()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -25,7 +25,7 @@ class BackendReport:
 
 
 def versions() -> dict[str, str]:
-    """Version of v05, Python and each package that v05 can use; `"-"` where it is not installed."""
+    """Return the version of v05, Python and each package that v05 can use; `"-"` where it is not installed."""
     found = {"v05": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, str]:
-    """The processor with its vector units and threads, and every GPU."""
+    """Return the processor with its vector units and threads, and every GPU."""
     vector = torch.backends.cpu.get_cpu_capability()
     found = {"cpu": f"{platform.machine()}, {vector}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -48,7 +48,7 @@ def devices() -> dict[str, str]:
 
 
 def backends() -> list[BackendReport]:
-    """For every op, on the CPU and on a GPU where there is one, what runs and why the rest does not."""
+    """Return for every op, on the CPU and on a GPU where there is one, what runs and why the rest does not."""
     types = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [
         BackendReport(

@@ -1,19 +1,19 @@
 """Samples of a model at the problems of a data set, judged, line for line, in a folder that goes on after a stop."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v05.checkpoint import Interrupted, StopRequest, write_text
+from v05.checks import FROM_ONE, POSITIVE, check, check_each
 from v05.errors import InputError
 from v05.estimates import Estimate, over_prompts, pass_at_k, powers
+from v05.files import finite, write_json
 from v05.results_folder import ResultsFolder
 from v05.rollout.engine import Engine, Rollout, Unanswered
 from v05.seeds import seed_of
+from v05.stop import Interrupted, StopRequest
 from v05.tasks.data import digest
 from v05.tasks.pool import RewardPool
 from v05.tasks.worker import Verdict
@@ -42,11 +42,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for name in ("samples", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; allowed: above 0 and finite")
+        check_each(self, ("samples", "max_new_tokens", "batch"), FROM_ONE)
+        check("temperature", self.temperature, *POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,8 @@ class Evaluation:
         """Return it as JSON can hold it."""
         intervals = {f"pass@{k}": list(estimate) for k, estimate in self.passed.items()}
         rest = {name: value for name, value in asdict(self).items() if name not in ("mean", "passed", "right")}
-        values = {f"mean@{self.samples}": list(self.mean), **intervals}
-        cleaned = {name: [None if x != x else x for x in numbers] for name, numbers in values.items()}
-        return {**rest, **cleaned, "interval": "95 %, percentile bootstrap over problems"}
+        values = finite({f"mean@{self.samples}": list(self.mean), **intervals})
+        return {**rest, **values, "interval": "95 %, percentile bootstrap over problems"}
 
 
 def evaluate(
@@ -141,7 +137,7 @@ def evaluate(
             raise InputError(f"{kept}; {missing[0]}; the same command asks again for what is missing")
         raise Interrupted(kept)
     evaluation = summarise(list(results.results.values()), pool.reward_range)
-    write_text(folder / "summary.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    write_json(folder / "summary.json", evaluation.to_dict())
     return evaluation
 
 
@@ -161,22 +157,6 @@ def summarise(rows: Sequence[Mapping[str, Any]], reward_range: tuple[float, floa
         timeouts=sum(row["timeouts"] for row in rows),
         right=tuple(right),
     )
-
-
-def fingerprint(model: str) -> str:
-    """Return a name that changes with the model in a folder: weights, settings, tokenizer; a hub name is itself."""
-    folder, found = Path(model), hashlib.sha256()
-    if not folder.is_dir():
-        return model
-    for file in sorted(
-        file for end in ("safetensors", "bin", "json", "jinja", "model") for file in folder.glob(f"*.{end}")
-    ):
-        size, end = file.stat().st_size, 2**20
-        with file.open("rb") as stream:
-            found.update(f"{file.name} {size} ".encode() + stream.read(end))
-            stream.seek(max(0, size - end))
-            found.update(stream.read())
-    return found.hexdigest()[:16]
 
 
 def _generate(

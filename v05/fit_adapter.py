@@ -13,8 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v05.checkpoint import Checkpoint, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.checkpoint import (
+    Checkpoint,
+    optimizer_entries,
+    optimizer_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
+from v05.checks import FROM_ONE, POSITIVE, check, check_each
 from v05.errors import InputError
+from v05.files import finite, write_json, write_text
+from v05.stop import StopRequest
 from v05.studies.prior import Outcomes, Scores
 from v05.value.adapter import QUERIES, QueryAdapter, save_adapter
 from v05.value.adapter_training import AdapterTrainer, DifferentiableHead, draw_episode, evaluate
@@ -47,11 +56,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for name in ("steps", "context", "pairs", "queries", "eval_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate}; allowed: above 0 and finite")
+        check_each(self, ("steps", "context", "pairs", "queries", "eval_every"), FROM_ONE)
+        check("learning_rate", self.learning_rate, *POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,14 @@ class Records:
     steps: list[int]
     source: str
 
-    def part(self, policy: int, held_out: bool) -> np.ndarray:
+    def part(self, policy: int, heldout: bool) -> np.ndarray:
         """Return one policy's records, those of prompts held out or the others, as row numbers."""
         own = self.data.policy == policy
-        return np.flatnonzero(own & ((self.data.fold[self.data.prompt] == 0) == held_out))
+        return np.flatnonzero(own & ((self.data.fold[self.data.prompt] == 0) == heldout))
 
     def training(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Return token states and success rates of each policy's training records."""
-        rows = [self.part(policy, held_out=False) for policy in range(len(self.data.policies))]
+        rows = [self.part(policy, heldout=False) for policy in range(len(self.data.policies))]
         states = [[self.states[number] for number in self.data.prompt[part]] for part in rows]
         return states, [torch.from_numpy(self.data.rate[part]).float() for part in rows]
 
@@ -155,7 +161,7 @@ def prepare(config: FitConfig, records: Records, folder: Path, resume: bool) -> 
     file = folder / "config.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=2) + "\n")
+        write_json(file, settings)
         return
     check_new(folder, resume)
     saved = json.loads(file.read_text(encoding="utf-8"))
@@ -169,7 +175,7 @@ def judge(trainer: AdapterTrainer, records: Records, size: int, loss: float | No
     data, predictions = records.data, np.full(len(records.data.rate), np.nan)
     states, rates = records.training()
     for policy in range(len(data.policies)):
-        rows = records.part(policy, held_out=True)
+        rows = records.part(policy, heldout=True)
         if len(rows) and len(rates[policy]) > 1:
             wanted = [records.states[number] for number in data.prompt[rows]]
             found = evaluate(trainer.adapter, trainer.head, (states[policy], rates[policy]), wanted, size)
@@ -196,7 +202,8 @@ def measures(data: Outcomes, prediction: np.ndarray, steps: Sequence[int]) -> di
         "residual_correlation_with_context_mean": with_mean,
         "residual_correlation_with_difficulty": with_difficulty,
     }
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+    found: dict[str, float | None] = finite(values)
+    return found
 
 
 def describe(metrics: dict[str, Any]) -> str:
@@ -212,24 +219,14 @@ def write_metrics(folder: Path, metrics: Sequence[dict[str, Any]]) -> None:
 
 def save(trainer: AdapterTrainer, metrics: list[dict[str, Any]], losses: list[float], folder: Path) -> None:
     """Write a checkpoint."""
-    optimizer = {
-        f"{index}.{name}": value
-        for index, entry in trainer.optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-    adapter = {name: value.contiguous() for name, value in trainer.adapter.state_dict().items()}
+    tensors = {"adapter": trainer.adapter.state_dict(), "optimizer": optimizer_tensors(trainer.optimizer)}
     state = {"metrics": metrics, "losses": losses}
-    write_checkpoint(
-        folder / "checkpoints", Checkpoint(trainer.done, {"adapter": adapter, "optimizer": optimizer}, state)
-    )
+    write_checkpoint(folder / "checkpoints", Checkpoint(trainer.done, tensors, state))
 
 
 def load(trainer: AdapterTrainer, checkpoint: Checkpoint) -> None:
     """Go on from a checkpoint."""
     trainer.adapter.load_state_dict(checkpoint.tensors["adapter"])
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in checkpoint.tensors["optimizer"].items():
-        index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = value
+    entries = optimizer_entries(checkpoint.tensors["optimizer"])
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": entries})
     trainer.done = checkpoint.update

@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from v05.batch import offsets_of
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage
 from v05.kernels.segments import choice
@@ -47,7 +48,7 @@ class FuseConfig:
     fusion: str = "v05"
 
     def __post_init__(self) -> None:
-        """Raises InputError where a setting is not allowed."""
+        """Raise InputError where a setting is not allowed."""
         try:
             choice("fusion", self.fusion, FUSIONS)
             make_budget(self.reward_range, self.cost, self.k_init, self.k_max)
@@ -79,15 +80,15 @@ class Summary:
 
     @property
     def zero_or_one(self) -> bool:
-        """Whether all rewards are 0 or 1, and not all are 1, which a range from -1 has too."""
+        """Return whether all rewards are 0 or 1, and not all are 1, which a range from -1 has too."""
         return 0 < self.zeros == self.rollouts - self.ones
 
     def per_group(self, total: float) -> float:
-        """A sum over groups as a mean; 0 where there are none."""
+        """Return a sum over groups as a mean; 0 where there are none."""
         return total / self.groups if self.groups else 0.0
 
     def add(self, decisions: Decisions) -> None:
-        """Adds a block of groups; the sample stays uniform over all groups seen."""
+        """Add a block of groups; the sample stays uniform over all groups seen."""
         fused, prior = decisions.fused, decisions.prior
         some = fused.count > 0
         self.groups += prior.numel()
@@ -116,7 +117,7 @@ class Decisions:
 
     def __init__(self, records: list[dict[str, Any]], config: FuseConfig) -> None:
         lengths = [len(record["rewards"]) for record in records]
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+        offsets = offsets_of(lengths)
         rewards = torch.tensor([reward for record in records for reward in record["rewards"]], dtype=torch.float64)
         self.rewards = rewards
         self.prior = torch.tensor([record["prior"] for record in records], dtype=torch.float64)
@@ -142,7 +143,7 @@ class Decisions:
         self.bounds = offsets.tolist()
 
     def write(self, records: list[dict[str, Any]], out: IO[str]) -> None:
-        """Writes every record with what was decided about it."""
+        """Write every record with what was decided about it."""
         fused, advantages = self.fused, self.advantages.tolist()
         columns = (
             fused.baseline.tolist(),
@@ -165,7 +166,7 @@ def fuse_file(
     config: FuseConfig | None = None,
     on_bytes: Callable[[int], None] = lambda read: None,
 ) -> Summary:
-    """Runs a file of rollout records through `shrinkage` and `group_advantage`.
+    """Run a file of rollout records through `shrinkage` and `group_advantage`.
 
     Args:
         source: a JSON Lines file of records (see `v05.records`), or `-` for standard input.

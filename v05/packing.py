@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from v05.batch import check_offsets
+from v05.batch import check_offsets, offsets_of
 
 AGGREGATIONS: Final = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
@@ -41,8 +41,7 @@ class Layout:
         if mask.dim() != 2:
             raise ValueError(f"mask has shape {list(mask.shape)}; allowed: [B, L]")
         keep = mask != 0
-        offsets = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
-        return cls(keep.flatten().nonzero().squeeze(1), offsets, (mask.shape[0], mask.shape[1]))
+        return cls(keep.flatten().nonzero().squeeze(1), offsets_of(keep.sum(1)), (mask.shape[0], mask.shape[1]))
 
     @property
     def counts(self) -> Tensor:

@@ -45,17 +45,17 @@ class Prediction:
 
     @property
     def auc(self) -> float:
-        """The chance that a success is predicted above a failure; nan where scores are missing or all alike."""
+        """Return the chance that a success is predicted above a failure; nan where scores are missing or all alike."""
         return auc(np.array(self.probability), np.array(self.rate) >= 0.5)
 
     @property
     def squared_error(self) -> float:
-        """Mean squared error on the reward scale."""
+        """Return the mean squared error on the reward scale."""
         return float(np.mean((np.array(self.probability) - np.array(self.rate)) ** 2)) * self.span**2
 
     @property
     def reliability(self) -> Reliability:
-        """Predictions beside outcomes, in bins."""
+        """Return predictions beside outcomes, in bins."""
         return reliability(np.array(self.probability), np.array(self.rate))
 
 
@@ -86,7 +86,7 @@ def predict_file(
     skip_bad: bool = False,
     on_bytes: Callable[[int], None] = lambda read: None,
 ) -> Prediction:
-    """Adds `probability` to every line of a file of prompts.
+    """Add `probability` to every line of a file of prompts.
 
     Args:
         model: V0.
@@ -130,7 +130,7 @@ def write_lines(
     known: Set[str],
     out: IO[str],
 ) -> None:
-    """Writes each line with its probability, and adds it to the summary; prompts of the context are not judged."""
+    """Write each line with its probability, and add it to the summary; prompts of the context are not judged."""
     low, high = reward_range
     for line, value in zip(records, probability, strict=True):
         write_line({**line, "probability": value}, out)

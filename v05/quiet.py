@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without the progress bars of transformers; a download still shows its own."""
+    """Do without the progress bars of transformers; a download still shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

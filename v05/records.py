@@ -35,7 +35,7 @@ class Block:
 
 
 def check_number(value: Any, where: str, low: float, high: float) -> float:
-    """Returns a number in [low, high], and raises ValueError saying where for anything else."""
+    """Return a number in [low, high], and raise ValueError saying where for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {json.dumps(value)[:40]}; allowed: a number from {low:g} to {high:g}")
     if not low <= value <= high:
@@ -45,13 +45,13 @@ def check_number(value: Any, where: str, low: float, high: float) -> float:
 
 
 def check_range(low: float, high: float) -> None:
-    """Raises InputError unless a reward range is two finite numbers that ascend."""
+    """Raise InputError unless a reward range is two finite numbers that ascend."""
     if not -math.inf < low < high < math.inf:
         raise InputError(f"--reward-range is {low:g} {high:g}; allowed: smallest, then a larger largest, both finite")
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises ValueError where a text holds what no tokenizer takes: half a surrogate pair."""
+    """Raise ValueError where a text holds what no tokenizer takes: half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -59,7 +59,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def parse_object(text: bytes, keys: str) -> dict[str, Any]:
-    """Parses one line as a JSON object; `keys` says in the error what it should hold.
+    """Return one line as a JSON object; `keys` says in the error what it should hold.
 
     Raises:
         ValueError: what is wrong, and what is allowed.
@@ -79,13 +79,13 @@ def parse_object(text: bytes, keys: str) -> dict[str, Any]:
 
 
 def check_prompt(record: dict[str, Any]) -> None:
-    """Raises ValueError where a record has no prompt, or one that is not a string."""
+    """Raise ValueError where a record has no prompt, or one that is not a string."""
     if not isinstance(record["prompt"], str):
         raise ValueError(f"prompt is {json.dumps(record['prompt'])[:40]}; allowed: a string")
 
 
 def check_finite(record: dict[str, Any]) -> None:
-    """Raises ValueError where a value, however deep, is a float that JSON cannot write."""
+    """Raise ValueError where a value, however deep, is a float that JSON cannot write."""
     for key, value in record.items():
         pending = [value]
         while pending:
@@ -99,14 +99,14 @@ def check_finite(record: dict[str, Any]) -> None:
 
 
 def check_keys(record: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Raises ValueError naming the first key that a record lacks."""
+    """Raise ValueError naming the first key that a record lacks."""
     for key in keys:
         if key not in record:
             raise ValueError(f"key {key!r} is missing")
 
 
 def parse_record(text: bytes, low: float, high: float) -> dict[str, Any]:
-    """Parses and checks one line of rollouts.
+    """Return one line of rollouts, checked.
 
     Args:
         text: the line, UTF-8.
@@ -148,7 +148,7 @@ def read_blocks(
     size: int = 8192,
     parse: Callable[[bytes, float, float], dict[str, Any]] = parse_record,
 ) -> Iterator[Block]:
-    """Reads records in blocks of at most `size` lines, so that memory does not grow with the file; skips blank lines.
+    """Yield blocks of records, of at most `size` lines, so that memory does not grow with the file; skip blank lines.
 
     Raises:
         BadLine: at the first malformed line, unless `skip_bad` collects them in the block.
@@ -182,7 +182,7 @@ def bad_path(source: str, output: Path | None) -> Path:
 
 
 def write_line(record: Mapping[str, Any], out: IO[str]) -> None:
-    """Writes a record; characters stay as they are but where UTF-8 has none for them, as for half a surrogate pair."""
+    """Write a record; characters stay as they are but where UTF-8 has none for them, as for half a surrogate pair."""
     text = json.dumps(record, ensure_ascii=False)
     try:
         text.encode()
@@ -193,7 +193,7 @@ def write_line(record: Mapping[str, Any], out: IO[str]) -> None:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Callable[[Block], int]]:
-    """A function that writes the malformed lines of a block, with numbers and reasons, and returns how many there are.
+    """Yield a function that writes a block's malformed lines, with numbers and reasons, and returns how many they are.
 
     The file is made at the first of them, and appears as `whole_file` has it.
     """
@@ -213,7 +213,7 @@ def aside(path: Path) -> Iterator[Callable[[Block], int]]:
 
 
 def check_file(path: Path) -> Path:
-    """Returns the path without links, and raises InputError where no file can be there."""
+    """Return the path without links, and raise InputError where no file can be there."""
     path = path.resolve()  # a link stays, and what it leads to is written
     rule = "allowed: a file in a folder that can be written"
     if path.exists() and not path.is_file():
@@ -227,7 +227,7 @@ def check_file(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Opens a file for writing that appears under its name only when everything was written."""
+    """Open a file for writing that appears under its name only when everything was written."""
     path = check_file(path)
     name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # known before it exists, whatever comes then
     try:
@@ -246,7 +246,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def whole_output(path: Path | None) -> Iterator[IO[str]]:
-    """The same, or where there is no path a file that goes to standard output when everything was written."""
+    """Do the same, or where there is no path open a file that goes to standard output when everything was written."""
     if path is not None:
         with whole_file(path) as out:
             yield out

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v05.checkpoint import write_text
 from v05.errors import InputError
+from v05.files import write_text
 
 
 class ResultsFolder:

@@ -36,7 +36,7 @@ class Scored:
 
 
 def parse_scored(text: bytes, low: float, high: float) -> dict[str, Any]:
-    """Parses a line of a context: a prompt and its score inside [low, high].
+    """Return a line of a context: a prompt and its score inside [low, high].
 
     Raises:
         ValueError: what is wrong, and what is allowed.
@@ -50,7 +50,7 @@ def parse_scored(text: bytes, low: float, high: float) -> dict[str, Any]:
 
 
 def parse_prompt(text: bytes, low: float, high: float) -> dict[str, Any]:
-    """Parses a line with a prompt to predict; a score, where there is one, must lie inside [low, high].
+    """Return a line with a prompt to predict; a score, where there is one, must lie inside [low, high].
 
     Raises:
         ValueError: what is wrong, and what is allowed.

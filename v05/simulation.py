@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.checks import FROM_ONE, FROM_ZERO, check, check_each
 from v05.kernels import shrinkage
 from v05.rollout.budget import BudgetRule, Fixed, LookAhead, ReinforceAda, Utility, Variance
 from v05.rollout.limits import Limits, Mode
@@ -47,12 +48,9 @@ class Simulation:
     length: Callable[[random.Random], int] = field(default_factory=LogNormal)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that are not allowed."""
-        for name in ("prompts", "slots", "steps", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if not self.prior_sd >= 0:
-            raise ValueError(f"prior_sd is {self.prior_sd}; allowed: 0 or more")
+        """Raise InputError naming the first number that is not allowed."""
+        check_each(self, ("prompts", "slots", "steps", "window"), FROM_ONE)
+        check("prior_sd", self.prior_sd, *FROM_ZERO)
 
     def success(self, prompt: str) -> float:
         """Return the success probability of a prompt, whose text is its position."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from v05.batch import offsets_of
 from v05.kernels.query_attention.rules import HEAD, AttentionWeights, weight_shapes
 
 # The largest error against float64 that is never blamed on a kernel, relative to max(1, |value|).
@@ -58,11 +59,6 @@ class RaggedStates(NamedTuple):
         return AttentionWeights(*self[3:])
 
 
-def offsets_of(lengths: Tensor) -> Tensor:
-    """Offsets `[G+1]` int64 of segments with lengths `[G]`."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.long().cumsum(0)])
-
-
 def ragged_groups(
     groups: int,
     shortest: int = 0,
@@ -72,7 +68,7 @@ def ragged_groups(
     values: tuple[float, ...] = (-1.0, 1.0),
     dtype: torch.dtype = torch.float32,
 ) -> RaggedGroups:
-    """Random groups of shortest to longest rollouts whose rewards are drawn from values, with a random prior."""
+    """Return random groups of shortest to longest rollouts whose rewards are drawn from values, with a random prior."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (groups,), generator=rng)
     choice = torch.randint(len(values), (int(lengths.sum()),), generator=rng)
@@ -91,7 +87,7 @@ def ragged_tokens(
     drift: float = 0.3,
     dtype: torch.dtype = torch.float32,
 ) -> RaggedTokens:
-    """Random packed sequences; `masked` is the share of tokens with weight 0, `drift` the std between log-probs."""
+    """Return random packed sequences; `masked` is the share of tokens of weight 0, `drift` the sd between log-probs."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (sequences,), generator=rng)
     tokens = int(lengths.sum())
@@ -118,7 +114,7 @@ def ragged_states(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> RaggedStates:
-    """Random token states of prompts with those lengths, queries and weights; `scale` is that of the scores."""
+    """Return random token states of prompts with those lengths, queries and weights; `scale` is that of the scores."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
 
@@ -140,7 +136,7 @@ def ragged_states(
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fills all memory that torch allocates uninitialised with NaN, so that an element nobody wrote is seen."""
+    """Fill all memory that torch allocates uninitialised with NaN, so that an element nobody wrote is seen."""
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -152,7 +148,7 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def error_against(actual: Tensor, exact: Tensor) -> float:
-    """The largest |actual - exact| / max(1, |exact|); infinite where only one of the two is finite."""
+    """Return the largest |actual - exact| / max(1, |exact|); infinite where only one of the two is finite."""
     if actual.shape != exact.shape:
         raise AssertionError(f"shape is {list(actual.shape)}; expected {list(exact.shape)}")
     actual, exact = actual.double(), exact.double()
@@ -162,7 +158,7 @@ def error_against(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact_as(actual: Tensor, same_dtype: Tensor, exact: Tensor, floor: float | None = None) -> None:
-    """Fails where actual is further from float64 than torch's own result in the same dtype, and than the floor.
+    """Fail where actual is further from float64 than torch's own result in the same dtype, and than the floor.
 
     Args:
         actual: what the kernel returned.

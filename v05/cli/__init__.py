@@ -96,7 +96,7 @@ for _name, _place, _help in COMMANDS:
 
 
 def main() -> None:
-    """Runs the command line; what the user can mend is said in one line, with exit status 2."""
+    """Run the command line; what the user can mend is said in one line, with exit status 2."""
     try:
         app()
     except InputError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +9,20 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
+from v05.checks import check
+from v05.cli.options import RewardRange
+from v05.cli.progress import counting
 from v05.errors import InputError
 from v05.estimates import Estimate
-from v05.evaluate import Evaluation, Sampling, evaluate, fingerprint
+from v05.evaluate import Evaluation, Sampling, evaluate
+from v05.fingerprint import fingerprint, folder_fingerprint
 from v05.records import check_range
 from v05.tasks.data import BENCHMARKS, Source, columns_digest, read_data
 from v05.tasks.pool import RewardPool
 from v05.tasks.verifiers import VERIFIERS, make_verifier, needs_answer
-from v05.training.config import check
 from v05.training.model_config import is_object
 
 PATIENCE: Final = ("timeout", "startup_timeout")  # options of a server that change nothing but what is waited for
@@ -33,7 +35,7 @@ def source_of(data: str, given: dict[str, str | None]) -> Source:
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """A table of what was found, for the terminal."""
+    """Return a table of what was found, for the terminal."""
     table = Table(title=title, title_justify="left")
     table.add_column()
     table.add_column("mean", justify="right")
@@ -70,7 +72,7 @@ def run(
     console: Console,
 ) -> Evaluation:
     """Evaluate with a progress bar; a stop is said in one line, with exit status 130."""
-    from v05.checkpoint import Interrupted, StopRequest
+    from v05.stop import Interrupted, StopRequest
     from v05.training.engines import check_engine, close_engine, make_engine
     from v05.training.pretrained import load_policy
     from v05.training.user_model import check_positions, prompt_lengths
@@ -82,17 +84,18 @@ def run(
     policy = load_policy(model, dtype=dtype, device=device if engine == "hf" else "cpu")
     longest = max(prompt_lengths(policy, records, source.place))
     check_positions(policy, longest, sampling.max_new_tokens)
-    settings: dict[str, Any] = {"model": model, "weights": fingerprint(model), "engine": engine, "dtype": dtype}
+    weights = folder_fingerprint(Path(model)) or model
+    settings: dict[str, Any] = {"model": model, "weights": weights, "engine": engine, "dtype": dtype}
     settings |= {"data": source.place, "verifier": judging["verifier"]}
     place = judging["verifier"].rpartition(":")[0]
     if place.endswith(".py"):
-        settings["verifier_text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16]
+        settings["verifier_text"] = fingerprint([Path(place).read_bytes()])
     if judging["verifier"] not in VERIFIERS:
         settings["columns"] = columns_digest(records)
     if lasting := {name: value for name, value in options.items() if name not in PATIENCE}:
         settings["engine_options"] = lasting
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RewardPool(**judging) as pool, StopRequest() as stop, Progress(*columns, console=console) as progress:
+    display = counting(TimeRemainingColumn(), console=console)
+    with RewardPool(**judging) as pool, StopRequest() as stop, display as progress:
         bar = progress.add_task("problems", total=len(records))
 
         def on_problems(done: int, total: int) -> None:
@@ -118,7 +121,7 @@ def evaluate_command(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer; one cut off there is wrong.")] = 4096,
     verifier: Annotated[str, typer.Option(help="math, exact, package.module:function or file.py:function.")] = "math",
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (0.0, 1.0),
+    reward_range: RewardRange = (0.0, 1.0),
     engine: Annotated[str, typer.Option(help="What generates: hf, vllm, vllm-sync, http://host:port.")] = "hf",
     engine_options: Annotated[str, typer.Option(help="More arguments of vLLM, a JSON object.")] = "{}",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress, TimeElapsedColumn
 
 from v05.cli.models import cache_file, cache_limit
+from v05.cli.options import CacheSize, Limit, RewardRange, Texts
+from v05.cli.outputs import table_of_facts
+from v05.cli.progress import batches, noting
 from v05.errors import InputError
+from v05.fingerprint import fingerprint
 from v05.records import check_range
-from v05.scored import Scored, by_policy, read_scored
+from v05.scored import by_policy, read_scored
 from v05.studies.prior import outcomes_of
 
 MEASURES = (
@@ -30,8 +32,8 @@ MEASURES = (
 def fit_adapter(
     records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts of several policies.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; made where missing.")],
-    prompts: Annotated[Path | None, typer.Option(help="JSON object from {dataset}_{id} to prompt.")] = None,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    prompts: Texts = None,
+    reward_range: RewardRange = (-1.0, 1.0),
     steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 400,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 2e-4,
     context: Annotated[int, typer.Option(help="Outcomes in a context.")] = 128,
@@ -44,14 +46,14 @@ def fit_adapter(
     device: Annotated[str, typer.Option(help="Where the backbone runs.")] = "cpu",
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; kernel regression without.")] = None,
     cache: Annotated[Path | None, typer.Option(help="File of token states; in the user's cache by default.")] = None,
-    cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records, for a first look.")] = None,
+    cache_gib: CacheSize = 4.0,
+    limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
     """Train V0's adapter, which `v05 predict --checkpoint` then uses with the same --backbone."""
-    from v05.checkpoint import StopRequest
     from v05.fit_adapter import FitConfig, Records, check_new
     from v05.fit_adapter import fit_adapter as fit
+    from v05.stop import StopRequest
     from v05.value.adapter_training import embedded_head
     from v05.value.tabpfn_head import differentiable_head
 
@@ -63,13 +65,12 @@ def fit_adapter(
     data = outcomes_of(found, reward_range, folds, seed)
     function = embedded_head() if head is None else differentiable_head(head)
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    late = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
-    with StopRequest() as stop, Progress(*columns, *late, console=Console(stderr=True)) as progress:
+    with StopRequest() as stop, noting(TimeElapsedColumn(), Console(stderr=True)) as progress:
         embedder = make_embedder(backbone, device, cache, cache_gib)
         states = embed_all(embedder, data.prompts, stop, progress)
         aged = [rows[0].step for rows in by_policy(found).values()]
-        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{fingerprint(found)}/{low:g} {high:g}"
+        named = fingerprint(repr(record).encode() for record in found)
+        source = f"{embedder.name}/{head.name if head else 'embedded'}/{folds}/{named}/{low:g} {high:g}"
         task = progress.add_task("train", total=steps, note="")
         report = fit(
             config,
@@ -108,30 +109,18 @@ def make_embedder(backbone: str | None, device: str, cache: Path | None, cache_g
 
 def embed_all(embedder: Any, prompts: list[str], stop: Any, progress: Progress) -> list[Any]:
     """Return the token states of every prompt, showing how far it is."""
-    task = progress.add_task("embed prompts", total=len(prompts), note="")
     rows: list[Any] = []
-    for start in range(0, len(prompts), 64):
-        batch = embedder.embed(prompts[start : start + 64])
+    for part in batches(prompts, 64, "embed prompts", progress):
+        batch = embedder.embed(part)
         rows += batch.states.float().split(batch.offsets.diff().tolist())
-        progress.update(task, completed=len(rows))
         if stop.requested:
             raise InputError("stopped while prompts were embedded; what is done is cached, so run the command again")
     return rows
 
 
-def fingerprint(records: list[Scored]) -> str:
-    """Return 16 hexadecimal digits that depend on every record."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-    return digest.hexdigest()[:16]
-
-
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the metrics on prompts held out."""
-    table = Table(title="Prompts held out", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = table_of_facts("Prompts held out")
     for key, label in MEASURES:
         table.add_row(label, "-" if report[key] is None else f"{report[key]:.4f}")
     console.print(table)

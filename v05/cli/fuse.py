@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from v05.cli.outputs import DEFAULT_RANGE, check_outputs, warn_of_range
-from v05.cli.signals import terminated_like_interrupted
+from v05.cli.options import GivenRange, SkipBad
+from v05.cli.outputs import DEFAULT_RANGE, check_outputs, drawing, table_of_facts, warn_of_range
+from v05.cli.progress import reading
 from v05.errors import InputError
 from v05.fuse import FuseConfig, Summary, fuse_file
 from v05.kernels.advantage.estimators import SCALES
@@ -19,10 +19,8 @@ from v05.records import bad_path
 
 
 def summary_table(summary: Summary, config: FuseConfig) -> Table:
-    """A table of what was decided, for the terminal."""
-    table = Table(title="V0.5 fusion", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    """Return a table of what was decided, for the terminal."""
+    table = table_of_facts("V0.5 fusion")
     share = summary.per_group
     ceiling = summary.groups * config.k_max
     spent = f" ({summary.planned / ceiling:.0%} of {config.k_max} each)" if ceiling else ""
@@ -46,20 +44,10 @@ def summary_table(summary: Summary, config: FuseConfig) -> Table:
     return table
 
 
-def _run(records: str, output: Path | None, config: FuseConfig, console: Console) -> Summary:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    size = Path(records).stat().st_size if records != "-" and Path(records).is_file() else None
-    with terminated_like_interrupted(), Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("fuse", total=size)
-        return fuse_file(records, output, config, lambda read: progress.update(task, completed=read))
-
-
 def fuse(
     records: Annotated[str, typer.Argument(help="JSON Lines of {prompt, rewards, prior}; - reads standard input.")],
     output: Annotated[Path | None, typer.Option(help="Where the decisions go; standard output by default.")] = None,
-    reward_range: Annotated[
-        tuple[float, float] | None, typer.Option(help="Smallest and largest reward.", show_default="-1 1")
-    ] = None,
+    reward_range: GivenRange = None,
     cost: Annotated[float, typer.Option(help="Cost of a rollout, in units of the largest variance.")] = 1 / 256,
     k_init: Annotated[int, typer.Option(help="Rollouts before the first test.")] = 4,
     k_max: Annotated[int, typer.Option(help="Rollouts at most.")] = 16,
@@ -68,7 +56,7 @@ def fuse(
         str, typer.Option(help="v05, or calibrated: learn from all lines how far the priors can be trusted.")
     ] = "v05",
     plot: Annotated[Path | None, typer.Option(help="Draw prior against observed mean to this image.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set malformed lines aside and go on.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Turn rollout records into baselines, conflicts, plans and advantages, a line for a line."""
     if scale not in SCALES:
@@ -76,7 +64,8 @@ def fuse(
     config = FuseConfig(reward_range or DEFAULT_RANGE, cost, k_init, k_max, scale, skip_bad, fusion)
     check_outputs(output, plot)
     console = Console(stderr=output is None)
-    summary = _run(records, output, config, Console(stderr=True))
+    with reading(records, "fuse") as on_bytes:
+        summary = fuse_file(records, output, config, on_bytes)
     console.print(summary_table(summary, config))
     warn_of_range(reward_range, summary.zero_or_one)
     if summary.bad_lines:
@@ -86,8 +75,6 @@ def fuse(
     if plot is not None:
         from v05.plots.fusion import plot_fusion
 
-        try:
+        with drawing(plot):
             plot_fusion(summary, config, plot)
-        except (ValueError, OSError) as error:
-            raise InputError(f"--plot {plot}: {error}") from None
         console.print(f"plot: {plot}", soft_wrap=True)

@@ -1,14 +1,18 @@
-"""What commands share around their work: whether outputs can be written, and the range that was not given."""
+"""What commands share around their work: whether outputs can be written, what they are, the range not given."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer
+from rich.table import Table
 
 from v05.errors import InputError
-from v05.records import check_file
+from v05.records import check_file, whole_file
 
 DEFAULT_RANGE: Final = (-1.0, 1.0)
 
@@ -35,3 +39,26 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
             check_file(plot)
         except InputError as error:
             raise InputError(f"--plot {error}") from None
+
+
+@contextmanager
+def drawing(plot: Path) -> Iterator[None]:
+    """Say of what goes wrong inside that `--plot` is meant."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InputError(f"--plot {plot}: {error}") from None
+
+
+def write_numbers(output: Path, found: Any) -> None:
+    """Write what was found as JSON."""
+    with whole_file(output) as out:
+        out.write(json.dumps(found, indent=2) + "\n")
+
+
+def table_of_facts(title: str) -> Table:
+    """Return a table without rows, of names and numbers."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    return table

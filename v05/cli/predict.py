@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from v05.cli.models import make_model
-from v05.cli.outputs import DEFAULT_RANGE, check_outputs, warn_of_range
-from v05.cli.signals import terminated_like_interrupted
+from v05.cli.options import Cache, CacheSize, GivenRange, SkipBad
+from v05.cli.outputs import DEFAULT_RANGE, check_outputs, drawing, table_of_facts, warn_of_range
+from v05.cli.progress import reading
 from v05.errors import InputError
 from v05.predict import Prediction, predict_file
 from v05.records import bad_path
@@ -21,10 +21,8 @@ from v05.value.model import Record
 
 
 def prediction_table(summary: Prediction, skip_bad: bool) -> Table:
-    """A table of what was predicted, for the terminal."""
-    table = Table(title="V0", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    """Return a table of what was predicted, for the terminal."""
+    table = table_of_facts("V0")
     table.add_row("prompts in the context", f"{summary.context:,}")
     table.add_row("prompts predicted", f"{summary.prompts:,}")
     if summary.prompts:
@@ -44,32 +42,25 @@ def predict(
     context: Annotated[Path, typer.Option(help="JSON Lines of {prompt, score}: what the policy did.")],
     prompts: Annotated[str, typer.Option(help="JSON Lines of {prompt}; - reads standard input.")],
     output: Annotated[Path | None, typer.Option(help="Where the lines go; standard output by default.")] = None,
-    reward_range: Annotated[
-        tuple[float, float] | None, typer.Option(help="Smallest and largest reward.", show_default="-1 1")
-    ] = None,
+    reward_range: GivenRange = None,
     checkpoint: Annotated[Path | None, typer.Option(help="V0's adapter; without it the embedded V0 runs.")] = None,
     head: Annotated[Path | None, typer.Option(help="TabPFN's checkpoint; without it kernel regression.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Language model, folder or name, with --checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="Where backbone, adapter and head run; with --checkpoint.")] = "cpu",
     background: Annotated[Path | None, typer.Option(help="Scored records of other policies, embedded V0.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
-    cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
+    cache: Cache = None,
+    cache_gib: CacheSize = 4.0,
     plot: Annotated[Path | None, typer.Option(help="Draw the reliability of scored prompts to this image.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set malformed lines aside and go on.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Add to each prompt the probability that the policy behind the context succeeds."""
     check_outputs(output, plot)
     ranges = reward_range or DEFAULT_RANGE
     others = read_background(background, ranges)
-    console, progress_console = Console(stderr=output is None), Console(stderr=True)
+    console = Console(stderr=output is None)
     model = make_model(checkpoint, head, backbone, device, cache, cache_gib, others, ranges)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    size = Path(prompts).stat().st_size if prompts != "-" and Path(prompts).is_file() else None
-    with terminated_like_interrupted(), Progress(*columns, console=progress_console, transient=True) as progress:
-        task = progress.add_task("predict", total=size)
-        summary = predict_file(
-            model, context, prompts, output, ranges, skip_bad, lambda read: progress.update(task, completed=read)
-        )
+    with reading(prompts, "predict") as on_bytes:
+        summary = predict_file(model, context, prompts, output, ranges, skip_bad, on_bytes)
     console.print(prediction_table(summary, skip_bad))
     warn_of_range(reward_range, summary.zero_or_one)
     if summary.bad_lines:
@@ -95,9 +86,6 @@ def draw(summary: Prediction, plot: Path, console: Console) -> None:
 
     if not summary.rate:
         raise InputError(f"--plot {plot}: no prompt outside the context has a score; allowed: one or more")
-    try:
-        title = f"{len(summary.rate):,} prompts, AUC {summary.auc:.3f}"
-        plot_reliability({"V0": summary.reliability}, title, plot)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--plot {plot}: {error}") from None
+    with drawing(plot):
+        plot_reliability({"V0": summary.reliability}, f"{len(summary.rate):,} prompts, AUC {summary.auc:.3f}", plot)
     console.print(f"plot: {plot}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from v05.cli.outputs import check_outputs
-from v05.cli.study_baselines import progressing
+from v05.cli.options import Numbers
+from v05.cli.outputs import check_outputs, drawing, write_numbers
+from v05.cli.progress import progressing
 from v05.errors import InputError
 from v05.plots.simulation import plot_simulation
-from v05.records import whole_file
 from v05.rollout.simulated import LONGEST, LogNormal, Observed
 from v05.simulation import Result, Simulation, compare, contenders
 
@@ -33,7 +32,7 @@ def simulate(
         Path | None, typer.Option(help="File with the length of an answer in tokens a line; lognormal without.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, answers and errors.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
+    output: Numbers = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and error to this image.")] = None,
 ) -> None:
     """Drive the real scheduler with a simulated engine: every mode, groups of fixed size, and other budget rules."""
@@ -41,7 +40,7 @@ def simulate(
     drawn = LogNormal() if lengths is None else Observed(read_lengths(lengths))
     try:
         simulation = Simulation(prompts, slots, steps, window, prior_sd, seed, drawn)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--{str(error).replace('_', '-', 1)}") from None
     results = []
     with progressing() as progress:
@@ -52,14 +51,10 @@ def simulate(
     Console().print(table_of(results, simulation))
     if output is not None:
         settings = {**asdict(simulation), "length": "lognormal" if lengths is None else str(lengths)}
-        found = {"settings": settings, "results": [result._asdict() for result in results]}
-        with whole_file(output) as out:
-            out.write(json.dumps(found, indent=2) + "\n")
+        write_numbers(output, {"settings": settings, "results": [result._asdict() for result in results]})
     if plot is not None:
-        try:
+        with drawing(plot):
             plot_simulation(results, plot)
-        except (ValueError, OSError) as error:
-            raise InputError(f"--plot {plot}: {error}") from None
 
 
 def read_lengths(file: Path) -> tuple[int, ...]:
@@ -75,7 +70,7 @@ def read_lengths(file: Path) -> tuple[int, ...]:
 
 
 def table_of(results: list[Result], simulation: Simulation) -> Table:
-    """A line for each contender."""
+    """Return a table with a line for each contender."""
     title = f"{simulation.steps} steps of {simulation.prompts} prompts, {simulation.slots} slots"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.padding = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +9,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from v05.cli import study_baselines, study_train
 from v05.cli.models import cache_file, cache_limit
-from v05.cli.outputs import check_outputs
-from v05.errors import InputError
-from v05.records import check_range, whole_file
+from v05.cli.options import Cache, CacheSize, Limit, Numbers, RewardRange, Texts
+from v05.cli.outputs import check_outputs, drawing, write_numbers
+from v05.cli.progress import batches, progressing
+from v05.files import finite
+from v05.records import check_range
 from v05.scored import read_scored
 from v05.studies.prior import EMBEDDED, Scores, cross_predict, mean_of_known, outcomes_of, predictors_of
 from v05.value.measure import reliability
@@ -40,16 +40,16 @@ app.command()(study_train.train)
 @app.command()
 def prior(
     records: Annotated[Path, typer.Option(help="JSON Lines of scored prompts; docs/commands.md has the format.")],
-    prompts: Annotated[Path | None, typer.Option(help="JSON object from {dataset}_{id} to prompt.")] = None,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    prompts: Texts = None,
+    reward_range: RewardRange = (-1.0, 1.0),
     folds: Annotated[int, typer.Option(help="Folds over prompts.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the folds.")] = 0,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap over prompts.")] = 1000,
     alone: Annotated[bool, typer.Option(help="Judge V0 also with one policy's records only.")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records, for a first look.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="File of embeddings; in the user's cache by default.")] = None,
-    cache_gib: Annotated[float, typer.Option(help="Its size at most.")] = 4.0,
-    output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
+    limit: Limit = None,
+    cache: Cache = None,
+    cache_gib: CacheSize = 4.0,
+    output: Numbers = None,
     plot: Annotated[Path | None, typer.Option(help="Draw reliability curves to this image.")] = None,
 ) -> None:
     """Judge the embedded V0 on prompts that nothing was trained on, beside the context's mean and ridge regressions."""
@@ -63,10 +63,10 @@ def prior(
     data = outcomes_of(found, reward_range, folds, seed)
     console = Console()
     embedder = CachedEmbedder(sentence_embedder(), EmbeddingCache(cache_file(cache), cache_limit(cache_gib)))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    with progressing() as progress:
         model = V0.embedded(embedder=embedder)
-        embed_all(model, data.prompts, progress)
+        for part in batches(data.prompts, 64, "embed prompts", progress):
+            model.describe(part)
         vectors = dict(zip(data.prompts, sentences(embedder, data.prompts), strict=True))
 
         def embed(texts: Sequence[str]) -> np.ndarray:
@@ -79,19 +79,10 @@ def prior(
     report = summarise(scores, resamples)
     show(report, scores, console)
     if output is not None:
-        with whole_file(output) as out:
-            out.write(json.dumps(without_nan(report), indent=2, allow_nan=False) + "\n")
+        write_numbers(output, finite(report))
         console.print(f"numbers: {output}", soft_wrap=True)
     if plot is not None:
         draw(scores, plot, console)
-
-
-def embed_all(model: Any, prompts: Sequence[str], progress: Progress) -> None:
-    """Describe every prompt once, showing how far it is."""
-    task = progress.add_task("embed prompts", total=len(prompts))
-    for start in range(0, len(prompts), 64):
-        model.describe(prompts[start : start + 64])
-        progress.update(task, completed=min(len(prompts), start + 64))
 
 
 def sentences(embedder: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -131,15 +122,6 @@ def interval_of(draws: np.ndarray) -> np.ndarray:
     known = (column[~np.isnan(column)] for column in draws.T)
     none = np.full(2, np.nan)
     return np.stack([np.quantile(part, [0.025, 0.975]) if len(part) else none for part in known], axis=1)
-
-
-def without_nan(value: Any) -> Any:
-    """Return a report with null in the place of nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def show(report: dict[str, Any], scores: Scores, console: Console) -> None:
@@ -189,8 +171,6 @@ def draw(scores: Scores, plot: Path, console: Console) -> None:
     shown = [name for name in (EMBEDDED, "the same, pooled") if name in scores.predictions]
     labels = {EMBEDDED: EMBEDDED, "the same, pooled": "pooled ridge"}
     curves = {labels[name]: reliability(scores.predictions[name], scores.data.rate) for name in shown}
-    try:
+    with drawing(plot):
         plot_reliability(curves, f"{len(scores.data.rate):,} records, prompts unseen", plot)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--plot {plot}: {error}") from None
     console.print(f"plot: {plot}", soft_wrap=True)

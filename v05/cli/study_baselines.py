@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from v05.checkpoint import StopRequest, read_tensors, write_tensors
+from v05.cli.options import RewardRange, StudyFolder, fractions, listed, numbers
+from v05.cli.progress import progressing
 from v05.errors import InputError
+from v05.files import read_tensors, write_tensors
 from v05.kernels.advantage.estimators import ESTIMATORS
 from v05.plots.baselines import plot_baseline_errors, plot_gradients
 from v05.records import check_keys, check_number, check_range, parse_object, read_blocks
 from v05.results_folder import ResultsFolder
+from v05.stop import StopRequest
 from v05.studies.gradient import GradientQuality, Pool, drawn_as, make_pool, quality
 from v05.studies.records import DEFAULT, PRIORS, RANGE, Cell, RecordsStudy, cells
 from v05.studies.table import StudyTable
@@ -29,37 +29,8 @@ FIXED = ",".join(ESTIMATORS)
 GROWING = "v05:4-16,v05_loo:4-16,v05_calibrated:4-16,v05_calibrated_loo:4-16,v05_calibrated_loo:1-16,rloo:16,grpo:16"
 
 
-@contextmanager
-def progressing() -> Iterator[Progress]:
-    """A progress bar on standard error, with rate and time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        yield progress
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The names in a comma-separated option."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def fractions(text: str) -> tuple[float, ...]:
-    """The numbers in a comma-separated `--cost`, such as 1/256."""
-    try:
-        return tuple(float(Fraction(part)) for part in listed(text))
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"--cost is {text!r}; allowed: numbers and fractions from 0 to 1, by commas") from None
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers in a comma-separated option."""
-    try:
-        return tuple(int(part) for part in listed(text))
-    except ValueError:
-        raise InputError(f"{option} is {text!r}; allowed: whole numbers with commas between") from None
-
-
 def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
-    """The `score` of every line of a JSON Lines file, moved to [-1, 1]."""
+    """Return the `score` of every line of a JSON Lines file, moved to [-1, 1]."""
     low, high = reward_range
     check_range(low, high)
 
@@ -77,13 +48,13 @@ def read_scores(file: Path, reward_range: tuple[float, float]) -> list[float]:
 
 def records(
     context: Annotated[Path, typer.Option(help="JSON Lines with a mean reward, `score`, a line.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    output: StudyFolder,
     estimators: Annotated[str, typer.Option(help="Of `group_advantage`, with commas between.")] = ",".join(DEFAULT),
     rollouts: Annotated[str, typer.Option(help="Group sizes, with commas between.")] = "2,4,8",
     repeats: Annotated[int, typer.Option(help="Batches drawn for each prior and group size.")] = 200,
     batch: Annotated[int, typer.Option(help="Prompts in a batch.")] = 256,
     recorded: Annotated[int, typer.Option(help="Rollouts behind each score.")] = 10,
-    reward_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest reward.")] = (-1.0, 1.0),
+    reward_range: RewardRange = (-1.0, 1.0),
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
 ) -> None:
     """Compare baselines with the truth on rewards redrawn from recorded success rates, under seven kinds of prior."""
@@ -109,7 +80,7 @@ def records(
 
 
 def command_of(study: RecordsStudy, reward_range: tuple[float, float]) -> str:
-    """The command that repeats a study of records: its names and sizes, and what else is not as by default."""
+    """Return the command that repeats a study of records: its names, its sizes, and what is not as by default."""
     chosen = f"--estimators {','.join(study.estimators)} --rollouts {','.join(map(str, study.rollouts))}"
     for name in ("repeats", "batch", "recorded", "seed"):
         if (value := getattr(study, name)) != getattr(RecordsStudy, name):
@@ -120,7 +91,7 @@ def command_of(study: RecordsStudy, reward_range: tuple[float, float]) -> str:
 
 
 def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTable:
-    """A line for each prior and group size; the smallest error has a star."""
+    """Return a line for each prior and group size; the smallest error has a star."""
     by_key, rows = {cell[:3]: cell for cell in found}, []
     for prior in PRIORS:
         for k in study.rollouts:
@@ -133,7 +104,7 @@ def cells_table(found: list[Cell], study: RecordsStudy, command: str) -> StudyTa
 
 
 def gradient(
-    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on from it.")],
+    output: StudyFolder,
     estimators: Annotated[
         str, typer.Option(help="Of `group_advantage`: name, name:k or name:k-k_max (growing); k is 4 by default.")
     ] = f"{FIXED},{GROWING}",
@@ -180,7 +151,7 @@ def gradient(
 
 
 def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progress) -> Pool:
-    """The pool in a folder, made where it is not there yet."""
+    """Return the pool in a folder, made where it is not there yet."""
     file = output / "pool.safetensors"
     if file.exists() and (found := read_tensors(file)).keys() == set(Pool._fields):
         return Pool(**found)
@@ -202,7 +173,7 @@ def read_pool(output: Path, name: str, prompts: int, size: int, progress: Progre
 
 
 def gradients_table(found: list[GradientQuality], title: str, command: str) -> StudyTable:
-    """A line for each estimator, prior by prior."""
+    """Return a line for each estimator, prior by prior."""
     columns = ["estimator", "prior", "k", "rollouts", "factor", "bias^2", "variance", "x rollouts", "with prompts"]
     rows = [
         [

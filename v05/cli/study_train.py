@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from v05.checkpoint import StopRequest
-from v05.cli.study_baselines import listed, progressing
+from v05.cli.options import listed
+from v05.cli.progress import progressing
 from v05.errors import InputError
 from v05.plots.training import plot_training
 from v05.results_folder import ResultsFolder
+from v05.stop import Interrupted, StopRequest
 from v05.studies.training import (
     RATES,
     TrainStudy,
@@ -26,7 +27,6 @@ from v05.studies.training import (
 )
 from v05.studies.training_report import Trained, table_of, target
 from v05.training.config import TrainConfig
-from v05.training.run import Interrupted
 
 PAPER = "v05,grpo:16,dapo:16,grpo:4,dr_grpo:16,dr_grpo:4"
 FROM_ONE = "v05_calibrated_loo:1,v05_calibrated_loo:2,spo,reinforce"

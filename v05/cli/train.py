@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from v05.checkpoint import Interrupted, StopRequest
 from v05.cli.progress import ProgressReporter, reporting
 from v05.errors import InputError
 from v05.estimates import binomial_interval
+from v05.stop import Interrupted, StopRequest
 from v05.training.compare import compare as compare_algorithms
 from v05.training.compare import reference_of
 from v05.training.config import PRIORS, TrainConfig

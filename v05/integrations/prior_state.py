@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from v05.value.memory import below, under
+
 PREFIX: Final = "prior."  # of the names of its tensors
 CLASS: Final = "prior_class"  # name of its class, uint8
 REFUSALS: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -28,7 +30,7 @@ def prior_tensors(prior: Any) -> dict[str, Tensor]:
     if why is not None:
         log.warning(f"v05: prior {name}: {why}; its state is left out of the checkpoint")
         return named
-    return named | {PREFIX + key: _alone(value) for key, value in state.items()}
+    return named | under(PREFIX, {key: _alone(value) for key, value in state.items()})
 
 
 def _why_not(state: Any) -> str | None:
@@ -63,7 +65,7 @@ def restore_prior(prior: Any, state: Mapping[str, Tensor]) -> bool:
     if saved is not None and saved != name:
         log.warning(f"v05: the checkpoint holds the state of prior {saved}, not of {name}, which starts anew")
         return False
-    own = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    own = below(PREFIX, state)
     if own and hasattr(prior, "load_state_dict"):
         try:
             prior.load_state_dict(own)

@@ -42,6 +42,11 @@ def constant(values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(values.detach() if values.requires_grad else values, dtype)
 
 
+def readable(values: Tensor) -> bool:
+    """Whether an op may look at what a tensor holds without waiting: on the CPU, but not while torch.compile traces."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def address(values: Tensor | None) -> int:
     """Address of a tensor's first element as the native modules take it, 0 for None."""
     return 0 if values is None else values.data_ptr()

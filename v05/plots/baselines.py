@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from v05.plots.style import COLOURS, colour, open_up
 from v05.studies.gradient import GradientQuality
 from v05.studies.records import Cell
 
-COLOURS = ("#8d99ae", "#4a6fa5", "#0b6e4f", "#c97b63", "#b5a642", "#7d5a94", "#5f9ea0", "#999999")
 
-
-def plot_baseline_errors(cells: Sequence[Cell], path: Path) -> None:
-    """Draws a panel for each group size: mean squared error by prior, a mark for each estimator.
+def plot_baseline_errors(cells: Sequence[Cell], file: Path) -> None:
+    """Draw a panel for each group size: mean squared error by prior, a mark for each estimator.
 
     Args:
         cells: of one study.
-        path: the image file.
+        file: the image.
     """
     from matplotlib.figure import Figure
 
@@ -34,25 +33,25 @@ def plot_baseline_errors(cells: Sequence[Cell], path: Path) -> None:
                 yerr=[cell.half_width for cell in row.values()],
                 fmt="o",
                 ms=5,
-                color=COLOURS[number % len(COLOURS)],
+                color=colour(number),
                 label=name,
             )
         axis.set_xticks(range(len(priors)), priors, rotation=40, ha="right", fontsize=8)
         axis.set_title(f"{k} rollouts", size=11)
         axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_up(axis)
     panels[0].set_ylabel("mean squared error of the baseline")
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
+    figure.savefig(file, dpi=140)
 
 
-def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
-    """Draws a panel for each prior: variance of the gradient, times rollouts, by algorithm; dark what a prompt's
+def plot_gradients(rows: Sequence[GradientQuality], file: Path) -> None:
+    """Draw a panel for each prior: variance of the gradient, times rollouts, by algorithm; dark what a prompt's
     rollouts leave, light what comes on top because more rollouts of each leave room for fewer prompts.
 
     Args:
         rows: of one study.
-        path: the image file.
+        file: the image.
     """
     from matplotlib.figure import Figure
 
@@ -62,7 +61,7 @@ def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
     for axis, prior in zip(figure.subplots(1, len(priors), squeeze=False)[0], priors, strict=True):
         shown = sorted((row for row in rows if row.prior == prior), key=lambda row: -row.by_rollout_in_all)
         labels = [f"{row.estimator}:{row.size}" for row in shown]
-        colours = ["#0b6e4f" if row.estimator.startswith("v05") else "#5c677d" for row in shown]
+        colours = [COLOURS[3] if row.estimator.startswith("v05") else COLOURS[6] for row in shown]
         within = [row.by_rollout for row in shown]
         between = [row.by_rollout_in_all - row.by_rollout for row in shown]
         half_width = [row.variance_half_width * row.rollouts for row in shown]
@@ -72,7 +71,7 @@ def plot_gradients(rows: Sequence[GradientQuality], path: Path) -> None:
         axis.set_xlabel("variance x rollouts per prompt")
         axis.margins(y=0.01)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        open_up(axis)
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=140)
+    figure.savefig(file, dpi=140)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from v05.evaluate import Evaluation
-from v05.plots.training import COLOURS, INK
+from v05.plots.style import COLOURS, INK, open_up
 
 
 def plot_evaluation(evaluation: Evaluation, title: str, file: Path) -> None:
@@ -31,8 +31,6 @@ def plot_evaluation(evaluation: Evaluation, title: str, file: Path) -> None:
     bars.set(xlabel=f"right answers of {evaluation.samples}", ylabel="problems")
     bars.xaxis.get_major_locator().set_params(integer=True)
     bars.set_title("How often each problem is solved", loc="left", fontsize=10.5, color=INK)
-    for panel in (curve, bars):
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+    open_up(curve, bars)
     figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
     figure.savefig(file, dpi=140, facecolor="white")

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from v05.fuse import FuseConfig, Summary
+from v05.plots.style import COLOURS, open_up
 
 
-def plot_fusion(summary: Summary, config: FuseConfig, path: Path) -> None:
-    """Draws a summary to an image file.
+def plot_fusion(summary: Summary, config: FuseConfig, file: Path) -> None:
+    """Draw a summary to an image file.
 
     Args:
         summary: of `fuse_file`; its sample of at most 20,000 groups is drawn.
         config: the settings that made it.
-        path: the file; its ending chooses the format.
+        file: its ending chooses the format.
 
     Raises:
         ValueError: a format that matplotlib does not know.
@@ -45,12 +46,10 @@ def plot_fusion(summary: Summary, config: FuseConfig, path: Path) -> None:
     )
 
     plans = sorted(summary.plans)
-    right.bar(plans, [summary.plans[plan] for plan in plans], color="#3b6ea5", width=0.8)
+    right.bar(plans, [summary.plans[plan] for plan in plans], color=COLOURS[0], width=0.8)
     right.set(
         xlabel="planned rollouts, k*", ylabel="prompts", title=f"{summary.per_group(summary.planned):.2f} per prompt"
     )
     right.xaxis.get_major_locator().set_params(integer=True)
-    for side in ("top", "right"):
-        left.spines[side].set_visible(False)
-        right.spines[side].set_visible(False)
-    figure.savefig(path, dpi=140)
+    open_up(left, right)
+    figure.savefig(file, dpi=140)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from v05.plots.style import open_up
 from v05.value.measure import Reliability
 
 
-def plot_reliability(curves: Mapping[str, Reliability], title: str, path: Path) -> None:
-    """Draws reliability curves to an image file.
+def plot_reliability(curves: Mapping[str, Reliability], title: str, file: Path) -> None:
+    """Draw reliability curves to an image file.
 
     Args:
         curves: by name.
         title: over the picture.
-        path: the file; its ending chooses the format.
+        file: its ending chooses the format.
 
     Raises:
         ValueError: a format that matplotlib does not know.
@@ -30,6 +31,5 @@ def plot_reliability(curves: Mapping[str, Reliability], title: str, path: Path) 
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="observed success rate")
     axes.set_title(title, size=11)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=140)
+    open_up(axes)
+    figure.savefig(file, dpi=140)

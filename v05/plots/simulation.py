@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from v05.plots.training import COLOURS, INK
+from v05.plots.style import COLOURS, INK, open_up
 from v05.simulation import Result
 
 
@@ -51,6 +51,5 @@ def plot_simulation(results: Sequence[Result], file: Path) -> None:
     right.set_xlabel("million tokens a step")
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    open_up(left, right)
     figure.savefig(file, dpi=140)

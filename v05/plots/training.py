@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from v05.plots.style import COLOURS, GRID, INK, colour, open_up
 from v05.studies.interquartile import interquartile_mean
 from v05.training.metrics import worth
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from v05.studies.training_report import Trained
-
-COLOURS: Final = ("#0b6e99", "#d9730d", "#6f42a8", "#448361", "#c14c8a", "#9b6b43", "#5f6b7a", "#cb912f")
-INK: Final = "#24292f"
-GRID: Final = "#e6e8eb"
 
 
 def plot_run(metrics: Sequence[Mapping[str, Any]], name: str, file: Path) -> None:
@@ -57,12 +54,12 @@ def plot_comparison(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], file
     """
     figure, axes = _figure(1)
     for index, (name, (spent, shares)) in enumerate(curves.items()):
-        colour = COLOURS[index % len(COLOURS)]
         mean = 100 * shares.mean(axis=0)
         if len(shares) > 1:
             low, high = 100 * shares.min(axis=0), 100 * shares.max(axis=0)
-            axes[0].fill_between(spent, low, high, color=colour, alpha=0.10, lw=0)
-        axes[0].plot(spent, mean, color=colour, lw=2.4 if index == 0 else 1.6, label=name, zorder=10 - index)
+            axes[0].fill_between(spent, low, high, color=colour(index), alpha=0.10, lw=0)
+        width = 2.4 if index == 0 else 1.6
+        axes[0].plot(spent, mean, color=colour(index), lw=width, label=name, zorder=10 - index)
     seeds = max(len(shares) for _, shares in curves.values())
     _label(axes[0], f"Held-out accuracy, mean and range of {seeds} seed{'s' * (seeds > 1)}", "% right, sampled")
     axes[0].legend(frameon=False, loc="upper left", ncols=2)
@@ -81,13 +78,12 @@ def plot_training(trained: "Sequence[Trained]", target: float, file: Path) -> No
     figure.set_size_inches(13.0, 5.4)
     for index, each in enumerate(trained):
         mean = 100 * interquartile_mean(each.curve.accuracy)
-        style: dict[str, Any] = dict(
-            color=COLOURS[index % len(COLOURS)], lw=1.8, ls="-" if index < len(COLOURS) else "--", label=each.curve.name
-        )
+        dashes = "-" if index < len(COLOURS) else "--"
+        style: dict[str, Any] = dict(color=colour(index), lw=1.8, ls=dashes, label=each.curve.name)
         axes[0].plot(each.curve.rollouts, mean, **style)
         axes[1].plot(each.seconds.mean(axis=0), mean, **style)
         low, high = 100 * each.curve.accuracy.min(axis=0), 100 * each.curve.accuracy.max(axis=0)
-        axes[0].fill_between(each.curve.rollouts, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.06, lw=0)
+        axes[0].fill_between(each.curve.rollouts, low, high, color=colour(index), alpha=0.06, lw=0)
     for panel in axes:
         panel.axhline(100 * target, color=INK, lw=0.8, ls=":")
     _label(axes[0], f"Held-out accuracy, interquartile mean and range of {len(trained[0].seconds)} seeds", "% right")
@@ -111,9 +107,9 @@ def _figure(count: int) -> "tuple[Figure, list[Axes]]":
         panel.set_axisbelow(True)
         panel.tick_params(colors=INK, length=0)
         panel.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:g}k" if value else "0")
-        for side in ("top", "right", "left"):
-            panel.spines[side].set_visible(False)
+        panel.spines["left"].set_visible(False)
         panel.spines["bottom"].set_color(GRID)
+    open_up(*axes)
     return figure, axes
 
 
@@ -123,12 +119,12 @@ def _label(panel: "Axes", title: str, unit: str) -> None:
     panel.set_ylabel(unit, color=INK)
 
 
-def _smooth_line(panel: "Axes", x: Sequence[float], y: Sequence[float], colour: str) -> None:
+def _smooth_line(panel: "Axes", x: Sequence[float], y: Sequence[float], color: str) -> None:
     """Draw values faintly and their centred running mean over a tenth of them boldly."""
-    panel.plot(x, y, color=colour, lw=0.8, alpha=0.3)
+    panel.plot(x, y, color=color, lw=0.8, alpha=0.3)
     half = max(1, len(y) // 20)
     means = [float(np.mean(y[max(0, index - half) : index + half + 1])) for index in range(len(y))]
-    panel.plot(x, means, color=colour, lw=2)
+    panel.plot(x, means, color=color, lw=2)
     panel.set_ylim(bottom=0)
 
 

@@ -133,7 +133,7 @@ class TransformersEngine:
 
 
 def _cache_argument(model: Any) -> str:
-    """The name under which a model takes its cache.
+    """Return the name under which a model takes its cache.
 
     Raises:
         InputError: a model that takes a cache of a kind of its own; ignoring ours, it would sample without context.

@@ -22,8 +22,6 @@ class Limits:
             its step is learnt from, with the other modes it is 1.
         rollouts: of a step at most, first ones included; prompts that it does not reach belong to the next step; None
             for no cap.
-        tokens: of a step: what is asked for beyond the first rollouts keeps under it, if answers that have not come
-            are as long as the step's others on average; None for no cap.
         temperature: of sampling.
         max_new_tokens: of an answer.
         seconds: that a request may take, by the scheduler's clock, waiting in the engine's queue included; the time
@@ -37,7 +35,6 @@ class Limits:
     mode: Mode = "stream"
     window: int = 4
     rollouts: int | None = None
-    tokens: int | None = None
     temperature: float = 1.0
     max_new_tokens: int = 1024
     seconds: float = 600.0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from v05.batch import PackedTokens, offsets_from_lengths
+from v05.batch import PackedTokens, offsets_of
 from v05.packing import normalizer, token_weights
 from v05.rollout.engine import Rollout
 
@@ -23,7 +23,7 @@ def pack(rollouts: Sequence[Rollout], aggregation: str, *, max_length: int) -> P
     Raises:
         ValueError: unknown aggregation.
     """
-    offsets = offsets_from_lengths([len(rollout.token_ids) for rollout in rollouts])
+    offsets = offsets_of([len(rollout.token_ids) for rollout in rollouts])
     return PackedTokens(
         prompts=tuple(rollout.prompt_ids for rollout in rollouts),
         tokens=torch.tensor([token for rollout in rollouts for token in rollout.token_ids], dtype=torch.int64),

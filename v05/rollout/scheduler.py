@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from v05.rollout import rules
 from v05.rollout.budget import BudgetRule
 from v05.rollout.engine import Rollout
 from v05.rollout.limits import Limits
 from v05.rollout.partners import Judge, Source
 from v05.rollout.requests import Asked, Requests
 from v05.rollout.revived import RevivedEngine
-from v05.rollout.rules import Rules
 from v05.rollout.saved import steps_of, tokens_of
 from v05.rollout.share import share_out
 from v05.rollout.step import Group, Step, Trouble, Wish
@@ -44,8 +44,6 @@ class Scheduler:
         seed: of the run; a rollout's own seed follows from it, the prompt's position and its place in the group, so
             that it is the same whatever else is going on.
         clock: seconds; the simulated engine brings its own.
-        rule_of: returns the rule of a prompt that has sizes or a price of its own; None for `rule` throughout. Gains
-            are compared, so they must have one unit.
         encode: returns the token ids that the engine must have read for a prompt; None to ask only that all rollouts
             of a group agree on them.
         position: of the next prompt in the stream.
@@ -62,7 +60,6 @@ class Scheduler:
     limits: Limits
     seed: int = 0
     clock: Callable[[], float] = time.monotonic
-    rule_of: Callable[[str], BudgetRule] | None = None
     encode: Callable[[str], Sequence[int]] | None = None
     position: int = 0
     next_number: int = 0
@@ -73,7 +70,6 @@ class Scheduler:
     def __post_init__(self) -> None:
         """Set up the book of requests."""
         self.requests = Requests(self.limits, self.seed, self.clock)
-        self.rules = Rules(self.rule, self.rule_of)
         self.revived = RevivedEngine(self.engine, self.requests, self.trouble, self.limits.restarts)
         self.wishes: dict[int, list[Wish]] = {}  # by number of the step: who waits for the step's other first tests
         self.expected = 2.0  # decayed mean of what a group wants at its first test
@@ -120,7 +116,7 @@ class Scheduler:
                 Group(self.position + row, prompt, expected, prompt_ids=tuple(encode(prompt)))
                 for row, (prompt, expected) in enumerate(zip(prompts, prior.tolist(), strict=True))
             ]
-            first = self.rules.first(groups)
+            first = rules.first(self.rule, groups)
             if budget is not None and sum(first) > budget:
                 first = share_out(first, [0.0] * len(first), budget)
                 first = first[: 1 + max(row for row, count in enumerate(first) if count)]
@@ -146,7 +142,7 @@ class Scheduler:
         step = self.steps.pop(0)
         if step.lost and not any(group.rewards for group in step.groups):
             raise NoRollouts(f"step {step.number}: no rollout came for any of its prompts; last: {step.lost[-1]}")
-        self.rules.learn(step.groups)
+        rules.learn(self.rule, step.groups)
         return step
 
     def _ask(self, step: Step, groups: Sequence[Group], counts: Sequence[int], urgent: bool) -> None:
@@ -243,7 +239,7 @@ class Scheduler:
 
     def _grow(self, step: Step, ready: Sequence[Group]) -> None:
         wishes = self.wishes.setdefault(step.number, [])
-        for group, (more, gain) in zip(ready, self.rules.more(ready), strict=True):
+        for group, (more, gain) in zip(ready, rules.more(self.rule, ready), strict=True):
             if not group.tested:
                 group.tested, self.expected = True, 0.98 * self.expected + 0.02 * more
             wishes.append(Wish(group, min(more, 1) if self.limits.mode in ("barrier", "async") else more, gain))
@@ -252,7 +248,7 @@ class Scheduler:
         """Give groups what they want; where a cap may bind, once all of the step are tested, largest gains first."""
         wishes = self.wishes.pop(step.number)
         wanted = [wish.more for wish in wishes]
-        left = step.left(self.limits.tokens) if any(wanted) else None
+        left = step.left if any(wanted) else None
         untested = sum(not group.tested for group in step.groups) if left is not None else 0
         if left is None:
             given = wanted

@@ -127,16 +127,12 @@ class Step:
         """Return the expected rewards, [G] float32."""
         return torch.tensor([group.prior for group in self.groups], dtype=torch.float32)
 
-    def left(self, tokens: int | None) -> int | None:
-        """Return how many more rollouts the step may have, given a cap on its tokens; None for no cap."""
-        left = []
-        if self.budget is not None:
-            left.append(self.budget - sum(group.requested - group.given_up for group in self.groups))
-        if tokens is not None:
-            spent, finished = self.tokens, sum(len(group.rollouts) for group in self.groups)
-            waiting = sum(group.waiting for group in self.groups)
-            left.append(int((tokens - spent) * finished / spent) - waiting if spent else 0)
-        return min(left) if left else None
+    @property
+    def left(self) -> int | None:
+        """Return how many more rollouts the step may have; None for no cap."""
+        if self.budget is None:
+            return None
+        return self.budget - sum(group.requested - group.given_up for group in self.groups)
 
     def staleness(self, version: int) -> list[int]:
         """Return, for every rollout whose engine counts versions, how many its oldest token is behind `version`."""

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.batch import offsets_of
 from v05.errors import InputError
 from v05.kernels import group_advantage, shrinkage, token_logprob
 from v05.kernels.advantage.estimators import ESTIMATORS
@@ -66,18 +67,18 @@ class GradientQuality(NamedTuple):
 
     @property
     def size(self) -> str:
-        """Rollouts of a group, and at which cost it grows."""
+        """Return the rollouts of a group, and at which cost it grows."""
         price = Fraction(self.cost).limit_denominator(10_000)
         return str(self.k_init) if self.k_init == self.k_max else f"{self.k_init} to {self.k_max} at {price}"
 
     @property
     def by_rollout(self) -> float:
-        """Variance times rollouts of a prompt: what an update of many rollouts of these prompts has, for each."""
+        """Return variance times rollouts of a prompt: what an update of many rollouts of these prompts has for each."""
         return self.rollouts * self.variance
 
     @property
     def by_rollout_in_all(self) -> float:
-        """The same for the gradient over all prompts there are: more rollouts of each leave room for fewer of them."""
+        """Return the same for the gradient over all prompts: more rollouts of each leave room for fewer of them."""
         return self.rollouts * (self.variance + self.between)
 
 
@@ -95,7 +96,7 @@ class Drawn:
     cost: float = COST
 
     def __post_init__(self) -> None:
-        """Refuses names and numbers that cannot be studied."""
+        """Raise InputError for names and numbers that cannot be studied."""
         for what, name, known in (("estimator", self.estimator, ESTIMATORS), ("prior", self.prior, PRIORS)):
             if name not in known:
                 raise InputError(f"{what} is {name!r}; allowed: {', '.join(known)}")
@@ -110,7 +111,7 @@ class Drawn:
 def make_pool(
     policy: Policy, task: Task, engine: Engine, prompts: Sequence[str], size: int, on_prompt: Callable[[int], None]
 ) -> Pool:
-    """Samples the pool and computes the scores of its answers.
+    """Sample the pool and compute the scores of its answers.
 
     Args:
         policy: whose gradient it is.
@@ -148,15 +149,15 @@ def make_pool(
 
 
 def in_common(gradients: Tensor) -> Tensor:
-    """The squared length of all prompts' mean gradient over the mean squared length, from some, `[P, D]`, without
-    bias: the mean inner product of two different ones; 0 where there is one prompt."""
+    """Return the squared length of all prompts' mean gradient over the mean squared length, from some, `[P, D]`,
+    without bias: the mean inner product of two different ones; 0 where there is one prompt."""
     squares = gradients.double().square().sum()
     others = gradients.double().sum(0).square().sum() - squares
     return others / (max(1, len(gradients) - 1) * squares)
 
 
 def scores(policy: Policy, rollouts: Sequence[Rollout], max_length: int) -> Tensor:
-    """Gradient of each answer's log-probability by all weights, `[U, D]` float32."""
+    """Return the gradient of each answer's log-probability by all weights, `[U, D]` float32."""
     weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
     rows = []
     for rollout in rollouts:
@@ -168,7 +169,7 @@ def scores(policy: Policy, rollouts: Sequence[Rollout], max_length: int) -> Tens
 
 
 def centred_gram(score: Tensor, answer: Tensor) -> Tensor:
-    """Inner products `[U, U]` float64 of scores `[U, D]` less their mean over the pool, where answers are `[M]`."""
+    """Return the inner products `[U, U]` float64 of scores `[U, D]` less their mean over the pool of answers `[M]`."""
     share = torch.bincount(answer, minlength=len(score)).double() / len(answer)
     gram = torch.zeros(len(score), len(score), dtype=torch.float64)
     for part in score.split(8192, dim=1):
@@ -179,7 +180,7 @@ def centred_gram(score: Tensor, answer: Tensor) -> Tensor:
 
 
 def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rollouts `[P, k_max]` of every prompt, as places in the pool, and how many of them count, `[P]`."""
+    """Return rollouts `[P, k_max]` of every prompt, as places in the pool, and how many of them count, `[P]`."""
     prompts, size = pool.rewards.shape
     places = torch.randint(size, (prompts, drawn.k_max), generator=rng)
     counts = torch.full((prompts,), drawn.k_init)
@@ -195,13 +196,13 @@ def draw_groups(pool: Pool, prior: Tensor, drawn: Drawn, rng: torch.Generator) -
 
 
 def ragged(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `counts` `[P]` of each row of values `[P, K]` end to end, and their offsets `[P + 1]`."""
+    """Return the first `counts` `[P]` of each row of values `[P, K]` end to end, and their offsets `[P + 1]`."""
     kept = torch.arange(values.shape[1]) < counts[:, None]
-    return values[kept], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return values[kept], offsets_of(counts)
 
 
 def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
-    """Draws groups of all prompts, `repeats` times, and compares their gradients with the pool's."""
+    """Draw groups of all prompts, `repeats` times, and compare their gradients with the pool's."""
     prompts, size = pool.rewards.shape
     rng = torch.Generator().manual_seed(drawn.seed)
     truth, defined = pool.rewards.mean(1), ESTIMATORS[drawn.estimator]
@@ -234,7 +235,7 @@ def quality(pool: Pool, drawn: Drawn) -> GradientQuality:
 def _summary(
     pool: Pool, coefficients: Tensor, lengths: Tensor, exact: Tensor, drawn: Drawn, rollouts: float
 ) -> GradientQuality:
-    """Bias and variance from the mean gradients and squared lengths of blocks, with jackknife intervals."""
+    """Return bias and variance from the mean gradients and squared lengths of blocks, with jackknife intervals."""
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum("...pi,pij,...pj->...", a, pool.gram, b)
@@ -244,7 +245,7 @@ def _summary(
     along = inner(coefficients, exact)
 
     def of(kept: Tensor) -> Tensor:
-        """Factor, bias and variance from some blocks; a product of two different blocks has no noise in its mean."""
+        """Return factor, bias, variance from some blocks; a product of two different ones has no noise in its mean."""
         own = products[kept][:, kept]
         several = len(own)
         squared = (own.sum() - own.trace()) / (several * (several - 1))
@@ -264,7 +265,7 @@ def _summary(
 
 
 def drawn_as(text: str, prior: str, repeats: int, seed: int = 0, cost: float = COST) -> Drawn:
-    """How groups are drawn that `estimator[:k[-k_max]]` describes: 4 rollouts each, k, or k growing to k_max at a cost.
+    """Return how groups are drawn that `estimator[:k[-k_max]]` describes: 4 rollouts each, k, or growing to k_max.
 
     Raises:
         InputError: a name or a number that is not allowed.

@@ -40,15 +40,3 @@ def bootstrap(
     drawn = [statistic(rng.integers(runs, size=runs)) for _ in range(resamples)]
     low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # draws may be infinite
     return Interval(statistic(np.arange(runs)), float(low), float(high))
-
-
-def first_reach(budgets: np.ndarray, accuracy: np.ndarray, target: float) -> float:
-    """Return the budget at which a curve `[P]` first reaches a target, interpolated; infinity for never."""
-    reached = np.flatnonzero(accuracy >= target)
-    if not len(reached):
-        return float("inf")
-    point = int(reached[0])
-    if point == 0:
-        return float(budgets[0])
-    share = (target - accuracy[point - 1]) / (accuracy[point] - accuracy[point - 1])
-    return float(budgets[point - 1] + share * (budgets[point] - budgets[point - 1]))

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.checks import FROM_ONE, check_each
 from v05.errors import InputError
 from v05.kernels import group_advantage
 from v05.kernels.advantage.estimators import ESTIMATORS, Scale
@@ -20,12 +21,12 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def _noisy(spread: float) -> Draw:
-    """The truth with normal noise, kept in the range."""
+    """Return the truth with normal noise, kept in the range."""
     return lambda truth, rng: (truth + spread * torch.randn(truth.shape, generator=rng, dtype=truth.dtype)).clamp(-1, 1)
 
 
 def _hallucinated(share: float) -> Draw:
-    """The truth with noise of 0.1, but for a share of prompts -0.9 of its sign."""
+    """Return the truth with noise of 0.1, but for a share of prompts -0.9 of its sign."""
 
     def draw(truth: Tensor, rng: torch.Generator) -> Tensor:
         wrong = torch.rand(truth.shape, generator=rng, dtype=truth.dtype) < share
@@ -63,15 +64,13 @@ class RecordsStudy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses names and numbers that cannot be studied."""
+        """Raise InputError for names and numbers that cannot be studied."""
         for name in self.estimators:
             if name not in ALLOWED:
                 raise InputError(f"estimator is {name!r}; allowed, since it has a baseline: {', '.join(ALLOWED)}")
-        for name in ("repeats", "batch", "recorded"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed: 1 or above")
+        check_each(self, ("repeats", "batch", "recorded"), FROM_ONE)
         if not self.rollouts or min(self.rollouts) < 1:
-            raise InputError(f"rollouts is {self.rollouts}; allowed: numbers of 1 or above")
+            raise InputError(f"rollouts is {self.rollouts}; allowed: numbers of 1 or more")
 
 
 class Cell(NamedTuple):
@@ -85,7 +84,7 @@ class Cell(NamedTuple):
 
 
 def batches(scores: Sequence[float], study: RecordsStudy, prior: str, k: int) -> Iterator[tuple[Tensor, ...]]:
-    """Truth `[B]`, rewards `[B k]` and prior `[B]` of every repeat, float64; the same for every estimator.
+    """Yield truth `[B]`, rewards `[B k]` and prior `[B]` of every repeat, float64; the same for every estimator.
 
     Args:
         scores: recorded mean rewards in [-1, 1], each of `study.recorded` rollouts.
@@ -106,7 +105,7 @@ def batches(scores: Sequence[float], study: RecordsStudy, prior: str, k: int) ->
 
 
 def cells(scores: Sequence[float], study: RecordsStudy, prior: str, k: int) -> list[Cell]:
-    """The error of every estimator under one prior with k rollouts per prompt."""
+    """Return the error of every estimator under one prior with k rollouts per prompt."""
     offsets = torch.arange(0, study.batch * k + 1, k)
     errors: dict[str, list[float]] = {name: [] for name in study.estimators}
     for truth, rewards, guess in batches(scores, study, prior, k):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from v05.checkpoint import write_text
+from v05.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,13 +17,14 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from v05.checkpoint import StopRequest
 from v05.errors import InputError
+from v05.stop import Interrupted, StopRequest
 from v05.studies.training_report import Trained
 from v05.training.algorithms import parse_algorithm
 from v05.training.compare import read_curve
 from v05.training.config import TrainConfig
-from v05.training.run import Interrupted, make_trainer, read_metrics, train_run
+from v05.training.metrics import read_metrics
+from v05.training.run import make_trainer, train_run
 from v05.training.run_folder import read_summary
 
 RATES: Final = (1e-4, 2e-4, 4e-4, 8e-4)

@@ -9,9 +9,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from v05.studies.interquartile import Interval, bootstrap, first_reach, interquartile_mean
+from v05.studies.interquartile import Interval, bootstrap, interquartile_mean
 from v05.studies.table import StudyTable
-from v05.training.compare import Curve, reference_of
+from v05.training.compare import Curve, first_reach, reference_of
 
 BUDGETS: Final = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of all rollouts
 

@@ -2,7 +2,7 @@
 
 import random
 
-from v05.tasks.sums import SumPrompts
+from v05.tasks.sums import SumPrompts, with_wrong_digit
 
 
 class Arithmetic(SumPrompts):
@@ -39,8 +39,5 @@ class Arithmetic(SumPrompts):
         """
         answer = self.answer(prompt)
         draw = random.Random(f"demonstration/{seed}/{position}")
-        if draw.random() >= 0.30 + 0.45 * self.difficulty(prompt):
-            return answer
-        place = draw.randrange(len(answer))
-        digit = draw.choice([other for other in "0123456789" if other != answer[place]])
-        return answer[:place] + digit + answer[place + 1 :]
+        wrong = draw.random() < 0.30 + 0.45 * self.difficulty(prompt)
+        return with_wrong_digit(answer, draw) if wrong else answer

@@ -1,6 +1,5 @@
 """Problems to answer, as records of `prompt`, `answer` and more: from files, or data sets of the hub by name."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from v05.errors import InputError
+from v05.fingerprint import fingerprint
 from v05.records import check_text, parse_object, read_blocks
 
 BOXED: Final = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -84,7 +84,7 @@ def read_data(source: Source, needs_answer: bool = True) -> list[dict[str, Any]]
 def digest(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a name that changes with any prompt or answer, or their order."""
     text = json.dumps([[record["prompt"], record.get("answer")] for record in records])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return fingerprint([text.encode()])
 
 
 def columns_digest(records: Sequence[Mapping[str, Any]]) -> str:
@@ -93,10 +93,8 @@ def columns_digest(records: Sequence[Mapping[str, Any]]) -> str:
     def plain(value: Any) -> str:
         return repr(value) if isinstance(value, bytes | date | timedelta | Decimal) else type(value).__name__
 
-    found = hashlib.sha256()
-    for record in records:
-        found.update(json.dumps(record, sort_keys=True, default=plain).encode() + b"\n")
-    return found.hexdigest()[:16]
+    lines = (json.dumps(record, sort_keys=True, default=plain) for record in records)
+    return fingerprint(line.encode() + b"\n" for line in lines)
 
 
 def _record(row: Mapping[str, Any], source: Source, needs_answer: bool, where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import random
 from typing import Final
 
-from v05.tasks.sums import SumPrompts
+from v05.tasks.sums import SumPrompts, with_wrong_digit
 
 EDGE: Final = 5.75  # digits in a sum at which demonstrations are right half the time
 STEEPNESS: Final = 2.0  # of their log-odds, by digit
@@ -48,9 +48,6 @@ class RunningSums(SumPrompts):
         for number in others:
             total += number
             if draw.random() < wrong:
-                digits = str(total)
-                place = draw.randrange(len(digits))
-                digit = draw.choice([other for other in "0123456789" if other != digits[place]])
-                total = int(digits[:place] + digit + digits[place + 1 :])
+                total = int(with_wrong_digit(str(total), draw))
             steps.append(str(total)[::-1])
         return "+".join(steps)

@@ -7,6 +7,13 @@ from typing import Final, Literal
 HELDOUT_PART: Final = 8  # one prompt in this many is held out, chosen by the prompt's checksum
 
 
+def with_wrong_digit(number: str, draw: random.Random) -> str:
+    """Return a number with one of its digits replaced by another."""
+    place = draw.randrange(len(number))
+    digit = draw.choice([other for other in "0123456789" if other != number[place]])
+    return number[:place] + digit + number[place + 1 :]
+
+
 class SumPrompts:
     """Prompts such as `47+8+12=`, of numbers of one or two digits."""
 

@@ -56,6 +56,10 @@ class Algorithm:
         """Return whether groups may get more than their first rollouts."""
         return self.k_max > self.k_init
 
+    def cost_or(self, configured: float) -> float:
+        """Return the price of a rollout in the look-ahead: its own, or the configured one where it has none."""
+        return configured if self.cost is None else self.cost
+
     def advantages(
         self,
         groups: Groups,

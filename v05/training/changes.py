@@ -1,14 +1,14 @@
 """What may change when a run is resumed, and the note of it, so that it stays known what was computed with what."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from v05.checkpoint import newest_checkpoint, write_text
+from v05.checkpoint import newest_checkpoint
 from v05.errors import InputError
+from v05.files import write_json
 from v05.tasks.problems import Problems
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import CHANGEABLE, read_settings
@@ -69,7 +69,7 @@ def make_changes(settings: Settings, folder: Path, allowed: bool) -> None:
         return
     (folder / "summary.json").unlink(missing_ok=True)
     note_changes(folder, changes)
-    write_text(folder / "config.json", json.dumps(settings.config.to_dict(), indent=2) + "\n")
+    write_json(folder / "config.json", settings.config.to_dict())
 
 
 def note_changes(folder: Path, changes: Mapping[str, list[Any]]) -> None:
@@ -102,7 +102,7 @@ def check_data(folder: Path, task: Problems, data: str, ranks: Ranks) -> None:
     if ranks.leads:
         if (old := before.get("verifier_file")) not in (None, task.verifier_file):
             note_changes(folder, {"verifier_file": [old, task.verifier_file]})
-        write_text(file, json.dumps(mine) + "\n")
+        write_json(file, mine)
 
 
 def way_out(folder: Path) -> str:

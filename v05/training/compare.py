@@ -1,7 +1,7 @@
 """Several algorithms from the same warm start and seeds, side by side: accuracy against rollouts spent."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from v05.checkpoint import StopRequest, write_text
 from v05.errors import InputError
+from v05.files import write_json
 from v05.plots.training import plot_comparison
+from v05.stop import StopRequest
 from v05.training.algorithms import parse_algorithm
 from v05.training.config import TrainConfig
-from v05.training.run import Reporter, accuracies, read_metrics, train_run
+from v05.training.metrics import accuracies, read_metrics
+from v05.training.run import Reporter, train_run
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,20 @@ class Curve:
 
     def rollouts_to(self, target: float) -> float | None:
         """Return the rollouts after which the mean accuracy first reaches `target`, interpolated; None for never."""
-        mean = self.accuracy.mean(axis=0)
-        for point, value in enumerate(mean):
-            if value >= target and point == 0:
-                return float(self.rollouts[0])
-            if value >= target:
-                share = (target - mean[point - 1]) / (value - mean[point - 1])
-                return float(self.rollouts[point - 1] + share * (self.rollouts[point] - self.rollouts[point - 1]))
-        return None
+        reached = first_reach(np.array(self.rollouts), self.accuracy.mean(axis=0), target)
+        return reached if math.isfinite(reached) else None
+
+
+def first_reach(budgets: np.ndarray, accuracy: np.ndarray, target: float) -> float:
+    """Return the budget at which a curve `[P]` first reaches a target, interpolated; infinity for never."""
+    reached = np.flatnonzero(accuracy >= target)
+    if not len(reached):
+        return math.inf
+    point = int(reached[0])
+    if point == 0:
+        return float(budgets[0])
+    share = (target - accuracy[point - 1]) / (accuracy[point] - accuracy[point - 1])
+    return float(budgets[point - 1] + share * (budgets[point] - budgets[point - 1]))
 
 
 def compare(
@@ -87,7 +95,7 @@ def compare(
             train_run(run_config, run_folder, folder / "warm_start", stop, report, resume=True)
             runs[name].append(run_folder)
     curves = [read_curve(name, folders, config) for name, folders in runs.items()]
-    write_text(folder / "compare.json", json.dumps(comparison(curves, seeds, config), indent=2) + "\n")
+    write_json(folder / "compare.json", comparison(curves, seeds, config))
     plot_comparison({curve.name: (curve.rollouts, curve.accuracy) for curve in curves}, folder / "curves.png")
     return curves
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from v05.checks import FINITE_FROM_ZERO, FROM_ONE, POSITIVE, check_each, check_one_of, check_types, known
 from v05.errors import InputError
 
 # v0: the embedded V0; history: kernel regression over past prompts (both with each prompt's own past); constant: one
-# running mean for all prompts; none: always the middle of the reward range, as an ablation.
+# running mean for all prompts; none: always the middle of the reward range, as an ablation. See `v05.value.priors`.
 PRIORS: Final = ("v0", "history", "constant", "none")
 
 # What a resumed run may change; see `v05.training.changes`.
@@ -26,7 +27,7 @@ class TrainConfig:
     Attributes:
         algorithm: `name[:k]`, see `v05.training.algorithms`.
         task: one of `v05.tasks.TASKS`.
-        policy: size of the policy, one of `v05.policy.SIZES`.
+        policy: size of the policy, one of `v05.small_policy.SIZES`.
         prior: one of `PRIORS`.
         seed: fixes the order of prompts and every sample; the warm start has its own.
         rollouts: rollouts to spend in all.
@@ -67,16 +68,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name), type(field.default))
-        whole = ("rollouts", "rollouts_per_update", "epochs", "micro_batches", "eval_every")
-        for name in (*whole, "heldout_prompts", "heldout_samples", "checkpoint_every"):
-            check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
-        for name in ("seed", "warm_start_seed", "warm_start_steps", "cost"):
-            check(name, getattr(self, name), lambda value: 0 <= value < float("inf"), "0 or more, and finite")
-        for name in ("learning_rate", "temperature"):
-            check(name, getattr(self, name), lambda value: 0 < value < float("inf"), "above 0 and finite")
-        check("prior", self.prior, lambda value: value in PRIORS, ", ".join(PRIORS))
+        check_types(self)
+        check_each(self, ("rollouts", "rollouts_per_update", "epochs", "micro_batches", "eval_every"), FROM_ONE)
+        check_each(self, ("heldout_prompts", "heldout_samples", "checkpoint_every"), FROM_ONE)
+        check_each(self, ("seed", "warm_start_seed", "warm_start_steps", "cost"), FINITE_FROM_ZERO)
+        check_each(self, ("learning_rate", "temperature"), POSITIVE)
+        check_one_of("prior", self.prior, PRIORS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by name."""
@@ -117,25 +114,3 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{file} holds a {type(settings).__name__}; allowed: settings by name")
     return settings
-
-
-def known(kind: type[Any], settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the settings, or raise InputError naming the first that the dataclass `kind` does not have."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in settings:
-        if key not in names:
-            raise InputError(f"unknown key {key!r} in {where}; allowed: {', '.join(names)}")
-    return settings
-
-
-def check(name: str, value: Any, allowed: Callable[[Any], bool], description: str) -> None:
-    """Raise InputError unless a setting's value is allowed."""
-    if not allowed(value):
-        raise InputError(f"{name} is {value!r}; allowed: {description}")
-
-
-def check_type(name: str, value: Any, expected: type) -> None:
-    """Raise InputError unless a setting's value has its type; a whole number is a float too."""
-    accepted = (int, float) if expected is float else (expected,)
-    if (isinstance(value, bool) and expected is not bool) or not isinstance(value, accepted):
-        raise InputError(f"{name} is {value!r}; allowed: {expected.__name__}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from v05.batch import PackedTokens
+from v05.checkpoint import optimizer_entries, optimizer_tensors
 from v05.errors import InputError
 from v05.policy import Policy
 from v05.training.algorithms import Algorithm
@@ -118,10 +119,9 @@ class Learner:
 
         All ranks call this; the leader has the tensors, the others none, as theirs would fill the memory for nothing.
         """
-        tied, entries = self._tied(), self.optimizer.state_dict()["state"]
+        tied = self._tied()
         policy = {name: value for name, value in self.policy.model.state_dict().items() if name not in tied}
-        optimizer = {f"{index}.{name}": value for index, entry in entries.items() for name, value in entry.items()}
-        return {"policy": self._gathered(policy), "optimizer": self._gathered(optimizer)}
+        return {"policy": self._gathered(policy), "optimizer": self._gathered(optimizer_tensors(self.optimizer))}
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the whole tensors on the leader, one after the other, and none on the others."""
@@ -143,11 +143,11 @@ class Learner:
         missing, unknown = self.policy.model.load_state_dict(given, strict=False)
         if unknown or set(missing) - self._tied():
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unknown}; allowed: the policy's own names")
-        entries: dict[int, dict[str, Tensor]] = {}
         parameters = list(self.policy.model.parameters())
-        for key, value in tensors["optimizer"].items():
-            index, _, name = key.partition(".")
-            entries.setdefault(int(index), {})[name] = split_as(value, parameters[int(index)])
+        entries = {
+            number: {name: split_as(value, parameters[number]) for name, value in entry.items()}
+            for number, entry in optimizer_entries(tensors["optimizer"]).items()
+        }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
 
     def _clip(self) -> float:

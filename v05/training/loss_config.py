@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from v05.checks import FINITE_FROM_ZERO, check, known
 from v05.errors import InputError
 from v05.kernels.policy_loss.options import CORRECTIONS, KLS, LEVELS, make_kinds, make_numbers
 from v05.training.algorithms import Algorithm
-from v05.training.config import check, known
 
 SURROGATES: Final = ("ppo", "cispo", "sapo", "gpg")  # the others select tokens of a whole batch, not of its parts
 
@@ -50,7 +50,7 @@ class LossConfig:
                 check(field.name, value, lambda value, allowed=allowed: value in allowed, ", ".join(allowed))  # type: ignore[misc]
             elif value is not None or field.default is not None:
                 check(field.name, value, lambda value: type(value) in (int, float), "a number")
-        check("kl_coef", self.kl_coef, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
+        check("kl_coef", self.kl_coef, *FINITE_FROM_ZERO)
         if self.kl_coef and not self.refers:
             raise InputError(f"kl_coef is {self.kl_coef} without a kl; allowed: 0, or a kl of {', '.join(KLS)}")
         kinds = make_kinds(self.surrogate, self.level, self.kl, self.sampler_correction)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from v05.batch import Groups
-from v05.checkpoint import write_text
+from v05.files import write_text
 
 
 def read_metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -62,11 +62,6 @@ def means_of(groups: Groups, prior: Tensor | None, advantages: Tensor) -> dict[s
         "advantage_variance": float(advantages.var(unbiased=False)) if len(advantages) else math.nan,
         "prior_squared_error": off,
     }
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the same with None, which JSON has, for what is not finite, which it does not have."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from v05.checks import FROM_ONE, POSITIVE, check, check_each, check_one_of, check_types, known
 from v05.errors import InputError
 from v05.tasks.data import BENCHMARKS, Source
-from v05.training.config import check, check_type, known
 
 LOSSES: Final = ("linear", "logits")
 
@@ -64,19 +64,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name), type(field.default))
-        for name in ("model", "data"):
-            check(name, getattr(self, name), bool, "a name, both of model and data")
-        for name in ("max_prompt_tokens", "max_new_tokens", "sequences_at_once", "reward_workers"):
-            check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
+        check_types(self)
+        check_each(self, ("model", "data"), (bool, "a name, both of model and data"))
+        check_each(self, ("max_prompt_tokens", "max_new_tokens", "sequences_at_once", "reward_workers"), FROM_ONE)
         check("engine_options", self.engine_options, is_object, "a JSON object")
-        check("reward_timeout", self.reward_timeout, lambda value: 0 < value < float("inf"), "above 0 and finite")
+        check("reward_timeout", self.reward_timeout, *POSITIVE)
         check("heldout_share", self.heldout_share, lambda value: 0 < value < 1, "above 0 and below 1")
-        for name in ("reward_low", "reward_high"):
-            check(name, getattr(self, name), math.isfinite, "a finite number")
+        check_each(self, ("reward_low", "reward_high"), (math.isfinite, "a finite number"))
         check("reward_high", self.reward_high, lambda value: self.reward_low < value, f"above {self.reward_low:g}")
-        check("loss", self.loss, lambda value: value in LOSSES, ", ".join(LOSSES))
+        check_one_of("loss", self.loss, LOSSES)
 
     @property
     def reward_range(self) -> tuple[float, float]:

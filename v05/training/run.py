@@ -10,10 +10,12 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from v05.checkpoint import Checkpoint, Interrupted, StopRequest, read_checkpoint, write_checkpoint, write_text
+from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from v05.errors import InputError
+from v05.files import write_json, write_text
 from v05.plots.training import plot_run
 from v05.rollout.engine import Engine
+from v05.stop import Interrupted, StopRequest
 from v05.tasks import make_task
 from v05.training.changes import check_data, make_changes, way_out
 from v05.training.config import TrainConfig
@@ -212,9 +214,7 @@ def _loop(trainer: Trainer, folder: Path, clock: Clock, stop: StopRequest, repor
             metrics = trainer.update()
         except Stopped:
             _save(trainer, folder, clock)
-            raise Interrupted(
-                f"saved in {folder} after {counters.rollouts:,} of {config.rollouts:,} rollouts"
-            ) from None
+            raise Interrupted(progress_of(trainer, folder)) from None
         clock.updating += time.process_time() - started
         if leads:
             watch.see(metrics)
@@ -288,5 +288,5 @@ def _export(trainer: Trainer, folder: Path, clock: Clock, weights: Mapping[str, 
         "seconds": clock.seconds,
     }
     plot_run(metrics, trainer.algorithm.name, folder / "curves.png")
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(folder / "summary.json", summary)
     return summary

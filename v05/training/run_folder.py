@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from v05.checkpoint import write_text
 from v05.errors import InputError
-from v05.policy import check_size
+from v05.files import write_json
+from v05.small_policy import check_size
 from v05.tasks import make_task
 from v05.training.algorithms import parse_algorithm
 from v05.training.changes import changes_of
@@ -50,7 +50,7 @@ def prepare_folder(settings: Settings, folder: Path, resume: bool, changes: bool
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in reversed([(name, values) for name, values in settings.files.items() if values]):
-            write_text(folder / name, json.dumps(values, indent=2) + "\n")
+            write_json(folder / name, values)
         return
     if not resume:
         raise InputError(f"{folder} has a run already; go on with --resume, or start over with --overwrite")

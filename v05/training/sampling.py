@@ -20,7 +20,7 @@ from v05.tasks.grading import Grader
 from v05.training.algorithms import Algorithm
 from v05.training.config import TrainConfig
 from v05.training.stream_config import StreamConfig
-from v05.value.prior import Prior
+from v05.value.prior import Middle, Prior
 
 
 class Stopped(Exception):
@@ -58,7 +58,7 @@ class StreamSampler:
         """
         if algorithm.drop_equal:
             raise InputError(f"mode is {stream.mode!r}; allowed for {algorithm.name}, which drops equal groups: batch")
-        self.config, self.task, self.prior = config, task, prior
+        self.config, self.task, self.prior = config, task, prior or Middle(task.reward_range)
         prompts = stream.prompts or prompts_of(config.rollouts_per_update, algorithm)
         self.rule = make_rule(stream.rule, algorithm, task.reward_range, config, config.rollouts_per_update / prompts)
         limits = Limits(
@@ -120,8 +120,7 @@ class StreamSampler:
 
     def _source(self, first: int, count: int) -> tuple[list[str], Tensor]:
         prompts = self.task.prompts(self.config.seed, first, count)
-        middle = sum(self.task.reward_range) / 2
-        return prompts, torch.full((count,), middle) if self.prior is None else self.prior.predict(prompts)
+        return prompts, self.prior.predict(prompts)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what is in flight, see `Scheduler.state`."""
@@ -150,5 +149,4 @@ def make_rule(
         return ReinforceAda(algorithm.k_init, max(algorithm.k_init, algorithm.k_max), reward_range)
     if name == "fixed" or not algorithm.grows:
         return Fixed(algorithm.k_init if name == "look-ahead" else max(1, int(mean)), reward_range)
-    cost = config.cost if algorithm.cost is None else algorithm.cost
-    return LookAhead(algorithm.k_init, algorithm.k_max, cost, algorithm.fusion, reward_range)
+    return LookAhead(algorithm.k_init, algorithm.k_max, algorithm.cost_or(config.cost), algorithm.fusion, reward_range)

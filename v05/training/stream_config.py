@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from v05.checks import FROM_ONE, FROM_ZERO, check, check_each, check_one_of, check_types, known
 from v05.errors import InputError
 from v05.rollout.limits import MODES
-from v05.training.config import check, check_type, known
 
 RULES: Final = ("look-ahead", "fixed", "utility", "variance", "reinforce-ada")
 BATCH: Final = "batch"
@@ -40,16 +40,13 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError naming the first setting that is not allowed."""
-        for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name), type(field.default))
-        check("mode", self.mode, lambda value: value in (BATCH, *MODES), ", ".join((BATCH, *MODES)))
-        check("rule", self.rule, lambda value: value in RULES, ", ".join(RULES))
+        check_types(self)
+        check_one_of("mode", self.mode, (BATCH, *MODES))
+        check_one_of("rule", self.rule, RULES)
         if self.mode == BATCH and self.rule != "look-ahead":
             raise InputError(f"rule is {self.rule!r} with mode {BATCH}; allowed there: look-ahead")
-        for name in ("window", "attempts"):
-            check(name, getattr(self, name), lambda value: value >= 1, "1 or more")
-        for name in ("prompts", "restarts"):
-            check(name, getattr(self, name), lambda value: value >= 0, "0 or more")
+        check_each(self, ("window", "attempts"), FROM_ONE)
+        check_each(self, ("prompts", "restarts"), FROM_ZERO)
         check("seconds", self.seconds, lambda value: value > 0, "above 0")
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from v05.batch import Groups
 from v05.estimates import HeldOut
+from v05.files import finite
 from v05.kernels import shrinkage
 from v05.kernels.shrinkage.op import Shrinkage
 from v05.policy import Policy
@@ -25,7 +26,7 @@ from v05.training.config import TrainConfig
 from v05.training.counters import Counters
 from v05.training.learner import Learner
 from v05.training.loss_config import PLAIN, LossConfig
-from v05.training.metrics import finite, means_of
+from v05.training.metrics import means_of
 from v05.training.ranks import ALONE, Ranks
 from v05.training.sampling import Stopped, StreamSampler
 from v05.training.stream_config import BATCHES, StreamConfig
@@ -225,7 +226,7 @@ class Trainer:
             groups.offsets,
             prior,
             reward_range=self.task.reward_range,
-            cost=self.config.cost if self.algorithm.cost is None else self.algorithm.cost,
+            cost=self.algorithm.cost_or(self.config.cost),
             k_init=self.algorithm.k_init,
             k_max=self.algorithm.k_max,
             fusion=self.algorithm.fusion,

@@ -1,6 +1,5 @@
 """The warm start: imitating answers that are often wrong, so that the policy is right sometimes."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
-from v05.checkpoint import read_tensors, write_tensors
-from v05.policy import Policy, make_policy
+from v05.batch import offsets_of
+from v05.files import read_tensors, write_tensors
+from v05.fingerprint import fingerprint
+from v05.policy import Policy
+from v05.small_policy import make_policy
 from v05.tasks import Demonstrated
 from v05.training.config import TrainConfig
 
@@ -43,7 +44,7 @@ def warm_start(
         return policy
     imitate(policy, task, config.warm_start_steps, config.warm_start_seed, on_step)
     cache.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, {name: value.contiguous() for name, value in policy.model.state_dict().items()})
+    write_tensors(file, policy.model.state_dict())
     return policy
 
 
@@ -57,7 +58,7 @@ def cache_key(config: TrainConfig) -> str:
         "seed": config.warm_start_seed,
         "optimizer": [BATCH, MUON_RATE, ADAM_RATE, WARM_UP],
     }
-    return "warm-" + hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    return "warm-" + fingerprint([json.dumps(recipe, sort_keys=True).encode()])
 
 
 def imitate(
@@ -107,7 +108,5 @@ def imitation_loss(policy: Policy, task: Demonstrated, seed: int, start: int, co
     answers = policy.encode([task.demonstration(prompt, seed, start + row) for row, prompt in enumerate(prompts)])
     end = policy.tokenizer.eos_token_id
     tokens = torch.tensor([token for answer in answers for token in [*answer, end]])
-    logits = policy.response_logits(
-        policy.encode(prompts), tokens, offsets_from_lengths([len(answer) + 1 for answer in answers])
-    )
+    logits = policy.response_logits(policy.encode(prompts), tokens, offsets_of([len(answer) + 1 for answer in answers]))
     return torch.nn.functional.cross_entropy(logits, tokens)

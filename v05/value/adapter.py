@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from v05.errors import InputError
+from v05.files import write_tensors
 from v05.kernels import query_attention
 from v05.kernels.query_attention.rules import AttentionWeights
 from v05.value.embedder import TokenStates
+from v05.value.memory import under
 
 QUERIES: Final = 168
 HEADS: Final = 3
@@ -163,7 +165,5 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_adapter(adapter: QueryAdapter, file: Path) -> None:
-    """Write the weights under the checkpoint's names as safetensors: to a temporary file first, then renamed."""
-    from v05.checkpoint import write_tensors
-
-    write_tensors(file, {PREFIX + name: value.detach().contiguous() for name, value in adapter.state_dict().items()})
+    """Write the weights under the checkpoint's names as safetensors."""
+    write_tensors(file, under(PREFIX, adapter.state_dict()))

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from v05.value.memory import pack_text, unpack_text
+
 DEFAULT_SIZE: Final = 256
 STRATA: Final = 4  # of equal width over the reward range
 
@@ -98,19 +100,3 @@ class PolicyContext:
         for number in by_remainder[: self.size - sum(places)]:
             places[number] += 1
         return sorted(row for part, count in zip(rows, places, strict=True) for row in part[len(part) - count :])
-
-
-def pack_text(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return texts as bytes [N] uint8 and the length of each [texts] int64, as a checkpoint can hold them."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    content = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8) if any(encoded) else torch.zeros(0)
-    return content.to(torch.uint8), torch.tensor([len(part) for part in encoded], dtype=torch.int64)
-
-
-def unpack_text(content: Tensor, lengths: Tensor) -> list[str]:
-    """Return the texts that `pack_text` was given."""
-    whole, texts, start = bytes(content.numpy()), [], 0
-    for length in lengths.tolist():
-        texts.append(whole[start : start + length].decode("utf-8", "surrogatepass"))
-        start += length
-    return texts

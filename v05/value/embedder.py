@@ -10,12 +10,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
+from v05.batch import offsets_of
 from v05.errors import InputError
+from v05.fingerprint import model_fingerprint
 from v05.kernels import segments
 from v05.quiet import without_bars
 from v05.value.cache import EmbeddingCache, content_key
-from v05.value.fingerprint import fingerprint
 
 QWEN: Final = "Qwen/Qwen3-Embedding-0.6B"
 MAX_TOKENS: Final = 2048
@@ -130,7 +130,7 @@ class TransformersEmbedder:
             raise InputError(f"backbone {source}: {str(error).splitlines()[0]}; allowed: a folder or a name") from None
         positions = int(getattr(model.config, "max_position_embeddings", max_tokens))
         limit = min(max_tokens, positions, tokenizer.model_max_length)  # RoBERTa keeps two positions for itself
-        return cls(model.to(device), tokenizer, fingerprint(model, tokenizer), limit, layers=layers)
+        return cls(model.to(device), tokenizer, model_fingerprint(model, tokenizer), limit, layers=layers)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> TokenStates:
@@ -261,4 +261,4 @@ def sentence_folder() -> Path:
 def join(rows: Sequence[Tensor], width: int, truncated: int) -> TokenStates:
     """Return the states of several prompts as one batch."""
     states = torch.cat(list(rows)) if rows else torch.zeros(0, width)
-    return TokenStates(states, offsets_from_lengths([len(row) for row in rows]), truncated)
+    return TokenStates(states, offsets_of([len(row) for row in rows]), truncated)

@@ -15,7 +15,8 @@ from v05.value import features
 from v05.value.adapter import QueryAdapter, read_weights
 from v05.value.cache import DEFAULT_LIMIT, EmbeddingCache
 from v05.value.embedder import QWEN, CachedEmbedder, Embedder, TransformersEmbedder, sentence_embedder
-from v05.value.head import SEARCH_STEPS, Context, GaussianProcessHead, check_outcomes
+from v05.value.head import SEARCH_STEPS, Context, GaussianProcessHead, Head, check_outcomes
+from v05.value.memory import forget_oldest
 from v05.value.regression_head import RegressionHead
 from v05.value.tabpfn_head import TabPFNHead
 
@@ -40,7 +41,7 @@ class Conditioned:
         contexts = [model.context(record, reward_range) for record in records]
         self.describe = model.describe
         self.joint: GaussianProcessHead | None = None
-        self.heads: list[Any] = []
+        self.heads: list[Head[Any]] = []
         if model.make_head is None:
             self.joint = GaussianProcessHead(model.background, start, steps)
             self.joint.fit_policies(contexts)
@@ -55,8 +56,7 @@ class Conditioned:
         features = self.describe(prompts)
         if self.joint is not None:
             return self.joint.predict_policy(policy, features)
-        prediction: Tensor = self.heads[policy].predict(features)
-        return prediction
+        return self.heads[policy].predict(features)
 
 
 class V0:
@@ -69,7 +69,7 @@ class V0:
     def __init__(
         self,
         describe: Callable[[Sequence[str]], Any],
-        make_head: Callable[[], Any] | None = None,
+        make_head: Callable[[], Head[Any]] | None = None,
         background: Sequence[Record] = (),
         reward_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
@@ -235,8 +235,7 @@ class V0:
         for prompt in dict.fromkeys(prompts):
             self.memory.pop(prompt, None)
             self.memory[prompt] = rows[prompt]
-        for prompt in list(self.memory)[: max(0, len(self.memory) - MEMORY)]:
-            del self.memory[prompt]
+        forget_oldest(self.memory, MEMORY)
         return stack([rows[prompt] for prompt in prompts])
 
     def context(self, record: Record, reward_range: tuple[float, float]) -> Context[Any]:

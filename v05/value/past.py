@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from v05.value.context import pack_text, unpack_text
+from v05.value.memory import below, forget_oldest, pack_text, under, unpack_text
 from v05.value.prior import Prior
 
 LEVEL_HALF_LIFE: Final = 256.0  # rollouts after which an outcome counts half in the policy's level
@@ -81,25 +81,20 @@ class WithPast:
             if count > 0:
                 self.met.pop(prompt, None)
                 self.met[prompt] = (mean, level)
-        for prompt in list(self.met)[: max(0, len(self.met) - self.memory)]:
-            del self.met[prompt]
+        forget_oldest(self.met, self.memory)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the other prior's state and what was met."""
         text, lengths = pack_text(list(self.met))
         met = torch.tensor(list(self.met.values()), dtype=torch.float64).reshape(-1, 2)
         own = {"text": text, "lengths": lengths, "met": met, "level": self.level, "evidence": self.evidence}
-        state = {f"past.{name}": value.clone() for name, value in own.items()}
-        return state | {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+        past = {name: value.clone() for name, value in own.items()}
+        return under("past.", past) | under("prior.", self.prior.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that `state_dict` returned."""
-        parts: dict[str, dict[str, Tensor]] = {"past": {}, "prior": {}}
-        for name, value in state.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        self.prior.load_state_dict(parts["prior"])
-        own = parts["past"]
+        self.prior.load_state_dict(below("prior.", state))
+        own = below("past.", state)
         self.level, self.evidence = own["level"].clone(), own["evidence"].clone()
         pairs = [(mean, level) for mean, level in own["met"].tolist()]
         self.met = dict(zip(unpack_text(own["text"], own["lengths"]), pairs, strict=True))

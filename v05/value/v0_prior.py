@@ -8,7 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from v05.value.context import PolicyContext, pack_text, unpack_text
+from v05.value.context import PolicyContext
+from v05.value.memory import below, pack_text, under, unpack_text
 from v05.value.model import V0, Conditioned, Record
 
 SMALLEST: Final = 16  # outcomes below which their mean is all that is used
@@ -58,18 +59,12 @@ class V0Prior:
         """Return the remembered outcomes, the context that is fitted, and its hyper-parameters."""
         text, lengths = pack_text(self.used.prompts)
         used = {"text": text, "lengths": lengths, "outcomes": self.used.outcomes.clone()}
-        return {
-            **{f"context.{name}": value for name, value in self.context.state_dict().items()},
-            **{f"used.{name}": value for name, value in used.items()},
-            "since": torch.tensor(self.since),
-            "parameters": self.parameters.clone(),
-        }
+        own = {"since": torch.tensor(self.since), "parameters": self.parameters.clone()}
+        return under("context.", self.context.state_dict()) | under("used.", used) | own
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that `state_dict` returned; the fit is repeated with the hyper-parameters of then."""
-        self.context.load_state_dict(
-            {name.removeprefix("context."): value for name, value in state.items() if name.startswith("context.")}
-        )
+        self.context.load_state_dict(below("context.", state))
         prompts = unpack_text(state["used.text"], state["used.lengths"])
         self.used = Record(prompts, state["used.outcomes"].clone())
         self.since, self.parameters = int(state["since"]), state["parameters"].clone()

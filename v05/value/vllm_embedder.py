@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from v05.errors import InputError
+from v05.fingerprint import folder_fingerprint
 from v05.value.embedder import MAX_TOKENS, QWEN, TokenStates, join
-from v05.value.fingerprint import folder_fingerprint
 
 
 class VllmEmbedder:

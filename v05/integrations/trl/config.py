@@ -9,8 +9,8 @@ from trl import GRPOConfig
 from v05.integrations.reward_range import parsed_range
 from v05.kernels.advantage.estimators import ESTIMATORS, resolve
 from v05.kernels.shrinkage.rules import LARGEST
+from v05.value.priors import PRIORS
 
-PRIORS = ("history", "running_mean", "middle")
 LOSSES = ("policy_loss", "linear_policy_loss", "trl")
 
 
@@ -60,7 +60,11 @@ class V05Config(GRPOConfig):
         super().__post_init__()
         resolve(self.estimator, self.advantage_scale)
         parsed_range("reward_range", self.reward_range)
-        for name, allowed in (("prior", PRIORS), ("prior_gives", ("reward", "probability")), ("loss_backend", LOSSES)):
+        for name, allowed in (
+            ("prior", tuple(PRIORS)),
+            ("prior_gives", ("reward", "probability")),
+            ("loss_backend", LOSSES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         self._check_numbers()
@@ -83,20 +87,20 @@ class V05Config(GRPOConfig):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Smallest and largest reward."""
+        """Return the smallest and the largest reward."""
         return parsed_range("reward_range", self.reward_range)
 
     @property
     def fused(self) -> bool:
-        """Whether the estimator has a prior."""
+        """Return whether the estimator has a prior."""
         return ESTIMATORS[self.estimator].needs_prior
 
     @property
     def fusion(self) -> str:
-        """Of prior and rollouts, in the test and in the baseline; see `v05.kernels.shrinkage`."""
+        """Return how prior and rollouts are fused, in the test and in the baseline; see `v05.kernels.shrinkage`."""
         return ESTIMATORS[self.estimator].fusion or "v05"
 
     @property
     def grows(self) -> bool:
-        """Whether prompts may get more rollouts than they start with."""
+        """Return whether prompts may get more rollouts than they start with."""
         return self.fused and self.k_max > self.num_generations and self.extra_rounds > 0

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from v05.batch import offsets_from_lengths
+from v05.batch import offsets_of
 from v05.integrations.prior_state import prior_tensors, restore_prior
 from v05.integrations.reward_range import widened
 from v05.integrations.trl.config import V05Config
@@ -35,7 +35,7 @@ class Rewards(NamedTuple):
         order = torch.argsort(self.group, stable=True)
         order = order[~self.values[order].isnan()]
         lengths = torch.bincount(self.group[order], minlength=self.groups)
-        return self.values[order], offsets_from_lengths(lengths.tolist()).to(order.device), order
+        return self.values[order], offsets_of(lengths), order
 
     def checked(self, reward_range: tuple[float, float]) -> Rewards:
         """Return the same inside `reward_range`, or raise ValueError."""

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from v05.batch import offsets_of
 from v05.integrations.trl.config import V05Config
 from v05.kernels import policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
@@ -52,9 +53,14 @@ class Divisors(NamedTuple):
     share: Tensor | float = 1.0
 
 
+def epsilon_high(args: V05Config) -> float:
+    """Return TRL's upper bound, which is the lower one where it is not given."""
+    return args.epsilon if args.epsilon_high is None else args.epsilon_high
+
+
 def why_not(args: V05Config) -> str | None:
     """Return why `policy_loss` cannot compute the loss that `args` ask for, or None where it can."""
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    high = epsilon_high(args)
     if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
         return "entropy_coef and use_adaptive_entropy add an entropy bonus that TRL steers itself"
     if args.loss_type not in (*ROW_MEANS, *TOKEN_MEANS, "bnpo"):
@@ -71,7 +77,7 @@ def why_not(args: V05Config) -> str | None:
 
 def kind_of(args: V05Config) -> dict[str, Any]:
     """Return the options of `policy_loss` that stand for TRL's `loss_type` and bounds, KL and masks apart."""
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    high = epsilon_high(args)
     if args.loss_type == "vespo":
         return dict(surrogate="gpg")  # its weight of the ratio is a constant, part of the advantage
     level = dict(level=args.importance_sampling_level)
@@ -99,7 +105,7 @@ def token_weights(args: V05Config, mask: Tensor, by: Divisors) -> Tensor:
 
 def row_offsets(mask: Tensor) -> Tensor:
     """Return where the unmasked tokens of each row of `mask` [B, L] begin and end, packed: [B + 1] int64."""
-    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    return offsets_of(mask.sum(1))
 
 
 def places_of(mask: Tensor) -> Tensor:

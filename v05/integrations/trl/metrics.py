@@ -9,7 +9,7 @@ from torch import Tensor
 
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Rewards
-from v05.integrations.trl.loss import CLIPPED, Scored
+from v05.integrations.trl.loss import CLIPPED, Scored, epsilon_high
 from v05.kernels.shrinkage.op import Shrinkage
 
 
@@ -25,7 +25,7 @@ def step_tensors(args: V05Config, scored: Scored, entropies: Tensor, kl: Tensor 
     elif scored.ref is not None:
         gap = (scored.ref - scored.logprobs).detach()
         found["kl"] = gap.exp() - gap - 1
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    high = epsilon_high(args)
     ratio, advantages = scored.log_ratio(args.importance_sampling_level).detach().exp(), scored.advantages
     if args.loss_type in CLIPPED:
         low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)

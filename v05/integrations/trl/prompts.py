@@ -1,4 +1,4 @@
-"""Prompts as a prior reads them, and the priors that are made by name."""
+"""Prompts as a prior reads them, and what it expects of them as rewards."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
-
-from v05.value.history import HistoryPrior
-from v05.value.past import WithPast
-from v05.value.prior import Middle, Prior, RunningMean
 
 TOLERANCE: Final = 1e-4  # of the reward range: how far outside of it rounding may put a number
 
@@ -22,13 +18,6 @@ class Predictor(Protocol):
     def predict(self, prompts: Sequence[str]) -> Any:
         """Return one number per prompt: a tensor, an array or a list."""
         ...
-
-
-def make_prior(name: str, reward_range: tuple[float, float]) -> Prior:
-    """Return the prior of that name (see `V05Config`), without knowledge yet."""
-    if name == "history":
-        return WithPast(HistoryPrior(reward_range), reward_range)
-    return RunningMean(reward_range) if name == "running_mean" else Middle(reward_range)
 
 
 def check_prior(prior: Any) -> None:

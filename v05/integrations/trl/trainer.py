@@ -14,13 +14,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from v05.checkpoint import read_tensors, write_tensors
+from v05.files import read_tensors, write_tensors
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.estimation import Estimation, Rewards
 from v05.integrations.trl.loss_trainer import KernelLossTrainer
 from v05.integrations.trl.metrics import batch_metrics
-from v05.integrations.trl.prompts import Predictor, check_prior, make_prior, prompt_text
+from v05.integrations.trl.prompts import Predictor, check_prior, prompt_text
 from v05.integrations.trl.rollouts import Rollouts, learnt_from, merged_lengths, split_rows, with_fields
+from v05.value.priors import named_prior
 
 logger = get_logger(__name__)
 STATE_FILE: Final = "v05_state.safetensors"  # beside TRL's files in a checkpoint
@@ -89,7 +90,7 @@ class V05Trainer(KernelLossTrainer):
             environment_factory=environment_factory,
         )
         self.choose_loss()
-        self.estimation = Estimation(args, make_prior(args.prior, args.bounds) if prior is None else prior)
+        self.estimation = Estimation(args, named_prior(args.prior, args.bounds) if prior is None else prior)
         self._rewards_per_func = torch.zeros(0)  # of the newest batch, on all processes
         self._rollouts: Rollouts | None = None  # finished ones, while TRL makes a batch of them
         reasons = {"environments are used": self.environment_factories is not None}

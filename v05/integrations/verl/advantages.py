@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v05.batch import offsets_of
 from v05.integrations.reward_range import widened
 from v05.integrations.verl.settings import OTHERS, Settings, load_prior
 from v05.kernels import group_advantage, shrinkage
@@ -38,10 +39,9 @@ def groups_by_uid(index: np.ndarray, response_mask: Tensor) -> GroupsByUid:
     rows = np.flatnonzero(speaks[of_row])
     rows = rows[np.argsort(of_row[rows], kind="stable")]
     counts = np.bincount(of_row[rows], minlength=len(names))[speaks]
-    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
     device = response_mask.device
     uids = [str(name) for name in names[speaks]]
-    return GroupsByUid(torch.from_numpy(rows).to(device), torch.from_numpy(offsets).to(device), uids)
+    return GroupsByUid(torch.from_numpy(rows).to(device), offsets_of(torch.from_numpy(counts)).to(device), uids)
 
 
 def mean_of_other_groups(rewards: Tensor, offsets: Tensor, reward_range: tuple[float, float]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from v05.checkpoint import read_tensors, write_tensors
+from v05.files import read_tensors, write_tensors
 from v05.integrations.verl.memory import ray_module, running_memory
 
 log = logging.getLogger(__name__)

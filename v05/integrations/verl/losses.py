@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
     @property
     def by_covariance(self) -> bool:
-        """Whether some tokens are chosen by covariance."""
+        """Return whether some tokens are chosen by covariance."""
         return self.surrogate in ("clip_cov", "kl_cov")
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from v05.integrations.prior_state import prior_tensors, restore_prior
 from v05.integrations.verl.settings import Settings, load
-from v05.value.context import pack_text, unpack_text
-from v05.value.history import HistoryPrior
-from v05.value.past import WithPast
+from v05.value.memory import forget_oldest, pack_text, unpack_text
 from v05.value.prior import Prior
+from v05.value.priors import named_prior
 
 NAME: Final = "v05_memory"
 REMEMBERED: Final = 65_536  # uids whose prior is kept at most; the oldest go first
@@ -25,7 +24,7 @@ REMEMBERED: Final = 65_536  # uids whose prior is kept at most; the oldest go fi
 
 def history(reward_range: tuple[float, float]) -> Prior:
     """Return kernel regression over the policy's recent outcomes, with each prompt's own past."""
-    return WithPast(HistoryPrior(reward_range), reward_range)
+    return named_prior("history", reward_range)
 
 
 def ray_module() -> Any:
@@ -52,8 +51,7 @@ class Memory:
     def start(self, uid: str, prompt: str) -> tuple[float, Tensor | None]:
         """Return the expected reward of a prompt that is about to be rolled out, and remember it; and `mixture`."""
         self.expected[uid] = float(self.prior.predict([prompt])[0])
-        for old in list(self.expected)[: max(0, len(self.expected) - REMEMBERED)]:
-            del self.expected[old]
+        forget_oldest(self.expected, REMEMBERED)
         return self.expected[uid], self.calibration
 
     def finish(self, prompt: str, rewards: list[float]) -> None:

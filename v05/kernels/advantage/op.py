@@ -118,7 +118,7 @@ def group_advantage(
             raise ValueError(f"lengths is on {lengths.device}; allowed: {rewards.device}, where the other inputs are")
         lengths = segments.constant(lengths, dtype) if resolved.by_length else None
     chosen = dispatch.backend_for("advantage", rewards, backend)
-    on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_cpu = segments.readable(rewards)
     if check_values or (chosen == "reference" and on_cpu):
         check_group_values(rewards.to(dtype), offsets, prior, low, high)
     if lengths is not None and (check_values or on_cpu):

@@ -80,7 +80,7 @@ def calibrated(
     if state is not None:
         check_state(state, rewards)
     chosen = dispatch.backend_for("calibration", rewards, backend)
-    on_cpu = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_cpu = segments.readable(rewards)
     if check_values or (chosen == "reference" and on_cpu):
         check_group_values(rewards.to(prior.dtype), offsets, prior, budget.low, budget.high)
     if state is not None:

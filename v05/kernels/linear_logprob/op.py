@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from v05.kernels import dispatch
+from v05.kernels import dispatch, segments
 from v05.kernels.custom import custom_op
 from v05.kernels.linear_logprob import parallel, reference
 from v05.kernels.linear_logprob.autocast import as_linear
@@ -18,7 +17,7 @@ from v05.kernels.linear_logprob.passes import Needs
 from v05.kernels.linear_logprob.rules import check_logits, check_shapes, chunk_of
 from v05.kernels.token_logprob.op import TokenLogprob
 from v05.kernels.token_logprob.ranks import check_split
-from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.rules import by_row, check_targets
 from v05.kernels.token_logprob.softmax import Softmax
 
 
@@ -201,8 +200,7 @@ def linear_logprob(
 
     def described() -> tuple[Inputs, int, str]:
         check_shapes(hidden, weight, targets, bias, temperature)
-        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        temperatures, scalar = by_row(temperature)
         chosen = dispatch.backend_for("linear_logprob", hidden, backend)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
         if group is not None:
@@ -214,7 +212,7 @@ def linear_logprob(
         given, chunk, chosen = ranks.alike(described)
         return TokenLogprob(*parallel.linear_logprob(given, ignore_index, chunk, ranks, check_values, chosen))
     given, chunk, chosen = described()
-    if check_values or (chosen == "reference" and hidden.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if check_values or (chosen == "reference" and segments.readable(hidden)):
         check_given(given, ignore_index)
         check_logits(given.detached(), targets != ignore_index)
     if chosen == "reference":

@@ -22,7 +22,7 @@ from v05.kernels.policy_loss import options
 from v05.kernels.policy_loss.covariance import select_by_covariance
 from v05.kernels.policy_loss.op import PolicyLoss, scaled_at_once
 from v05.kernels.token_logprob.ranks import Ranks, check_split
-from v05.kernels.token_logprob.rules import check_targets
+from v05.kernels.token_logprob.rules import by_row, check_targets
 
 ROWS_SCALED = 4096  # of a gradient at a time
 NAMES = (*options.METRICS, "entropy_sum")
@@ -147,7 +147,7 @@ class _Parallel(torch.autograd.Function):
 
 def _selected(given: Inputs, tokens: options.Inputs, surrogate: str, work: Work, ranks: Ranks | None) -> Tensor:
     """Tokens selected by covariance, the same on all ranks, from a pass for the log-probs alone."""
-    if ranks is None and given.hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ranks is None and segments.readable(given.hidden):
         _check(given, tokens, work.kinds, given.columns)
     group = None if ranks is None else ranks.group
     with torch.no_grad():
@@ -168,7 +168,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """Checks what waits for nothing, and more where asked for; then loss and metrics by the backend."""
     apart = given.hidden.dtype == torch.float16 and any(work.needs)
-    kept, on_cpu = tokens.weights != 0, given.hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    kept, on_cpu = tokens.weights != 0, segments.readable(given.hidden)
     if work.backend == "reference":
         if check_values or on_cpu:
             _check(given, tokens, work.kinds, given.columns)
@@ -278,8 +278,7 @@ def linear_policy_loss(
         options.check_selected(covariance_selected, like)
         if not -float("inf") < entropy_coef < float("inf"):
             raise ValueError(f"entropy_coef is {entropy_coef}; allowed: a finite number")
-        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        temperatures, scalar = by_row(temperature)
         given = Inputs(hidden, weight, bias, targets, temperatures, scalar)
         rest = (sequence_offsets, ref_logprobs, sampler_logprobs, covariance_selected)
         tokens = options.Inputs(like, old_logprobs, advantages, weights, *rest).cast(like.dtype)

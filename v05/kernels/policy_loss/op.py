@@ -122,7 +122,7 @@ def loss_of(given: Inputs, kinds: Kinds, by: Numbers, check_values: bool, backen
     check_selected(selected, logprobs)
     inputs = given.cast(segments.working_dtype(logprobs))
     chosen = dispatch.backend_for("policy_loss", logprobs, backend)
-    if check_values or (chosen == "reference" and logprobs.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if check_values or (chosen == "reference" and segments.readable(logprobs)):
         check_token_values(inputs, kinds)
     if chosen == "reference":
         loss, metrics = reference.policy_loss(inputs, kinds, by)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from v05.kernels import dispatch, segments
@@ -148,7 +147,7 @@ def query_attention(
     """
     check_shapes(states, offsets, queries, weights, heads, eps)
     chosen = dispatch.backend_for("query_attention", states, backend)
-    if check_values or (chosen == "reference" and states.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if check_values or (chosen == "reference" and segments.readable(states)):
         check_attention_values(states.detach(), offsets, queries.detach(), weights)
     dtype = segments.working_dtype(states)
     queries, cast = segments.cast(queries, dtype), AttentionWeights(*(segments.cast(w, dtype) for w in weights))

@@ -146,7 +146,7 @@ def shrinkage(
     if state is not None:
         raise ValueError("state is given; fusion 'v05' has none, 'calibrated' does")
     chosen = dispatch.backend_for("shrinkage", rewards, backend)
-    if check_values or (chosen == "reference" and rewards.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if check_values or (chosen == "reference" and segments.readable(rewards)):
         check_group_values(rewards.to(prior.dtype), offsets, prior, budget.low, budget.high)
     rewards = readable(rewards, chosen)
     if chosen == "reference":

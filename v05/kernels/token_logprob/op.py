@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from v05.kernels.custom import custom_op
 from v05.kernels.token_logprob import parallel, reference
 from v05.kernels.token_logprob.backward import gradient_of
 from v05.kernels.token_logprob.ranks import check_split
-from v05.kernels.token_logprob.rules import check_shapes
+from v05.kernels.token_logprob.rules import by_row, check_shapes
 from v05.kernels.token_logprob.rules import check_values as check_logit_values
 
 
@@ -118,8 +117,7 @@ def token_logprob(
 
     def described() -> tuple[parallel.Rows, str]:
         check_shapes(logits, targets, temperature)
-        temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
-        scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        temperatures, scalar = by_row(temperature)
         chosen = dispatch.backend_for("token_logprob", logits, backend)
         given = parallel.Rows(logits, targets, temperatures, scalar)
         if group is not None:
@@ -132,7 +130,7 @@ def token_logprob(
         rest = (ignore_index, inplace_backward, ranks, check_values, chosen)
         return TokenLogprob(*parallel.token_logprob(given, *rest))
     (_, _, temperatures, scalar), chosen = described()
-    if check_values or (chosen == "reference" and logits.device.type == "cpu" and not torch.compiler.is_compiling()):
+    if check_values or (chosen == "reference" and segments.readable(logits)):
         check_logit_values(logits.detach(), targets, temperatures, ignore_index)
     if chosen == "reference":
         return TokenLogprob(*reference.token_logprob(logits, targets, temperatures, scalar, ignore_index))

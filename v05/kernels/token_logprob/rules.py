@@ -53,6 +53,11 @@ def check_rows(targets: Tensor, temperature: float | Tensor, like: Tensor, where
             raise ValueError(f"{name} is on {vector.device}; allowed: {like.device}, where {where}")
 
 
+def by_row(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """Temperatures `[T]` without autograd, beside 1; or None, beside the one of all rows."""
+    return (temperature.detach(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
 def bad_rows(targets: Tensor, temperatures: Tensor | None, columns: int, kept: Tensor) -> Tensor:
     """Rows `[T]` that count and have a target or temperature that is not allowed."""
     bad = (targets < 0) | (targets >= columns)
