@@ -1,6 +1,7 @@
 """The streaming scheduler: by hand on small schedules, the same rollouts in every mode, staleness, what is refused."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -117,6 +118,20 @@ def test_extra_rollouts_go_first() -> None:
     for number in (1, 2, 3):
         engine.submit([Request(number, "0", number, 1.0, 8, urgent=number == 3)])
     assert [engine.wait(LONG)[0].number for _ in range(3)] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_planned_is_asked_for_at_once_or_one_by_one(mode: str) -> None:
+    most = 0
+
+    class Watched(SimulatedEngine):
+        def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
+            nonlocal most
+            most = max(most, *Counter(request.prompt for request in requests if request.urgent).values(), 0)
+            super().submit(requests)
+
+    steps_of(scheduler(LookAhead(), limits(mode), Watched(8, success, short)), 2)
+    assert (most == 1) == (mode in ("barrier", "async"))
 
 
 def test_the_calibrated_rule_learns_from_finished_steps() -> None:

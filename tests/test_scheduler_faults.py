@@ -1,5 +1,7 @@
 """The streaming scheduler over engines that fail: nothing is lost or counted twice whatever happens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,12 +21,13 @@ from tests.simulated_rollouts import (
     success,
 )
 from v05.rollout.budget import LookAhead
+from v05.rollout.engine import Rollout
 from v05.rollout.limits import MODES
 from v05.rollout.scheduler import NoRollouts, Scheduler
 from v05.rollout.simulated import SimulatedEngine
 from v05.rollout.streaming import EngineDied, Outcome
 
-FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "late": 0.05, "dies": 0.01}
+FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "late": 0.05, "dies": 0.03}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -33,7 +36,7 @@ def test_faults_change_nothing_but_the_counts(fault: str, mode: str) -> None:
     clean = rewards_of(steps_of(scheduler(LookAhead(), limits(mode)), 6))
     engine = Faulty(SimulatedEngine(8, success, short), {fault: FAULTS[fault]}, seed=3)
     patience = 500 if fault in ("silent", "late") else LONG
-    made = scheduler(LookAhead(), limits(mode, attempts=50, restarts=50, seconds=patience), engine)  # type: ignore[arg-type]
+    made = scheduler(LookAhead(), limits(mode, attempts=50, restarts=1, seconds=patience), engine)  # type: ignore[arg-type]
     steps = steps_of(made, 6)
     check_whole(steps, 16)
     assert rewards_of(steps) == clean
@@ -46,7 +49,26 @@ def test_faults_change_nothing_but_the_counts(fault: str, mode: str) -> None:
     assert (resubmitted > 0) == (fault not in ("twice", "stranger"))
     assert not any(counts.values())
     if fault == "dies":
-        assert made.trouble.restarts == engine.deaths
+        assert made.trouble.restarts == engine.deaths > made.limits.restarts  # but never so often in a row
+    assert len(engine.taken_back) == made.trouble.timed_out
+
+
+def test_answers_to_another_prompt_than_the_group_s_first_are_asked_for_again() -> None:
+    class Odd(SimulatedEngine):
+        def wait(self, timeout: float) -> list[Outcome]:
+            return [replace(each, rollout=spoil(each)) if each.number == 2 else each for each in super().wait(timeout)]
+
+    def spoil(outcome: Outcome) -> Rollout:
+        assert outcome.rollout is not None
+        return replace(outcome.rollout, prompt_ids=(2,))
+
+    found = []
+    for kind in (SimulatedEngine, Odd):
+        made = scheduler(LookAhead(), limits(), kind(8, success, lambda draw: 1))
+        made.encode = None
+        found.append(rewards_of(steps_of(made, 2)))
+    assert found[0] == found[1]
+    assert made.trouble.garbage == 1
 
 
 def test_what_never_comes_is_given_up_and_named(caplog: pytest.LogCaptureFixture) -> None:
