@@ -8,6 +8,8 @@ import torch
 
 from v05.kernels import shrinkage
 from v05.rollout.budget import Fixed, LookAhead, ReinforceAda, Utility, Variance, greedy, utility
+from v05.rollout.rules import Rules
+from v05.rollout.step import Group
 
 PRIOR = torch.tensor([-0.9, -0.4, 0.0, 0.7])
 
@@ -33,6 +35,7 @@ def test_variance_is_the_integer_optimum(total: int) -> None:
 
     assert sum(worth(g, size) for g, size in enumerate(found)) == pytest.approx(best(total, 1, 9, worth))
     assert found[2] == max(found)
+    assert Variance(total / 4, (0.0, 1.0), smallest=1, largest=9).first((PRIOR + 1) / 2).tolist() == found
     assert Variance(4).gain(2, 0.25) == pytest.approx(0.25 * 0.75 * (1 / 2 - 1 / 3))
 
 
@@ -49,6 +52,8 @@ def test_utility_by_hand_and_greedily() -> None:
         gains = [utility(size + 1, p) - utility(size, p) for size, p in zip(expected, chance, strict=True)]
         expected[gains.index(max(gains))] += 1
     assert found == expected
+    assert Utility(1000).first(PRIOR).tolist() == [128] * 4
+    assert Utility(128 / 49).first(torch.zeros(49)).sum() == 128  # though 128 / 49 * 49 is below it in floating point
 
 
 def test_greedy_is_optimal_for_falling_gains_and_keeps_to_its_bounds() -> None:
@@ -99,6 +104,19 @@ def test_reinforce_ada_goes_on_until_both_outcomes_are_there() -> None:
     assert zero_one.more.tolist() == [0, 4]
     positive = ReinforceAda(positive=True).more(rewards, offsets, prior)
     assert positive.more.tolist() == [0, 0, 2, 0]  # one success ends it
+
+
+def test_every_prompt_goes_by_its_own_rule() -> None:
+    groups = [Group(row, str(row), prior, rewards={0: -1.0, 1: 1.0}) for row, prior in enumerate(PRIOR.tolist())]
+    own = (Variance(4), Utility(4))
+    found = Rules(own[0], lambda prompt: own[int(prompt) % 2]).first(groups)
+    assert [found[odd::2] for odd in (0, 1)] == [own[odd].first(PRIOR[odd::2]).tolist() for odd in (0, 1)]
+    learning = (LookAhead(fusion="calibrated"), LookAhead(fusion="calibrated"))
+    Rules(learning[0], lambda prompt: learning[int(prompt) % 2]).learn(groups)
+    alone = LookAhead(fusion="calibrated")
+    alone.learn(torch.tensor([-1.0, 1.0] * 2), torch.tensor([0, 2, 4]), PRIOR[1::2])
+    assert torch.equal(learning[1].state, alone.state)
+    assert not torch.equal(learning[0].state, alone.state)
 
 
 def test_rules_that_never_grow() -> None:

@@ -23,8 +23,10 @@ from tests.simulated_rollouts import (
 from v05.rollout.budget import LookAhead
 from v05.rollout.engine import Rollout
 from v05.rollout.limits import MODES
+from v05.rollout.requests import Requests
 from v05.rollout.scheduler import NoRollouts, Scheduler
 from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.step import Group, Step
 from v05.rollout.streaming import EngineDied, Outcome
 
 FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "late": 0.05, "dies": 0.03}
@@ -80,16 +82,18 @@ def test_what_never_comes_is_given_up_and_named(caplog: pytest.LogCaptureFixture
             ]
 
         def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
-            failing.update(request.number for request in requests if request.prompt == "4")
+            failing.update({request.number: request.urgent for request in requests if request.prompt == "4"})
             super().submit(requests)
 
-    failing: set[int] = set()
-    made = scheduler(LookAhead(), limits(attempts=3, window=1), OneFails(8, success, short))
+    failing: dict[int, bool] = {}
+    made = scheduler(LookAhead(), limits(attempts=3, window=1, rollouts=26), OneFails(8, success, short))
     step = made.next_step()
     assert step is not None
     assert step.outcome.counts[4] == 0
     assert (step.outcome.counts[[0, 1, 2, 3, 5]] >= 4).all()
+    assert step.outcome.counts.sum() == 26  # others have what it leaves
     assert step.groups[4].given_up == 4
+    assert list(failing.values()) == [False] * 4 + [True] * 8
     assert step.lost == ["'4': too long"] * 4
     assert [record.getMessage() for record in caplog.records] == [
         f"rollout {place} of prompt '4' is given up: too long" for place in range(4)
@@ -117,6 +121,7 @@ def test_a_restarted_engine_gets_the_weights_again() -> None:
     with pytest.raises(EngineDied):
         made.next_step()
     assert engine.pushed == [7] * (1 + made.limits.restarts)
+    assert made.requests.stray(1) == "late"  # should the engine that died have answered after all
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,16 +183,33 @@ def test_a_batch_beside_the_requests_outlives_the_engine() -> None:
             return [[f"{prompt} {seed}"] * count for prompt, count in zip(prompts, counts, strict=True)]
 
     engine = Batches(SimulatedEngine(8, success, short), {})
-    made = scheduler(LookAhead(), limits(restarts=99), engine)  # type: ignore[arg-type]
+    made = scheduler(LookAhead(), limits(restarts=6), engine)  # type: ignore[arg-type]
     clean = steps_of(scheduler(LookAhead(), limits()), 3)
     first = steps_of(made, 1)
-    engine.faults = {"dies": 0.5}
+    engine.faults = {"dies": 0.3}
     asked = dict(seed=5, temperature=1.0, max_new_tokens=4)
-    for _ in range(8):
+    for _ in range(20):
         assert made.revived.generate(["a", "b"], [2, 1], **asked) == [["a 5", "a 5"], ["b 5"]]  # type: ignore[arg-type]
-    assert engine.deaths > 0
+    assert engine.deaths > made.limits.restarts  # but never so often in a row
     engine.faults = {}
     assert rewards_of(first + steps_of(made, 2)) == rewards_of(clean)
+
+
+def test_what_is_asked_for_and_what_answers_it() -> None:
+    book = Requests(limits(max_new_tokens=2, temperature=0.7), 0, lambda: 0.0)
+    request = book.new(Step(0, []), Group(0, "1", 0.0), 0, urgent=False)
+    assert (request.temperature, request.max_new_tokens) == (0.7, 2)
+    again = book.again(book.waiting[1])
+    assert again == replace(request, number=2, urgent=True)
+    assert book.waiting[book.renumbered(book.waiting[2]).number].attempt == book.waiting[2].attempt == 2
+    rounded = Rollout((1,), (0, 0), (-1.0, 5e-5), "1", True)
+    assert book.fault(book.waiting[2], rounded) == ""
+    for change, message in (
+        ({"text": None}, "its text is a NoneType"),
+        ({"logprobs": (-1.0, 2e-4)}, "above 0"),
+        ({"versions": (1,)}, "2 log-probs and 1 versions"),
+    ):
+        assert message in book.fault(book.waiting[2], replace(rounded, **change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reward", [float("nan"), 1.5, float("-inf")])

@@ -69,15 +69,18 @@ class Slow(Signs):
         return False
 
 
-def test_a_stop_waits_for_what_is_being_judged() -> None:
+@pytest.mark.parametrize("when", [10, 2000])
+def test_a_stop_waits_for_what_is_being_judged(when: int) -> None:
     made, looks = scheduler(LookAhead(), limits()), iter(range(10**6))
     made.judge = Slow()
-    assert made.next_step(lambda: next(looks) >= 10) is None
+    assert made.next_step(lambda: next(looks) >= when) is None
     kept = sum(len(group.rewards) for step in made.steps for group in step.groups)
     assert kept == len(made.judge.asked) > 0  # type: ignore[attr-defined]
     again = scheduler(LookAhead(), limits())
     go_on(made, again)
-    check_whole(steps_of(again, 3), 16)
+    step = again.next_step(lambda: next(looks) >= 10**5)
+    assert step is not None
+    assert rewards_of([step]) == rewards_of(steps_of(scheduler(LookAhead(), limits()), 1))
 
 
 def test_a_judge_is_waited_for_when_nothing_else_is() -> None:
