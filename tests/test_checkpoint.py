@@ -34,15 +34,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkpoints_are_read_back_and_old_ones_removed(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path) is None
-    for update in (1, 2, 10):
+    for update in (1, 999_999, 1_000_000):
         tensors = {"policy": {"w": torch.full((2,), float(update))}, "prior": {}}
         write_checkpoint(tmp_path, Checkpoint(update, tensors, {"seconds": 1.5}))
     newest = read_checkpoint(tmp_path)
     assert newest is not None
-    assert (newest.update, newest.state) == (10, {"seconds": 1.5})
-    assert newest.tensors["policy"]["w"].tolist() == [10.0, 10.0]
+    assert (newest.update, newest.state) == (1_000_000, {"seconds": 1.5})
+    assert newest.tensors["policy"]["w"].tolist() == [1e6, 1e6]
     assert newest.tensors["prior"] == {}
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["000002", "000010"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1000000", "999999"]
 
 
 def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
@@ -84,6 +84,8 @@ def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
     found = read_checkpoint(tmp_path)
     assert found is not None
     assert found.state["seconds"] == found.tensors["policy"]["w"][0] in (1.0, 2.0)
+    in_place = tmp_path / "000003" / "state.json"  # before what was set aside for it
+    assert not in_place.exists() or found.state["seconds"] == json.loads(in_place.read_text())["seconds"]
     before = sorted(entry.name for entry in tmp_path.iterdir())
     read_checkpoint(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == before, "processes may read at once"
@@ -190,7 +192,10 @@ def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         assert signal.getsignal(signal.SIGTERM) == before
+    with StopRequest() as unasked:
+        assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+    assert not unasked.requested
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
