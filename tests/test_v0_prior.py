@@ -167,6 +167,15 @@ def test_state_is_all_there_is(kind: str, before: int) -> None:
     assert all(torch.equal(value, left[name]) for name, value in whole.state_dict().items())
 
 
+def test_a_resumed_fit_keeps_its_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v05.value.v0_prior.FIRST_STEPS", 1)  # so that a search from there would go on
+    first, resumed = (V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0))) for _ in "ab")
+    first.observe(EASY[:20] + HARD[:20], torch.tensor([1.0, 0.5] * 10 + [0.0] * 20), ones(40))
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(resumed.parameters, first.parameters)
+    assert torch.equal(resumed.predict(EASY), first.predict(EASY))
+
+
 def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:
     whole, resumed = (
         V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0), window=20), refresh=1) for _ in "ab"
