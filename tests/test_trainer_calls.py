@@ -6,6 +6,7 @@ import pytest
 import torch
 from first_digit import make_trainer
 
+from v05.kernels import shrinkage
 from v05.rollout.engine import Rollout, Unanswered
 from v05.rollout.hf import TransformersEngine
 from v05.training import algorithms
@@ -40,8 +41,8 @@ def test_an_update_passes_on_what_was_asked_for_and_learnt(
     seeds = []
     for _ in range(4):
         calls.clear()
-        mixture = trainer.mixture
-        trainer.update()
+        mixture, expected_extra = trainer.mixture, trainer.counters.expected_extra
+        line = trainer.update()
         asked = dict(reward_range=(0.0, 1.0), cost=cost, k_init=sizes[0], k_max=sizes[1], fusion="calibrated")
         for options in calls["shrinkage"]:
             assert {**asked, "given": options["given"], "state": mixture} == options
@@ -52,8 +53,14 @@ def test_an_update_passes_on_what_was_asked_for_and_learnt(
         assert prompts == groups.prompts
         assert torch.equal(means, groups.means)
         assert torch.equal(counts, groups.counts)
+        last = calls["shrinkage"][-1]
+        test = shrinkage(*last.pop("given"), **last)
+        extra = float((torch.maximum(test.planned, test.count) - sizes[0]).clamp(min=0).float().mean())
+        assert trainer.counters.expected_extra == pytest.approx(0.9 * expected_extra + 0.1 * extra)
+        assert line["prior_squared_error"] >= 0
     assert len(set(seeds)) == len(seeds) > 4
     assert trainer.mixture is not None
+    assert make_trainer(algorithm="grpo:4").update()["prior_squared_error"] is None
 
 
 def test_held_out_answers_are_asked_for_alike_in_every_run() -> None:
