@@ -115,6 +115,7 @@ class Faulty:
         self.clock = inner.clock
         self.held: list[tuple[float, Outcome]] = []
         self.pushed: list[int] = []
+        self.taken_back: list[int] = []
         self.deaths = 0
 
     def _happens(self, fault: str) -> bool:
@@ -154,6 +155,7 @@ class Faulty:
         return outcomes
 
     def abort(self, numbers: Sequence[int]) -> None:
+        self.taken_back += numbers
         self.inner.abort(numbers)
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:

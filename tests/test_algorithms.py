@@ -15,9 +15,13 @@ def test_algorithm_names() -> None:
     assert (parse_algorithm("v05_calibrated_loo:1-8").k_init, parse_algorithm("v05:20-32").k_max) == (1, 32)
     assert (parse_algorithm("v05_from_one").k_init, parse_algorithm("v05_from_one@1e-4").cost) == (1, 1 / 64)
     assert parse_algorithm("dr_grpo:4@1e-4").learning_rate == 1e-4
+    assert (parse_algorithm("grpo").aggregation, parse_algorithm("grpo").clip_high) == ("seq-mean-token-mean", 0.2)
+    assert (parse_algorithm("dapo").aggregation, parse_algorithm("dapo").clip_high) == ("token-mean", 0.28)
+    assert parse_algorithm("dr_grpo").aggregation == "seq-mean-token-sum-norm"
     for bad, message in (
         ("ppo", "name one of v05"),
         ("grpo:1", "allowed: 2 or more"),
+        ("opo:1", "allowed: 2 or more"),
         ("v05:17", "allowed: 1 to 16"),
         ("v05:x", "k is 'x'"),
         ("v05:8-4", "1 <= k <= k_max"),
@@ -35,6 +39,9 @@ def test_advantages_by_hand() -> None:
     spo = parse_algorithm("spo")
     assert spo.advantages(groups, prior, (0.0, 1.0)).tolist() == [0.75, -0.25, -0.5]
     assert parse_algorithm("dr_grpo").advantages(groups, None, (0.0, 1.0)).tolist() == [0.5, -0.5, 0.0]
+    for name in ("grpo", "dapo"):
+        found = parse_algorithm(name).advantages(groups, None, (0.0, 1.0))
+        assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5), 0.0], abs=1e-4)
     with pytest.raises(InputError, match="prior is None"):
         spo.advantages(groups, None, (0.0, 1.0))
     found = parse_algorithm("opo").advantages(groups, None, (0.0, 1.0), lengths=torch.tensor([3, 1, 2]))

@@ -33,6 +33,7 @@ def test_variance_is_the_integer_optimum(total: int) -> None:
 
     assert sum(worth(g, size) for g, size in enumerate(found)) == pytest.approx(best(total, 1, 9, worth))
     assert found[2] == max(found)
+    assert Variance(total / 4, (0.0, 1.0), smallest=1, largest=9).first((PRIOR + 1) / 2).tolist() == found
     assert Variance(4).gain(2, 0.25) == pytest.approx(0.25 * 0.75 * (1 / 2 - 1 / 3))
 
 
@@ -49,6 +50,8 @@ def test_utility_by_hand_and_greedily() -> None:
         gains = [utility(size + 1, p) - utility(size, p) for size, p in zip(expected, chance, strict=True)]
         expected[gains.index(max(gains))] += 1
     assert found == expected
+    assert Utility(1000).first(PRIOR).tolist() == [128] * 4
+    assert Utility(128 / 49).first(torch.zeros(49)).sum() == 128  # though 128 / 49 * 49 is below it in floating point
 
 
 def test_greedy_is_optimal_for_falling_gains_and_keeps_to_its_bounds() -> None:

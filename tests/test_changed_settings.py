@@ -101,8 +101,11 @@ def test_the_rate_in_an_algorithms_name_may_change_and_nothing_else_of_it(cache:
 
 def test_progress_says_what_is_dropped(cache: Path, tmp_path: Path) -> None:
     config, notes = dataclasses.replace(TINY, algorithm="dapo:2", rollouts=64), list[str]()
-    train_run(config, tmp_path, cache, StopRequest(), lambda stage, done, total, note: notes.append(note))
-    dropped = sum(line.get("dropped", 0) for line in read_metrics(tmp_path))
+    summary = train_run(config, tmp_path, cache, StopRequest(), lambda stage, done, total, note: notes.append(note))
+    lines = read_metrics(tmp_path)[1:]
+    dropped, kept = (sum(line[name] for line in lines) for name in ("dropped", "kept"))
+    assert (summary["dropped"], summary["rollouts"]) == (dropped, dropped + kept)
+    assert summary["rollouts_per_prompt"] == kept / max(1, sum(line["prompts"] for line in lines))
     assert notes[-1].endswith(f", {dropped / 64:.0%} dropped")
 
 

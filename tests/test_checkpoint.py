@@ -20,9 +20,12 @@ from v05.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from v05.errors import InputError
 from v05.files import write_tensors
 from v05.stop import StopRequest
+from v05.training.loss_config import PLAIN
 from v05.training.model_config import ModelConfig
 from v05.training.run import Interrupted, read_metrics, train_run, truncate_metrics
-from v05.training.run_folder import alone_in, remove_run
+from v05.training.run_folder import alone_in, prepare_folder, remove_run
+from v05.training.settings import Settings
+from v05.training.stream_config import StreamConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,15 +39,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkpoints_are_read_back_and_old_ones_removed(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path) is None
-    for update in (1, 2, 10):
+    for update in (1, 999_999, 1_000_000):
         tensors = {"policy": {"w": torch.full((2,), float(update))}, "prior": {}}
         write_checkpoint(tmp_path, Checkpoint(update, tensors, {"seconds": 1.5}))
     newest = read_checkpoint(tmp_path)
     assert newest is not None
-    assert (newest.update, newest.state) == (10, {"seconds": 1.5})
-    assert newest.tensors["policy"]["w"].tolist() == [10.0, 10.0]
+    assert (newest.update, newest.state) == (1_000_000, {"seconds": 1.5})
+    assert newest.tensors["policy"]["w"].tolist() == [1e6, 1e6]
     assert newest.tensors["prior"] == {}
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["000002", "000010"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1000000", "999999"]
 
 
 def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
@@ -86,6 +89,8 @@ def test_a_crash_while_an_update_is_saved_again_loses_no_checkpoint(
     found = read_checkpoint(tmp_path)
     assert found is not None
     assert found.state["seconds"] == found.tensors["policy"]["w"][0] in (1.0, 2.0)
+    in_place = tmp_path / "000003" / "state.json"  # before what was set aside for it
+    assert not in_place.exists() or found.state["seconds"] == json.loads(in_place.read_text())["seconds"]
     before = sorted(entry.name for entry in tmp_path.iterdir())
     read_checkpoint(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == before, "processes may read at once"
@@ -116,10 +121,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, rollouts
     cache, stop = whole / "warm_start", StopRequest()
     with pytest.raises(Interrupted, match=f"after {rollouts} of 192 rollouts"):
         train_run(TINY, tmp_path, cache, stop, StopAfter(stop, rollouts))
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"update": 99}\n')  # as after a crash between two checkpoints
-    train_run(TINY, tmp_path, cache, StopRequest(), silent, resume=True)
+    for name in ("metrics.jsonl", "times.jsonl"):
+        with (tmp_path / name).open("a") as stream:
+            stream.write('{"update": 99}\n')  # as after a crash between two checkpoints
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1] / "state.json"
+    newest.write_text(json.dumps(json.loads(newest.read_text()) | {"seconds": 2e6, "updating": 1e6}))
+    summary = train_run(TINY, tmp_path, cache, StopRequest(), silent, resume=True)
     assert_same_run(whole, tmp_path)
+    times = read_metrics(tmp_path, "times.jsonl")
+    assert [line["update"] for line in times] == [line["update"] for line in read_metrics(whole, "times.jsonl")]
+    assert 1e6 < times[-1]["seconds"] < 2e6 < summary["seconds"]  # time goes on from where the run was stopped
 
 
 def test_a_finished_run_is_not_repeated(whole: Path) -> None:
@@ -127,6 +138,36 @@ def test_a_finished_run_is_not_repeated(whole: Path) -> None:
     summary = train_run(TINY, whole, whole / "none", stop, StopAfter(stop, 0), resume=True)
     assert summary["rollouts"] == 192
     assert not stop.requested
+    evaluated = [line["rollouts"] for line in read_metrics(whole) if "heldout_right" in line]
+    assert evaluated == [0, 64, 128, 192]
+
+
+def test_the_summary_is_of_the_first_and_the_last_evaluation(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    lines = read_metrics(run)
+    for line, right in ((lines[0], 3), (lines[-1], 7)):
+        line |= {"heldout_right": right, "heldout_worth": right + 0.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "summary.json").unlink()  # as after a crash just before it was written
+    summary = train_run(TINY, run, whole / "warm_start", StopRequest(), silent, resume=True)
+    assert (summary["heldout_before"], summary["heldout_after"]) == ([3, 16], [7, 16])
+    assert summary["heldout_worth"] == [3.5, 7.5]
+
+
+def test_a_run_is_removed_and_nothing_else(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    for name in ("changes.jsonl", "notes.txt"):
+        (run / name).touch()
+    remove_run(run)
+    assert {entry.name for entry in run.iterdir()} == {".lock", "notes.txt", "warm_start"}
+
+
+def test_a_folder_has_a_run_once_all_its_settings_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("v05.training.run_folder.write_text", lambda file, text: names.append(file.name))
+    prepare_folder(Settings(TINY, None, StreamConfig("stream"), PLAIN), tmp_path, resume=False)
+    assert sorted(names) == ["config.json", "sampling.json"]
+    assert names[-1] == "config.json"
 
 
 def test_another_run_is_neither_overwritten_nor_resumed(whole: Path) -> None:
@@ -192,7 +233,10 @@ def test_a_stop_request_is_noted_once_and_handlers_are_restored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         assert signal.getsignal(signal.SIGTERM) == before
+    with StopRequest() as unasked:
+        assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+    assert not unasked.requested
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:

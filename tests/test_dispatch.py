@@ -38,6 +38,12 @@ def test_importing_the_kernels_does_not_import_the_compiler():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_unknown_backend_is_named_with_those_there_are():
+    allowed = "'cuda', 'triton', 'cpu', 'reference'"
+    with pytest.raises(ValueError, match=f"backend is 'gpu'; allowed: None or one of {allowed}"):
+        dispatch.choose("shrinkage", "cpu", "gpu")
+
+
 def test_an_unknown_device_gets_the_reference():
     assert dispatch.choose("shrinkage", "meta") == "reference"
     assert "these are on meta" in dispatch.why_not("shrinkage", "cpu", "meta")
@@ -53,6 +59,17 @@ def test_the_win_nearest_in_size_counts():
         assert wins.nearest(measured, "token_logprob", "sm_90", "bfloat16", elements) is expected
     assert wins.nearest(measured, "token_logprob", "sm_90", "float32", 2**10) is None
     assert wins.nearest(measured, "policy_loss", "sm_90", "bfloat16", 2**10) is None
+
+
+def test_on_a_gpu_the_backend_that_won_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_passed", lambda *_: None)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    fastest = dispatch._fastest.__wrapped__  # not to be remembered
+    for order in (("cuda", "triton"), ("triton", "cuda")):
+        win = wins.Win("token_logprob", "sm_90", "bfloat16", 2**20, order, "")
+        monkeypatch.setattr(wins, "recorded", lambda win=win: [win])
+        assert fastest("token_logprob", 0, torch.bfloat16, 20) == order[0]
+        assert fastest("token_logprob", 0, torch.float32, 20) == "cuda"
 
 
 def test_the_wins_recorded_name_ops_and_backends_that_exist():

@@ -79,6 +79,13 @@ def test_the_process_equals_its_formula() -> None:
     torch.testing.assert_close(head.predict(queries).double(), expected, atol=1e-6, rtol=0)
 
 
+def test_hyper_parameters_keep_to_their_bounds() -> None:
+    first = torch.tensor(process.START, dtype=torch.float64)
+    head = GaussianProcessHead(start=first + 50, steps=1)
+    head.fit(described(EASY[:12] + HARD[:12]), torch.cat([outcomes(12, 0.6, 1, 0), outcomes(12, 0, 0.4, 1)]))
+    assert (head.parameters - first).abs().max() <= process.FARTHEST * process.SPREAD
+
+
 def test_easy_and_hard_are_told_apart() -> None:
     head = GaussianProcessHead()
     head.fit(described(EASY[:30] + HARD[:30]), torch.cat([outcomes(30, 0.7, 1, 0), outcomes(30, 0, 0.3, 1)]))

@@ -69,6 +69,8 @@ def test_state_is_all_there_is(kind: type[HistoryPrior] | type[RunningMean]) -> 
     for prior in (first, second):
         prior.observe(EASY[9:12], torch.ones(3), ones(EASY[:3]))
     assert torch.equal(first.predict(HARD + EASY), second.predict(HARD + EASY))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", [HistoryPrior, RunningMean])
@@ -85,6 +87,8 @@ def test_memory_is_bounded_and_predictions_stay_in_range() -> None:
     prior.observe(EASY, torch.ones(64), ones(EASY))
     assert len(prior.means) == 10
     assert prior.predict(HARD).max() <= 1.0
+    prior.observe(HARD[:10], torch.zeros(10), ones(HARD[:10]))
+    assert prior.predict(EASY).max() == 0.0  # the oldest went
 
 
 def test_descriptions_are_unit_vectors_of_text_and_shape() -> None:

@@ -53,6 +53,8 @@ def test_bad_requests_are_named() -> None:
         normalizer("median", OFFSETS, max_length=8)
     with pytest.raises(ValueError, match="divisor is 0"):
         token_weights("token-mean", OFFSETS, divisor=0)
+    with pytest.raises(ValueError, match=r"sequence_offsets is \[0, 3, 2\]; allowed: from 0, never falling, to 2"):
+        token_weights("token-mean", torch.tensor([0, 3, 2]), divisor=1.0)
     with pytest.raises(ValueError, match="max_length is 0"):
         normalizer("token-mean", OFFSETS, max_length=0)
 

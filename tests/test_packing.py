@@ -50,7 +50,7 @@ def test_what_is_masked_may_be_nan():
 
 
 def test_one_layout_serves_tokens_and_flags():
-    layout = Layout.of(torch.tensor([[1, 1, 0], [0, 1, 0]]))
+    layout = Layout.of(torch.tensor([[1, -1, 0], [0, 2, 0]]))  # what is not 0 is kept
     tokens = torch.tensor([[5, 6, 0], [0, 7, 0]])
     assert layout.pack(tokens).tolist() == [5, 6, 7]
     assert layout.unpack(layout.pack(tokens)).dtype == torch.int64
@@ -63,6 +63,8 @@ def test_bad_shapes_are_named():
     layout = Layout.of(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"values has shape \[3, 2\]; allowed: \[2, 3\]"):
         layout.pack(torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"values has shape \[2, 4, 1\]; allowed: \[2, 3\]"):
+        layout.pack(torch.ones(2, 4, 1))
     with pytest.raises(ValueError, match=r"packed has shape \[5\]; allowed: 6"):
         layout.unpack(torch.ones(5))
 

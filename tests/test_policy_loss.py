@@ -167,16 +167,23 @@ def test_covariance_selection():
     rest = dict(sequence_offsets=torch.tensor([0, 2, 6]))
     chosen = select_by_covariance(logprobs, logprobs, advantages, weights, surrogate="kl_cov", fraction=0.4, **rest)
     assert chosen.tolist() == [True, True, False, False, False, False]
+    unheard = torch.where(logprobs.isnan(), -math.inf, logprobs)
+    heard = select_by_covariance(unheard, unheard, advantages, weights + 1, surrogate="kl_cov", fraction=0.4, **rest)
+    assert torch.equal(heard, chosen)
     few = select_by_covariance(logprobs, logprobs, advantages, weights, surrogate="kl_cov", **rest)
     assert few.sum() == 1
-    old = logprobs - torch.tensor([0.5, 0, 0, 0, 0, 0])  # the first token's ratio is clipped anyhow
-    both = [
-        select_by_covariance(logprobs, o, advantages, weights, surrogate="clip_cov", fraction=1.0, **rest)
-        for o in (logprobs, old)
-    ]
-    assert both[0].tolist() == [True, True, False, False, False, False]
-    assert both[1].tolist() == [False, True, False, False, False, False]
-    drawn = {
+    above, below = (torch.zeros(6).index_fill(0, torch.tensor([place]), 0.5) for place in (0, 1))
+    for old, bounds, expected in (
+        (logprobs, (1.0, 5.0), [True, True]),
+        (logprobs - above, (1.0, 5.0), [False, True]),  # the first token's ratio is clipped anyhow
+        (logprobs + below, (1.0, 5.0), [True, False]),  # the second's
+        (logprobs, (1.0, 3.9), [False, False]),  # both covariances are 4
+        (logprobs, (4.1, 5.0), [False, False]),
+    ):
+        options = dict(surrogate="clip_cov", fraction=1.0, bounds=bounds, **rest)
+        chosen = select_by_covariance(logprobs, old, advantages, weights, **options)
+        assert chosen.tolist() == [*expected, False, False, False, False]
+    drawn = [
         int(
             select_by_covariance(
                 logprobs,
@@ -188,6 +195,7 @@ def test_covariance_selection():
                 **rest,
             ).nonzero()
         )
-        for seed in range(20)
-    }
-    assert drawn == {0, 1}
+        for seed in [*range(20)] * 2
+    ]
+    assert drawn[:20] == drawn[20:]
+    assert set(drawn) == {0, 1}

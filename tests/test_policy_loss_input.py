@@ -87,6 +87,13 @@ def test_where_nothing_speaks_the_loss_is_zero(backend, level, correction):
             assert all(value.item() == 0 for value in metrics.values())
 
 
+@pytest.mark.parametrize(("cap", "floor"), [(4.0, 0.25), (1.0, 1.0), (0.5, 0.5)])
+def test_the_floor_of_sampler_weights_is_never_above_their_cap(backend, cap, floor):
+    data = ragged_tokens(9, 1, 9, seed=2)
+    options = dict(sampler_correction="token_mask", sampler_cap=cap)
+    torch.testing.assert_close(run(data, backend, **options), run(data, backend, sampler_floor=floor, **options))
+
+
 def test_other_dtypes_and_strides(backend):
     data = ragged_tokens(9, 1, 9, seed=2)
     expected = run(data, backend)

@@ -31,6 +31,11 @@ def test_hand_computed_numbers():
         assert len(found) == 4
 
 
+def test_the_k3_estimate_of_one_token():
+    found = metrics_of((torch.tensor([-1.0]), torch.tensor([-3.0]), torch.ones(1)))
+    assert found["sampler_kl"] == pytest.approx(math.exp(2) - 1 - 2, rel=1e-6)
+
+
 def test_agreement_has_no_warning():
     logprobs = -torch.rand(1000, generator=torch.Generator().manual_seed(0))
     found = metrics_of((logprobs + 1e-6, logprobs, torch.ones(1000)))

@@ -1,6 +1,7 @@
 """The streaming scheduler: by hand on small schedules, the same rollouts in every mode, staleness, what is refused."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from tests.simulated_rollouts import (
 )
 from v05.kernels import shrinkage
 from v05.rollout.budget import Fixed, LookAhead
+from v05.rollout.engine import Rollout
 from v05.rollout.limits import MODES
 from v05.rollout.scheduler import Scheduler
 from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.step import Group, Step
 from v05.rollout.streaming import Request
 from v05.seeds import seed_of
 
@@ -100,6 +103,8 @@ def test_staleness_is_bounded_by_the_window() -> None:
             made.push({}, version + 1)
         assert worst <= window - 1
         assert (worst > 0) == (window > 1)
+    old = Rollout((), (0,) * 3, (-1.0,) * 3, "", True, versions=(3, 3, 5))
+    assert Step(0, [Group(0, "", 0.0, rollouts={0: old})]).staleness(7) == [4]  # of the oldest token
 
 
 def test_extra_rollouts_go_first() -> None:
@@ -119,6 +124,20 @@ def test_extra_rollouts_go_first() -> None:
     assert [engine.wait(LONG)[0].number for _ in range(3)] == [1, 3, 2]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_planned_is_asked_for_at_once_or_one_by_one(mode: str) -> None:
+    most = 0
+
+    class Watched(SimulatedEngine):
+        def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
+            nonlocal most
+            most = max(most, *Counter(request.prompt for request in requests if request.urgent).values(), 0)
+            super().submit(requests)
+
+    steps_of(scheduler(LookAhead(), limits(mode), Watched(8, success, short)), 2)
+    assert (most == 1) == (mode in ("barrier", "async"))
+
+
 def test_the_calibrated_rule_learns_from_finished_steps() -> None:
     rule = LookAhead(k_init=1, fusion="calibrated", cost=1 / 64)
     steps = steps_of(scheduler(rule, limits(prompts=40)), 3)
@@ -134,6 +153,9 @@ def test_the_calibrated_rule_learns_from_finished_steps() -> None:
         ({"prompts": 0}, "prompts is 0; allowed: 1 or more"),
         ({"window": 0}, "window is 0"),
         ({"rollouts": 0}, "rollouts is 0"),
+        ({"attempts": 0}, "attempts is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"poll": 0.0}, "poll is 0.0"),
         ({"temperature": 0.0}, "temperature is 0.0; allowed: above 0"),
     ],
 )

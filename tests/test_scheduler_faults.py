@@ -1,5 +1,7 @@
 """The streaming scheduler over engines that fail: nothing is lost or counted twice whatever happens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,12 +21,15 @@ from tests.simulated_rollouts import (
     success,
 )
 from v05.rollout.budget import LookAhead
+from v05.rollout.engine import Rollout
 from v05.rollout.limits import MODES
+from v05.rollout.requests import Requests
 from v05.rollout.scheduler import NoRollouts, Scheduler
 from v05.rollout.simulated import SimulatedEngine
+from v05.rollout.step import Group, Step
 from v05.rollout.streaming import EngineDied, Outcome
 
-FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "late": 0.05, "dies": 0.01}
+FAULTS = {"error": 0.1, "garbage": 0.1, "twice": 0.1, "stranger": 0.05, "silent": 0.05, "late": 0.05, "dies": 0.03}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -33,7 +38,7 @@ def test_faults_change_nothing_but_the_counts(fault: str, mode: str) -> None:
     clean = rewards_of(steps_of(scheduler(LookAhead(), limits(mode)), 6))
     engine = Faulty(SimulatedEngine(8, success, short), {fault: FAULTS[fault]}, seed=3)
     patience = 500 if fault in ("silent", "late") else LONG
-    made = scheduler(LookAhead(), limits(mode, attempts=50, restarts=50, seconds=patience), engine)  # type: ignore[arg-type]
+    made = scheduler(LookAhead(), limits(mode, attempts=50, restarts=1, seconds=patience), engine)  # type: ignore[arg-type]
     steps = steps_of(made, 6)
     check_whole(steps, 16)
     assert rewards_of(steps) == clean
@@ -46,7 +51,26 @@ def test_faults_change_nothing_but_the_counts(fault: str, mode: str) -> None:
     assert (resubmitted > 0) == (fault not in ("twice", "stranger"))
     assert not any(counts.values())
     if fault == "dies":
-        assert made.trouble.restarts == engine.deaths
+        assert made.trouble.restarts == engine.deaths > made.limits.restarts  # but never so often in a row
+    assert len(engine.taken_back) == made.trouble.timed_out
+
+
+def test_answers_to_another_prompt_than_the_group_s_first_are_asked_for_again() -> None:
+    class Odd(SimulatedEngine):
+        def wait(self, timeout: float) -> list[Outcome]:
+            return [replace(each, rollout=spoil(each)) if each.number == 2 else each for each in super().wait(timeout)]
+
+    def spoil(outcome: Outcome) -> Rollout:
+        assert outcome.rollout is not None
+        return replace(outcome.rollout, prompt_ids=(2,))
+
+    found = []
+    for kind in (SimulatedEngine, Odd):
+        made = scheduler(LookAhead(), limits(), kind(8, success, lambda draw: 1))
+        made.encode = None
+        found.append(rewards_of(steps_of(made, 2)))
+    assert found[0] == found[1]
+    assert made.trouble.garbage == 1
 
 
 def test_what_never_comes_is_given_up_and_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -58,16 +82,18 @@ def test_what_never_comes_is_given_up_and_named(caplog: pytest.LogCaptureFixture
             ]
 
         def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
-            failing.update(request.number for request in requests if request.prompt == "4")
+            failing.update({request.number: request.urgent for request in requests if request.prompt == "4"})
             super().submit(requests)
 
-    failing: set[int] = set()
-    made = scheduler(LookAhead(), limits(attempts=3, window=1), OneFails(8, success, short))
+    failing: dict[int, bool] = {}
+    made = scheduler(LookAhead(), limits(attempts=3, window=1, rollouts=26), OneFails(8, success, short))
     step = made.next_step()
     assert step is not None
     assert step.outcome.counts[4] == 0
     assert (step.outcome.counts[[0, 1, 2, 3, 5]] >= 4).all()
+    assert step.outcome.counts.sum() == 26  # others have what it leaves
     assert step.groups[4].given_up == 4
+    assert list(failing.values()) == [False] * 4 + [True] * 8
     assert step.lost == ["'4': too long"] * 4
     assert [record.getMessage() for record in caplog.records] == [
         f"rollout {place} of prompt '4' is given up: too long" for place in range(4)
@@ -95,6 +121,7 @@ def test_a_restarted_engine_gets_the_weights_again() -> None:
     with pytest.raises(EngineDied):
         made.next_step()
     assert engine.pushed == [7] * (1 + made.limits.restarts)
+    assert made.requests.stray(1) == "late"  # should the engine that died have answered after all
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,16 +183,33 @@ def test_a_batch_beside_the_requests_outlives_the_engine() -> None:
             return [[f"{prompt} {seed}"] * count for prompt, count in zip(prompts, counts, strict=True)]
 
     engine = Batches(SimulatedEngine(8, success, short), {})
-    made = scheduler(LookAhead(), limits(restarts=99), engine)  # type: ignore[arg-type]
+    made = scheduler(LookAhead(), limits(restarts=6), engine)  # type: ignore[arg-type]
     clean = steps_of(scheduler(LookAhead(), limits()), 3)
     first = steps_of(made, 1)
-    engine.faults = {"dies": 0.5}
+    engine.faults = {"dies": 0.3}
     asked = dict(seed=5, temperature=1.0, max_new_tokens=4)
-    for _ in range(8):
+    for _ in range(20):
         assert made.revived.generate(["a", "b"], [2, 1], **asked) == [["a 5", "a 5"], ["b 5"]]  # type: ignore[arg-type]
-    assert engine.deaths > 0
+    assert engine.deaths > made.limits.restarts  # but never so often in a row
     engine.faults = {}
     assert rewards_of(first + steps_of(made, 2)) == rewards_of(clean)
+
+
+def test_what_is_asked_for_and_what_answers_it() -> None:
+    book = Requests(limits(max_new_tokens=2, temperature=0.7), 0, lambda: 0.0)
+    request = book.new(Step(0, []), Group(0, "1", 0.0), 0, urgent=False)
+    assert (request.temperature, request.max_new_tokens) == (0.7, 2)
+    again = book.again(book.waiting[1])
+    assert again == replace(request, number=2, urgent=True)
+    assert book.waiting[book.renumbered(book.waiting[2]).number].attempt == book.waiting[2].attempt == 2
+    rounded = Rollout((1,), (0, 0), (-1.0, 5e-5), "1", True)
+    assert book.fault(book.waiting[2], rounded) == ""
+    for change, message in (
+        ({"text": None}, "its text is a NoneType"),
+        ({"logprobs": (-1.0, 2e-4)}, "above 0"),
+        ({"versions": (1,)}, "2 log-probs and 1 versions"),
+    ):
+        assert message in book.fault(book.waiting[2], replace(rounded, **change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reward", [float("nan"), 1.5, float("-inf")])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.simulated_rollouts import (
     Faulty,
@@ -68,15 +69,48 @@ class Slow(Signs):
         return False
 
 
-def test_a_stop_waits_for_what_is_being_judged() -> None:
+@pytest.mark.parametrize("when", [10, 2000])
+def test_a_stop_waits_for_what_is_being_judged(when: int) -> None:
     made, looks = scheduler(LookAhead(), limits()), iter(range(10**6))
     made.judge = Slow()
-    assert made.next_step(lambda: next(looks) >= 10) is None
+    assert made.next_step(lambda: next(looks) >= when) is None
     kept = sum(len(group.rewards) for step in made.steps for group in step.groups)
     assert kept == len(made.judge.asked) > 0  # type: ignore[attr-defined]
     again = scheduler(LookAhead(), limits())
     go_on(made, again)
-    check_whole(steps_of(again, 3), 16)
+    step = again.next_step(lambda: next(looks) >= 10**5)
+    assert step is not None
+    assert rewards_of([step]) == rewards_of(steps_of(scheduler(LookAhead(), limits()), 1))
+
+
+def test_a_judge_is_waited_for_when_nothing_else_is() -> None:
+    made, looks = scheduler(LookAhead(), limits()), iter(range(10**5))
+    made.judge = Slow()
+    step = made.next_step(lambda: next(looks) >= 10**5 - 1)
+    assert step is not None
+    assert rewards_of([step]) == rewards_of(steps_of(scheduler(LookAhead(), limits()), 1))
+
+
+def test_a_reward_is_taken_while_the_engine_is_silent() -> None:
+    """Prompt 1 is answered at 1 and judged at 1.01; prompt 0 takes until 50."""
+
+    class Later(Signs):
+        def ready(self, ticket: int) -> bool:
+            return engine.now > 1
+
+    class Watched(SimulatedEngine):
+        def submit(self, requests) -> None:  # type: ignore[no-untyped-def]
+            asked.extend((self.now, request.prompt) for request in requests)
+            super().submit(requests)
+
+    asked: list[tuple[float, str]] = []
+    lengths = iter([50] * 4 + [1] * 100)
+    engine = Watched(8, lambda prompt: 0.0, lambda draw: next(lengths))
+    made = scheduler(LookAhead(), limits("planned", prompts=2), engine)
+    made.source = lambda first, count: (["0", "1"], torch.tensor([-1.0, 0.9]))
+    made.judge = Later()
+    assert made.next_step() is not None
+    assert {prompt for time, prompt in asked if 1 < time < 2} == {"1"}
 
 
 def test_what_is_saved_as_json_does_not_grow_with_the_tokens() -> None:
@@ -92,10 +126,10 @@ def test_what_is_saved_as_json_does_not_grow_with_the_tokens() -> None:
 
 
 def test_a_stop_is_seen_while_the_engine_is_silent() -> None:
-    engine = Faulty(SimulatedEngine(8, success, short), {"silent": 1.0})
-    made = scheduler(LookAhead(), limits(poll=5.0), engine)  # type: ignore[arg-type]
-    made.next_step(lambda: engine.clock() > 20)
-    assert 20 < engine.clock() <= 25 + 40
+    engine = SimulatedEngine(8, success, lambda draw: 1000)
+    made = scheduler(LookAhead(), limits(poll=5.0, max_new_tokens=1000), engine)
+    assert made.next_step(lambda: engine.now > 20) is None
+    assert 20 < engine.now <= 25
 
 
 def test_the_counts_survive_a_stop() -> None:
@@ -106,5 +140,6 @@ def test_the_counts_survive_a_stop() -> None:
     go_on(made, again)
     assert again.trouble.counts() == made.trouble.counts()
     assert made.trouble.failed > 0
+    assert again.expected == made.expected != scheduler(LookAhead(), limits()).expected
     lost = [list(group.lost.items()) for step in made.steps for group in step.groups]
     assert [list(group.lost.items()) for step in again.steps for group in step.groups] == lost

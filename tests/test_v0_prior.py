@@ -26,13 +26,14 @@ def ones(count: int) -> torch.Tensor:
     return torch.ones(count, dtype=torch.int64)
 
 
-def test_a_context_is_stratified_and_newest_first() -> None:
-    context = PolicyContext((0.0, 1.0), size=20, window=10_000, memory=100)
-    means = torch.tensor([1.0] * 8 + [0.0] * 56)
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_a_context_is_stratified_and_newest_first(low: float) -> None:
+    context = PolicyContext((low, 1.0), size=20, window=10_000, memory=100)
+    means = torch.tensor([1.0] * 8 + [low] * 56)
     context.observe(EASY, means, ones(64))
     prompts, outcomes = context.draw()
     assert len(prompts) == 20
-    assert outcomes.sum() == 2  # 8 of 64 are solved, so 2.5 of 20: 2 or 3, and no fewer
+    assert (outcomes == 1).sum() == 2  # 8 of 64 are solved, so 2.5 of 20: 2 or 3, and no fewer
     assert [prompt for prompt, value in zip(prompts, outcomes, strict=True) if value == 1] == EASY[6:8]
     assert prompts[-1] == EASY[-1]
     assert prompts == sorted(prompts, key=EASY.index)
@@ -84,6 +85,19 @@ def test_past_and_trust_by_hand() -> None:
     assert prior.trust == pytest.approx(16 / (32 + 4 * 0.5**2))  # the evidence counts half
 
 
+def test_of_the_past_the_newest_is_remembered() -> None:
+    prior = WithPast(Middle((0.0, 1.0)), (0.0, 1.0), memory=2)
+    for prompt in "abac":
+        prior.observe([prompt], torch.tensor([1.0]), ones(1))
+    assert list(prior.met) == ["a", "c"]
+    before = prior.state_dict()
+    prior.observe(["a"], torch.tensor([torch.nan]), torch.tensor([0]))
+    assert all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
+    for product, trust in ((9.0, 1.0), (-9.0, 0.0)):
+        prior.evidence = torch.tensor([product, 1.0])
+        assert prior.trust == trust
+
+
 def test_a_past_that_says_nothing_is_not_trusted() -> None:
     generator = torch.Generator().manual_seed(0)
     prior = WithPast(RunningMean((0.0, 1.0)), (0.0, 1.0))
@@ -103,6 +117,18 @@ def test_v0_learns_what_the_policy_can_do() -> None:
         prior.observe(prompts, torch.tensor([0.9] * 16 + [0.1] * 16), 4 * ones(32))
     assert prior.predict(EASY[48:]).min() > 0.7
     assert prior.predict(HARD[48:]).max() < 0.3
+
+
+def test_v0_is_fitted_again_after_so_many_rollouts() -> None:
+    prior = V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0)), refresh=40)
+    prior.observe(EASY[:15], torch.ones(15), ones(15))
+    assert prior.conditioned is None
+    prior.observe(EASY[15:16], torch.zeros(1), ones(1))
+    assert prior.conditioned is not None
+    prior.observe(HARD[:5], torch.zeros(5), 4 * ones(5))
+    assert len(prior.used.prompts) == 16
+    prior.observe(HARD[5:10], torch.zeros(5), 4 * ones(5))
+    assert len(prior.used.prompts) == 26
 
 
 @pytest.mark.parametrize("reward_range", [(0.0, 0.1), (-0.1, 0.7), (100.0, 100.3)])
@@ -137,6 +163,17 @@ def test_state_is_all_there_is(kind: str, before: int) -> None:
         for prior in (whole, resumed):
             prior.observe(prompts, means, ones(25))
     assert torch.equal(whole.predict(EASY + HARD), resumed.predict(EASY + HARD))
+    left = resumed.state_dict()
+    assert all(torch.equal(value, left[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_resumed_fit_keeps_its_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v05.value.v0_prior.FIRST_STEPS", 1)  # so that a search from there would go on
+    first, resumed = (V0Prior(V0.embedded(embedder=LettersEmbedder()), PolicyContext((0.0, 1.0))) for _ in "ab")
+    first.observe(EASY[:20] + HARD[:20], torch.tensor([1.0, 0.5] * 10 + [0.0] * 20), ones(40))
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(resumed.parameters, first.parameters)
+    assert torch.equal(resumed.predict(EASY), first.predict(EASY))
 
 
 def test_a_context_that_shrinks_is_no_longer_what_it_was() -> None:

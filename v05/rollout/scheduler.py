@@ -48,7 +48,6 @@ class Scheduler:
             of a group agree on them.
         position: of the next prompt in the stream.
         next_number: of the next step.
-        version: of the weights that were pushed last.
         steps: in flight, the oldest first.
         trouble: what went wrong, counted.
     """
@@ -63,7 +62,6 @@ class Scheduler:
     encode: Callable[[str], Sequence[int]] | None = None
     position: int = 0
     next_number: int = 0
-    version: int = 0
     steps: list[Step] = field(default_factory=list)
     trouble: Trouble = field(default_factory=Trouble)
 
@@ -78,7 +76,6 @@ class Scheduler:
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Give the engine the policy's weights; what is being answered goes on with them."""
-        self.version = version
         self.revived.push(weights, version)
 
     def next_step(self, stopped: Callable[[], bool] = lambda: False, left: int | None = None) -> Step | None:
@@ -123,7 +120,7 @@ class Scheduler:
             groups = groups[: len(first)]
             for group, count in zip(groups, first, strict=True):
                 group.tested = group.done = count == 0
-            step = Step(self.next_number, groups, self.version, budget)
+            step = Step(self.next_number, groups, budget)
             self.position += len(groups)
             self.next_number += 1
             self.steps.append(step)
@@ -265,7 +262,7 @@ class Scheduler:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return everything that has finished and is not learnt from yet: as JSON can hold it, but for the tokens."""
         steps = [step.state() for step in self.steps]
-        counts = {"position": self.position, "next_number": self.next_number, "version": self.version}
+        counts = {"position": self.position, "next_number": self.next_number}
         wishes = [[step, wish.group.position, *wish[1:]] for step, rows in self.wishes.items() for wish in rows]
         changed = [[step, group.position] for step, groups in self.changed.items() for group in groups]
         open_ends = {"expected": self.expected, "wishes": wishes, "changed": changed}
@@ -273,7 +270,7 @@ class Scheduler:
 
     def load_state(self, state: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
         """Go on from a state; rollouts that had not finished are asked for again, with the same seeds."""
-        self.position, self.next_number, self.version = state["position"], state["next_number"], state["version"]
+        self.position, self.next_number = state["position"], state["next_number"]
         self.expected = state["expected"]
         for name, count in state["trouble"].items():
             setattr(self.trouble, name, count)

@@ -83,14 +83,12 @@ class Step:
     Attributes:
         number: of the step, from 0.
         groups: in the order of the stream.
-        version: of the policy's weights when the step was started.
         budget: rollouts that it may have, first ones included; None for no cap.
         extra: rollouts given beyond the first ones.
     """
 
     number: int
     groups: list[Group]
-    version: int
     budget: int | None = None
     extra: int = 0
 

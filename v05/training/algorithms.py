@@ -92,7 +92,6 @@ class Algorithm:
             groups.offsets,
             estimator=self.estimator,
             prior=prior if ESTIMATORS[self.estimator].needs_prior else None,
-            scale="group" if self.estimator == "grpo" else "none",
             reward_range=reward_range,
             state=mixture,
             lengths=lengths,

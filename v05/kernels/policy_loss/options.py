@@ -233,8 +233,8 @@ def check_selected(selected: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"{given}; allowed: {like.device}, where the other inputs are")
 
 
-def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **per_token: Tensor | None) -> bool:
-    """Raises where the tensors do not fit together, without reading values; says whether advantages are per token."""
+def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **per_token: Tensor | None) -> None:
+    """Raises where the tensors do not fit together, without reading values."""
     segments.check_vector("logprobs", logprobs)
     segments.check_offsets("sequence_offsets", offsets, logprobs)
     for name, values in per_token.items():
@@ -247,7 +247,6 @@ def check_token_shapes(logprobs: Tensor, advantages: Tensor, offsets: Tensor, **
             f"advantages has {advantages.numel()} elements; "
             f"allowed: {sequences}, one per sequence, or {tokens}, one per token"
         )
-    return advantages.numel() != sequences
 
 
 def _check_kept(name: str, values: Tensor, bad: Tensor, offsets: Tensor, allowed: str) -> None:
