@@ -164,7 +164,7 @@ def test_a_run_is_removed_and_nothing_else(whole: Path, tmp_path: Path) -> None:
 
 def test_a_folder_has_a_run_once_all_its_settings_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr("v05.training.run_folder.write_text", lambda file, text: names.append(file.name))
+    monkeypatch.setattr("v05.training.run_folder.write_json", lambda file, value: names.append(file.name))
     prepare_folder(Settings(TINY, None, StreamConfig("stream"), PLAIN), tmp_path, resume=False)
     assert sorted(names) == ["config.json", "sampling.json"]
     assert names[-1] == "config.json"
