@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import plots
@@ -115,9 +116,9 @@ def overview(rows: list[Line]) -> str:
     return "\n".join(lines)
 
 
-def of_device(device: str, rows: list[Line], folder: Path) -> list[str]:
-    """What was measured on one device: roofline, overview, then each op's plot and tables; writes the plots."""
-    kind = "cpu" if "(" in device else "gpu"
+def of_device(device: str, kind: str, rows: list[Line], folder: Path) -> list[str]:
+    """What was measured on one device: roofline, overview, then each op's plot and tables; writes the plots, whose
+    names end in the kind."""
     parts = [f"## {device}\n"]
     if plots.roofline(rows, folder / "plots" / f"roofline_{kind}.png"):
         parts.append(f"![roofline](plots/roofline_{kind}.png)\n")
@@ -138,8 +139,11 @@ def write(path: Path, folder: Path) -> None:
     rows = latest(path)
     lost = losses(rows)
     parts = [INTRODUCTION, "## Where a rival wins\n\n" + ("\n".join(lost) or "Nowhere in these measurements.") + "\n"]
+    seen = Counter[str]()
     for (device,), measured in grouped(rows, "device").items():
-        parts += of_device(device, measured, folder)
+        kind = "cpu" if "(" in device else "gpu"
+        seen[kind] += 1
+        parts += of_device(device, kind + (f"_{seen[kind]}" if seen[kind] > 1 else ""), measured, folder)
     studies = [StudyTable.read(file) for file in sorted((folder / "studies").glob("*.json"))]
     parts += ["## Studies\n\n" + "\n".join(f"### {study.markdown()}" for study in studies)] if studies else []
     (folder / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")

@@ -96,6 +96,16 @@ def test_each_device_has_its_own_part_and_plots(report, tmp_path):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
 
 
+def test_a_second_processor_has_plots_of_its_own_and_a_whole_step_is_on_no_roofline(report, tmp_path):
+    other = dict(device="another CPU (AVX2)", op="trl_step")
+    text = report(
+        row("v05", "1", "1"), row("verl", "4", "4"), row("v05", "2", "1", **other), row("TRL", "9", "4", **other)
+    )
+    assert "![trl_step](plots/trl_step_cpu_2.png)" in text
+    names = {file.name for file in (tmp_path / "plots").iterdir()}
+    assert names == {"policy_loss_cpu.png", "roofline_cpu.png", "trl_step_cpu_2.png"}
+
+
 def test_times_by_unlike_clocks_are_compared_as_called(report):
     """A graph's time has no host in it: 0.1 ms of GPU, for which a host takes 0.5, beside 2 ms by events."""
     gpu = dict(device="a GPU", architecture="sm_90", threads="")
