@@ -48,11 +48,11 @@ class Precision(NamedTuple):
 
 
 SMALL = [Size(4, 32, 128, 128, 2), Size(8, 32, 128, 256, 2)]
-LARGE = [Size(8, 128, 1024, 1024, 4), Size(8, 128, 1024, 2048, 4)]
+LARGE = [Size(8, 128, 2048, 1024, 4), Size(8, 128, 2048, 2048, 4)]
 QUICK = [Size(3, 4, 12, 32, 1, 4096)]
 SINGLE = Precision("float32", torch.float32, False, 1e-4)
-MIXED = Precision("bfloat16, weights float32", torch.float32, True, 5e-2)
-HALF = Precision("bfloat16", torch.bfloat16, True, 5e-2)
+MIXED = Precision("bfloat16, weights float32", torch.float32, True, 1e-1)
+HALF = Precision("bfloat16", torch.bfloat16, True, 1e-1)
 
 
 def tokenizer() -> Any:

@@ -31,7 +31,7 @@ def test_a_source_compiles_without_a_warning_or_a_spill(source, tmp_path):
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     assert len(spills) == len(registers) == len(kernels)
     assert set(spills) == {("0", "0")}
-    assert max(registers) <= 128
+    assert max(registers) <= 200  # two blocks of 128 threads on a multiprocessor
 
 
 @needs_nvcc

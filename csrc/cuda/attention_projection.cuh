@@ -10,26 +10,30 @@
 
 namespace v05::cuda {
 
-constexpr int kProjectors = 128, kProjectorBlocks = 4;  // threads of a block; blocks at a time on a multiprocessor
-constexpr int kLine = 128;                              // bytes that a prefetch brings
+constexpr int kProjectors = 128;  // threads of a block
+constexpr int kLine = 128;        // bytes that a prefetch brings
+constexpr int kFar = 4;           // lines of a state that are brought ahead of those read
 
-// A tile of columns and its weights in shared memory, each lane's own where it reads without a conflict.
+// A tile of columns and its weights in shared memory, in the order in which lanes read them.
 template <int kHeads, class T, class Wide>
 struct WeightTile {
   static constexpr int kWidth = kHeads * kHead, kColumns = 4096 / sizeof(Wide);
   static constexpr int kSize = Vector<T>::kSize, kPart = Vector<Wide>::kSize, kParts = kSize / kPart;
-  static constexpr int kStep = kWarp * kSize;              // columns that a warp reads at a time
-  static constexpr int kRows = sizeof(Wide) == 8 ? 2 : 4;  // states that a warp projects together
+  static constexpr int kLanes = kLine / sizeof(Vector<T>);  // that have the same states, a line of each at a time
+  static constexpr int kStep = kLanes * kSize;              // columns of a line
+  static constexpr int kRows = 4, kTogether = kRows * kWarp / kLanes;  // states of a lane; of a warp
+  // Of a multiprocessor, such that no register spills.
+  static constexpr int kBlocks = kHeads == 1 ? 4 : kHeads == 4 && sizeof(Wide) == 8 ? 2 : 3;
 
-  Vector<Wide> at[kWidth][kColumns / kStep][kParts][kWarp];
+  Vector<Wide> at[kWidth][kColumns / kStep][kParts][kLanes];
 
   // Columns from start on; zeros past the last.
   __device__ __forceinline__ void fill(const Wide* projection, int64_t start, int64_t size) {
     constexpr int kVectors = kColumns / kPart;
     const bool whole = in_vectors(projection, size);
-    const int lane = threadIdx.x % kWarp;
     for (unsigned i = threadIdx.x; i < kWidth * kVectors; i += kProjectors) {
-      const unsigned e = i / kVectors, part = i / kWarp % kParts, step = i % kVectors / kWarp / kParts;
+      const unsigned e = i / kVectors, lane = i % kLanes, part = i / kLanes % kParts,
+                     step = i % kVectors / kLanes / kParts;
       const int64_t column = start + step * kStep + lane * kSize + part * kPart;
       Vector<Wide>& to = at[e][step][part][lane];
       const Wide* from = projection + e * size + column;
@@ -42,27 +46,63 @@ struct WeightTile {
     wait_for_copies<0>();
   }
 
-  // Adds this lane's share of the products with some rows.
-  template <bool kWhole, int kPadded>
-  __device__ __forceinline__ void add(const T* const (&rows)[kRows], int64_t start, int64_t size,
-                                      Wide (&sum)[kRows * kPadded]) const {
-    const int lane = threadIdx.x % kWarp, live = int(smaller<int64_t>(kColumns, size - start));
+  // Adds this lane's share of the products with its states: the next ones are read meanwhile, and lines that come later
+  // are brought closer.
+  __device__ __forceinline__ void add(const T* const (&rows)[kRows], int live, Wide (&sum)[kRows * kWidth]) const {
+    const int column = threadIdx.x % kLanes * kSize;
+    const T* from[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) from[row] = rows[row] + column;
+    Vector<T> held[2][kRows];
+    const auto load = [&](Vector<T>(&to)[kRows], int on, int left) {
+      if (left <= 0) return;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) to[row] = *reinterpret_cast<const Vector<T>*>(from[row] + on * kStep);
+      if (column > 0 || left <= kFar * kStep) return;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) prefetch(from[row] + (on + kFar) * kStep);
+    };
+    load(held[0], 0, live - column);
 #pragma unroll 1
-    for (int column = lane * kSize, step = 0; column < live; column += kStep, ++step) {
+    for (int step = 0, left = live - column; step * kStep < live; step += 2, left -= 2 * kStep) {
+      load(held[1], 1, left - kStep);
+      if (left > 0) add_line(held[0], step, sum);
+      load(held[0], 2, left - 2 * kStep);
+      if (left > kStep) add_line(held[1], step + 1, sum);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) from[row] += 2 * kStep;
+    }
+  }
+
+  // The same where states are not in vectors.
+  __device__ __forceinline__ void add_parts(const T* const (&rows)[kRows], int live,
+                                            Wide (&sum)[kRows * kWidth]) const {
+#pragma unroll 1
+    for (int step = 0, column = threadIdx.x % kLanes * kSize; column < live; ++step, column += kStep) {
       Vector<T> given[kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) given[row] = load_vector<kWhole>(rows[row], start + column, size, T());
+      for (int row = 0; row < kRows; ++row) given[row] = load_vector<false>(rows[row], column, live, T());
+      add_line(given, step, sum);
+    }
+  }
+
+  __device__ __forceinline__ void add_line(const Vector<T> (&given)[kRows], int step,
+                                           Wide (&sum)[kRows * kWidth]) const {
+    const int lane = threadIdx.x % kLanes;
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const Widened<Wide, T> x(given[row]);
+    for (int part = 0; part < kParts; ++part) {
+      Wide x[kRows][kPart];
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
+      for (int row = 0; row < kRows; ++row)
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
-            const Vector<Wide> weight = at[e][step][part][lane];
+        for (int j = 0; j < kPart; ++j) x[row][j] = Widened<Wide, T>(given[row]).at[part * kPart + j];
 #pragma unroll
-            for (int j = 0; j < kPart; ++j) sum[row * kPadded + e] += x.at[part * kPart + j] * weight.at[j];
-          }
+      for (int e = 0; e < kWidth; ++e) {
+        const Vector<Wide> weight = at[e][step][part][lane];
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+#pragma unroll
+          for (int j = 0; j < kPart; ++j) sum[row * kWidth + e] += x[row][j] * weight.at[j];
       }
     }
   }
@@ -82,46 +122,40 @@ __device__ __forceinline__ void project_queries(const AttentionInputs<T, Wide>& 
   }
 }
 
-// kv: a warp has some rows at a time, and brings its next ones closer meanwhile. `whole`: all rows are in vectors.
+// kv: a warp has some states at a time, each of which some of its lanes share. `whole`: all are in vectors.
 template <int kHeads, class T, class Wide>
-__global__ void __launch_bounds__(kProjectors, kProjectorBlocks)
+__global__ void __launch_bounds__(kProjectors, WeightTile<kHeads, T, Wide>::kBlocks)
     project_kernel(AttentionInputs<T, Wide> in, bool whole, Wide* kv, Asked<Wide>* asked) {
   using Tile = WeightTile<kHeads, T, Wide>;
-  constexpr int kRows = Tile::kRows, kWidth = Tile::kWidth, kPadded = kHeads == 3 ? 8 : kWidth,
-                kLanes = kWarp / (kRows * kPadded);
+  constexpr int kRows = Tile::kRows, kWidth = Tile::kWidth, kLanes = Tile::kLanes;
+  constexpr int kOwn = kRows * kWidth / kLanes;  // outputs that a lane stores
+  static_assert(kWidth % kOwn == 0);
   __shared__ Tile tile;
   allow_next_launch();
-  const int lane = threadIdx.x % kWarp, e = lane / kLanes % kPadded, own = lane / kLanes / kPadded;
-  const bool answers = lane % kLanes == 0 && e < kWidth;
-  const Wide bias = answers ? in.weights.projection_bias[e] : Wide(0);
+  const int lane = threadIdx.x % kWarp, own = lane % kLanes * kOwn, e = own % kWidth;
   const int64_t warp = (int64_t(blockIdx.x) * kProjectors + threadIdx.x) / kWarp;
-  const int64_t stride = int64_t(gridDim.x) * (kProjectors / kWarp) * kRows;
+  const int64_t stride = int64_t(gridDim.x) * (kProjectors / kWarp) * Tile::kTogether;
+  const auto state = [&](int64_t row) { return in.states + smaller(row, in.tokens - 1) * in.stride; };
   for (int64_t start = 0; start < in.size; start += Tile::kColumns) {
-    const int64_t near = start + lane * int(kLine / sizeof(T));
-    const bool brings = near < smaller(start + Tile::kColumns, in.size);
-    const auto bring = [&](int64_t first) {
-      if (brings && first + kRows <= in.tokens)
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) prefetch(in.states + (first + row) * in.stride + near);
-    };
-    bring(warp * kRows);
+    const int live = int(smaller<int64_t>(Tile::kColumns, in.size - start));
     __syncthreads();
     tile.fill(in.weights.projection, start, in.size);
     __syncthreads();
-    for (int64_t first = warp * kRows; first < in.tokens; first += stride) {
-      bring(first + stride);
-      const T* rows[kRows] = {in.states + first * in.stride};
+    for (int64_t first = warp * Tile::kTogether; first < in.tokens; first += stride) {
+      const int64_t mine = first + lane / kLanes * kRows;
+      const T* rows[kRows];
 #pragma unroll
-      for (int row = 1; row < kRows; ++row) rows[row] = rows[row - 1] + (first + row < in.tokens ? in.stride : 0);
-      Wide sum[kRows * kPadded] = {};
+      for (int row = 0; row < kRows; ++row) rows[row] = state(mine + row) + start;
+      Wide sum[kRows * kWidth] = {};
       if (whole)
-        tile.template add<true, kPadded>(rows, start, in.size, sum);
+        tile.add(rows, live, sum);
       else
-        tile.template add<false, kPadded>(rows, start, in.size, sum);
-      const Wide total = warp_sums(sum);
-      if (!answers || first + own >= in.tokens) continue;
-      Wide& out = kv[(first + own) * kWidth + e];
-      out = total + (start == 0 ? bias : out);
+        tile.add_parts(rows, live, sum);
+      lane_sums<kLanes>(sum);
+      if (mine + own / kWidth >= in.tokens) continue;
+      Wide* out = kv + mine * kWidth + own;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) out[i] = sum[i] + (start == 0 ? in.weights.projection_bias[e + i] : out[i]);
     }
   }
   project_queries(in, asked);
@@ -129,10 +163,11 @@ __global__ void __launch_bounds__(kProjectors, kProjectorBlocks)
 
 template <int kHeads, class T, class Wide>
 void project_heads(const AttentionInputs<T, Wide>& in, Wide* kv, Asked<Wide>* asked, cudaStream_t stream) {
-  const unsigned blocks = larger(blocks_of(in.tokens, WeightTile<kHeads, T, Wide>::kRows * kProjectors / kWarp),
+  using Tile = WeightTile<kHeads, T, Wide>;
+  const unsigned blocks = larger(blocks_of(in.tokens, Tile::kTogether * kProjectors / kWarp),
                                  blocks_of(in.prompts * in.count, kProjectors));
   const bool whole = aligned(in.states) && in.stride % Vector<T>::kSize == 0 && in.size % Vector<T>::kSize == 0;
-  launch(project_kernel<kHeads, T, Wide>, smaller<unsigned>(blocks, kProjectorBlocks * multiprocessors()), kProjectors,
+  launch(project_kernel<kHeads, T, Wide>, smaller<unsigned>(blocks, Tile::kBlocks * multiprocessors()), kProjectors,
          stream, in, whole, kv, asked);
 }
 

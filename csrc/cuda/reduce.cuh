@@ -26,28 +26,35 @@ __device__ __forceinline__ T warp_sum(T value) {
 }
 
 // Every lane hands the values of one half of the fields to its partner and adds the partner's of the other half; then
-// the same with half as many.
-template <int kHalf, int kFields, class T>
+// the same with half as many, as long as they come out even.
+template <int kBit, int kHalf, int kFields, class T>
 __device__ __forceinline__ void add_halves(T (&part)[kFields]) {
-  constexpr int kBit = kWarp / kFields * kHalf;
   const bool upper = threadIdx.x & kBit;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const T given = upper ? part[i] : part[i + kHalf];
     part[i] = (upper ? part[i + kHalf] : part[i]) + __shfl_xor_sync(kEveryLane, given, kBit);
   }
-  if constexpr (kHalf > 1) add_halves<kHalf / 2>(part);
+  if constexpr (kBit > 1 && kHalf % 2 == 0) add_halves<kBit / 2, kHalf / 2>(part);
 }
 
 // Adds up each of 2, 4, 8, 16 or 32 values over a warp and spoils them; of kFields sums, as many equal parts of the
 // lanes get one each.
 template <class T, int kFields>
 __device__ __forceinline__ T warp_sums(T (&part)[kFields]) {
-  add_halves<kFields / 2>(part);
+  add_halves<kWarp / 2, kFields / 2>(part);
   T sum = part[0];
 #pragma unroll
   for (int bit = kWarp / kFields / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(kEveryLane, sum, bit);
   return sum;
+}
+
+// Adds up each of kFields values, a multiple of kLanes, over as many neighbouring lanes: each has the next of the sums,
+// kFields / kLanes of them, in front.
+template <int kLanes, class T, int kFields>
+__device__ __forceinline__ void lane_sums(T (&part)[kFields]) {
+  static_assert(kFields % kLanes == 0);
+  add_halves<kLanes / 2, kFields / 2>(part);
 }
 
 // Adds up each of kCount values over a block; sum i is returned to thread i, the others get nothing of use.
