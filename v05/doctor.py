@@ -55,7 +55,7 @@ def backends() -> list[BackendReport]:
             op,
             kind,
             dispatch.choose(op, kind),
-            {name: dispatch.why_passed(op, name, kind) for name in dispatch.BACKENDS},
+            {name: dispatch.why_not(op, name, kind) for name in dispatch.BACKENDS},
         )
         for kind in types
         for op in dispatch.OPS

@@ -25,8 +25,6 @@ OPS = (
     "query_attention",
 )
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# What no GPU has run since it was rewritten is asked for by name only, whatever was measured before.
-UNPROVEN = frozenset({("query_attention", "cuda")})
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 
@@ -52,14 +50,6 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         except ImportError as error:
             return f"{needed} cannot be imported: {error}"
     return None
-
-
-def why_passed(op: str, backend: str, device_type: str) -> str | None:
-    """Says why a backend is never chosen unless it is asked for: as `why_not`, or that it is unproven; else None."""
-    reason = why_not(op, backend, device_type)
-    if reason is None and (op, backend) in UNPROVEN:
-        return f"no GPU has run it since it was rewritten; backend={backend!r} does"
-    return reason
 
 
 def constant_for_compile(function: Callable[..., str]) -> Callable[..., str]:
@@ -117,7 +107,7 @@ def _fastest(op: str, device: int, dtype: torch.dtype, bits: int) -> str:
 
 
 def _first(op: str, device_type: str, order: Iterable[str]) -> str:
-    return next(name for name in order if why_passed(op, name, device_type) is None)
+    return next(name for name in order if why_not(op, name, device_type) is None)
 
 
 @cache
