@@ -1,4 +1,4 @@
-"""A language model whose forward can end in a loss of its last hidden states, inside of whatever wraps the model."""
+"""A language model whose forward can end at its last hidden states, inside of whatever wraps the model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import types
 from typing import Any
 
 
-def add_states_loss(model: Any) -> None:
-    """Let `model(..., states_loss=f, tokens=given)` return `f(hidden, head, given)`; no other call changes.
+def end_at_states(model: Any) -> None:
+    """Let `model(..., at_states=f, given=x)` return `f(hidden, head, x)`; no other call changes.
 
-    `hidden` `[B, S, H]` are the last hidden states, `head` the output layer, which is not called. As the loss is made
+    `hidden` `[B, S, H]` are the last hidden states, `head` the output layer, which is not called. As `f` is called
     inside of the forward, autocast holds for it, and no state is returned that a wrapper would convert.
 
     Args:
@@ -21,11 +21,11 @@ def add_states_loss(model: Any) -> None:
 
     @functools.wraps(type(causal).forward)
     def forward(
-        self: Any, *args: Any, states_loss: Any = None, tokens: Any = None, labels: Any = None, **options: Any
+        self: Any, *args: Any, at_states: Any = None, given: Any = None, labels: Any = None, **options: Any
     ) -> Any:
-        if states_loss is None:
+        if at_states is None:
             return original(*args, **options, **({} if labels is None else {"labels": labels}))
         hidden = self.base_model(*args, **(options | {"use_cache": False})).last_hidden_state
-        return states_loss(hidden, self.get_output_embeddings(), tokens)
+        return at_states(hidden, self.get_output_embeddings(), given)
 
     causal.forward = types.MethodType(forward, causal)
