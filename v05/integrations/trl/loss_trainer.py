@@ -150,13 +150,14 @@ class KernelLossTrainer(KernelLogprobTrainer):
 
     def _scored(self, model: Any, inputs: dict[str, Any]) -> tuple[Scored, Tensor, Tensor | None]:
         """Return the rows under the policy, their entropies [B, L], and the auxiliary loss of a mixture of experts."""
+        others: dict[str, Any] = {name: inputs.get(name) for name in IMAGES}
         logprobs, entropies, auxiliary = self._get_per_token_logps_and_entropies(
             model,
             *self._rows(inputs),
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in IMAGES},
+            **others,
         )
         mask = learnt_from(inputs).bool()
         old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
