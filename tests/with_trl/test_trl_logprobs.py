@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from v05.integrations.trl.head import why_not_head
+from v05.integrations.trl.logprobs import why_no_kernel
 
 pytestmark = pytest.mark.trl
 ROWS, PROMPT = 8, 5
@@ -234,6 +235,8 @@ def test_reasons_that_take_other_machines(folder, tmp_path):
     assert why_not_head(config, False, sharded=False, images=False) is None
     assert why_not_head(config, False, sharded=True, images=False) == "parameters may be sharded or on several devices"
     assert why_not_head(config, False, sharded=False, images=True) == "the model takes images"
+    assert why_no_kernel("cpu") is None
+    assert why_no_kernel("mps") == "it has no kernel for mps here, and its reference keeps all logits"
 
 
 def test_what_is_given_beside_tokens_is_for_trl_s_code(folder, tmp_path):

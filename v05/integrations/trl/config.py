@@ -38,7 +38,8 @@ class V05Config(GRPOConfig):
         loss_backend: `policy_loss` (v05's kernel on log-probs), `linear_policy_loss` (v05's loss straight from hidden
             states: a product with the output layer less than with log-probs), or `trl` (TRL's own loss).
         logprob_backend: where log-probs and entropies come from, the old policy's and the reference's too:
-            `linear_logprob` (v05's fused output layer, of completion tokens alone) or `trl` (TRL's own code).
+            `linear_logprob` (v05's fused output layer, of completion tokens alone) or `trl` (TRL's own code). Where
+            v05's cannot, TRL's runs, and a warning says why; so it is with `loss_backend`.
     """
 
     estimator: str = field(default="v05", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})

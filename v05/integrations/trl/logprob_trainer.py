@@ -13,7 +13,7 @@ from trl.extras.profiling import profiling_context
 
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.head import Places, why_not_head
-from v05.integrations.trl.logprobs import completion_tokens, logprobs_of
+from v05.integrations.trl.logprobs import completion_tokens, logprobs_of, why_no_kernel
 from v05.integrations.trl.states import end_at_states
 from v05.kernels.token_logprob.op import TokenLogprob
 
@@ -36,7 +36,8 @@ class KernelLogprobTrainer(GRPOTrainer):
         self._why_not_head = why_not_head(policy.config.get_text_config(), self.aux_loss_enabled, sharded, self._is_vlm)
         self._logprob_code = self.args.logprob_backend
         if self._logprob_code == "linear_logprob":
-            self._logprob_code = self._instead("logprob_backend", "linear_logprob", "trl", self._why_not_head)
+            reason = self._why_not_head or why_no_kernel(self.accelerator.device.type)
+            self._logprob_code = self._instead("logprob_backend", self._logprob_code, "trl", reason)
         needed = self._logprob_code == "linear_logprob" or self.args.loss_backend == "linear_policy_loss"
         if needed and self._why_not_head is None:
             for model in (policy, self.ref_model):
@@ -66,8 +67,8 @@ class KernelLogprobTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Any, Any]:
         """Return log-probs and entropies of completions, `[B, logits_to_keep]`, and an auxiliary loss, as TRL does.
 
-        Masked tokens have 0, as TRL's have. Entropies are None without `compute_entropy`, the auxiliary loss is where
-        there is none.
+        Masked tokens have 0, as TRL's have. Entropies are None without `compute_entropy`, the auxiliary loss where it is
+        not asked for.
         """
         only_theirs = any(value is not None and value is not False for value in others.values())
         if self._logprob_code == "trl" or only_theirs:

@@ -8,8 +8,15 @@ from torch import Tensor
 
 from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.head import Places, packed, places_of, through_head
-from v05.kernels import linear_logprob
+from v05.kernels import dispatch, linear_logprob
 from v05.kernels.token_logprob.op import TokenLogprob
+
+
+def why_no_kernel(device_type: str) -> str | None:
+    """Return why TRL's own log-probs take less memory on a device than `linear_logprob`, or None where they do not."""
+    if dispatch.choose("linear_logprob", device_type) != "reference":
+        return None
+    return f"it has no kernel for {device_type} here, and its reference keeps all logits"
 
 
 def completion_tokens(ids: Tensor, mask: Tensor, length: int) -> Places:

@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` with the loss of v05's kernels, and nothing else changed."""
+"""TRL's `GRPOTrainer` with log-probs and loss of v05's kernels, and nothing else changed."""
 
 from __future__ import annotations
 
