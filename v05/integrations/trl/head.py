@@ -34,18 +34,18 @@ def packed(values: Tensor, places: Tensor) -> Tensor:
     return values.reshape(-1).index_select(0, places)
 
 
-def why_not_head(model_config: Any, mixture_of_experts: bool, sharded: bool, images: bool) -> str | None:
+def why_not_head(model_config: Any, mixture_of_experts: bool, split: bool, images: bool) -> str | None:
     """Return why no op can take the place of a model's output layer, or None where one can.
 
     Args:
         model_config: of the language model.
         mixture_of_experts: whether an auxiliary loss belongs to the model.
-        sharded: whether a process may hold only a part of the parameters, or hold them on several devices.
+        split: whether DeepSpeed or several devices may hold the parameters, in another way than FSDP's.
         images: whether the model takes them.
     """
     reasons = {
         "the model has an auxiliary loss": mixture_of_experts,
-        "parameters may be sharded or on several devices": sharded,
+        "DeepSpeed or several devices may hold the parameters": split,
         "the model takes images": images,
     }
     scaled = [name for name in SCALES if getattr(model_config, name, None) not in (None, 1.0)]
