@@ -66,8 +66,7 @@ class KernelLogprobTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Any, Any]:
         """Return log-probs and entropies of completions, `[B, logits_to_keep]`, and an auxiliary loss, as TRL does.
 
-        Masked tokens have 0, as TRL's have. Entropies are None without `compute_entropy`, the auxiliary loss where it is
-        not asked for.
+        Masked tokens have 0, as TRL's have. Entropies and auxiliary loss are None where they are not asked for.
         """
         only_theirs = any(value is not None and value is not False for value in others.values())
         if self._logprob_code == "trl" or only_theirs:
