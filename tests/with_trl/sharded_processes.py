@@ -1,12 +1,14 @@
-"""Losses and gradients of a policy sharded by FSDP, in each of its ways, against those of the whole. For `torchrun`."""
+"""Gradients of a policy sharded by FSDP or DeepSpeed against those of the whole policy. For `torchrun`."""
 
 import os
 import sys
 from functools import partial
 from itertools import product
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -29,27 +31,56 @@ def policy(folder, tied):
     return model
 
 
-def second_kind(model, head_apart):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in [*model.model.layers, *([model.lm_head] if head_apart else [])]:
-        fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+class Fsdp:
+    """FSDP of the first kind."""
+
+    def __init__(self, model, layer):
+        kinds = {type(model.model.layers[0])} | ({torch.nn.Linear} if layer == "wrapped apart" else set())
+        wrap = ModuleWrapPolicy(kinds)
+        self.model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, use_orig_params=True, device_id=CPU)
+
+    def backward(self, loss):
+        (loss * dist.get_world_size()).backward()  # it takes means
+
+    def gradients(self):
+        """Every parameter's, by its name in the model that is not sharded."""
+        with FullyShardedDataParallel.summon_full_params(self.model, with_grads=True):
+            named = [
+                (name.replace("_fsdp_wrapped_module.", ""), value) for name, value in self.model.named_parameters()
+            ]
+            return {name: value.grad.clone() for name, value in named}
 
 
-def first_kind(model, head_apart):
-    kinds = {type(model.model.layers[0])} | ({torch.nn.Linear} if head_apart else set())
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=ModuleWrapPolicy(kinds), use_orig_params=True, device_id=CPU
-    )
+class Fsdp2(Fsdp):
+    """FSDP of the second kind, which leaves a model what it is."""
+
+    def __init__(self, model, layer):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in [*model.model.layers, *([model.lm_head] if layer == "wrapped apart" else [])]:
+            fully_shard(part, mesh=mesh)
+        self.model = fully_shard(model, mesh=mesh)
+
+    def gradients(self):
+        return {name: value.grad.full_tensor() for name, value in self.model.named_parameters()}
 
 
-def whole_gradients(model):
-    """Every parameter's gradient, by its name in the model that is not sharded."""
-    if not isinstance(model, FullyShardedDataParallel):
-        return {name: value.grad.full_tensor() for name, value in model.named_parameters()}
-    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-        plain = [(name.replace("_fsdp_wrapped_module.", ""), value) for name, value in model.named_parameters()]
-        return {name: value.grad.clone() for name, value in plain}
+class Zero:
+    """DeepSpeed, whose third stage shards parameters, the second gradients and the first neither."""
+
+    def __init__(self, model, layer, stage):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": zero}
+        optimizer, self.plain = torch.optim.AdamW(model.parameters()), model
+        self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def backward(self, loss):
+        self.model.backward(loss * dist.get_world_size())
+
+    def gradients(self):
+        return {name: safe_get_full_grad(value) for name, value in self.plain.named_parameters()}
+
+
+KINDS = {"FSDP": Fsdp, "FSDP2": Fsdp2} | {f"ZeRO-{stage}": partial(Zero, stage=stage) for stage in (1, 2, 3)}
 
 
 def rows_of(first, last):
@@ -65,35 +96,35 @@ def rows_of(first, last):
 
 
 def losses(args, model, rows, share):
-    """By op, a loss of which a process has a `share`."""
+    """By op, the sum of a loss over rows that have a `share` of all tokens."""
     by = Divisors(len(rows["ids"]), rows["completion_mask"].sum() / share, 1.0)
     batch = dict(input_ids=rows["ids"], attention_mask=rows["mask"])
     tokens = packed_tokens(args, rows, None, by)
     yield "linear_policy_loss", model(**batch, at_states=partial(linear_loss_of, args), given=tokens).loss
     where = completion_tokens(rows["ids"], rows["mask"], COMPLETION)
     found = model(**batch, at_states=partial(logprobs_of, args), given=where)
-    yield "linear_logprob", (found.logprob + 0.5 * found.entropy).sum() * share
+    yield "linear_logprob", (found.logprob + 0.5 * found.entropy).sum()
 
 
 def main(folder: str) -> None:
-    dist.init_process_group("gloo")
-    rank, count = dist.get_rank(), dist.get_world_size()
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank = dist.get_rank()
     args = V05Config(output_dir=folder, use_cpu=True, bf16=False, loss_type="dapo")
-    mine = rows_of(rank * ROWS, rank * ROWS + ROWS)
-    tokens = rows_of(0, None)["completion_mask"].sum()
-    for (kind, shard), layer in product({"FSDP": first_kind, "FSDP2": second_kind}.items(), LAYERS):
-        tied, head_apart = layer == "tied", layer == "wrapped apart"
-        whole = policy(folder, tied)
-        for op, loss in losses(args, whole, rows_of(0, None), 1):
+    mine, everyone = (rows_of(*some) for some in ((rank * ROWS, rank * ROWS + ROWS), (0, None)))
+    share = mine["completion_mask"].sum() / everyone["completion_mask"].sum()
+    for kind, layer in product(KINDS, LAYERS):
+        if kind.startswith("ZeRO") and layer == "wrapped apart":
+            continue
+        whole = policy(folder, layer == "tied")
+        for op, loss in losses(args, whole, everyone, 1):
             loss.backward()
             expected = {name: value.grad.clone() for name, value in whole.named_parameters()}
             whole.zero_grad()
-            sharded = shard(policy(folder, tied), head_apart)
-            share = mine["completion_mask"].sum() / tokens if op == "linear_policy_loss" else 1
-            (own,) = (loss for name, loss in losses(args, sharded, mine, share) if name == op)
-            (own * count).backward()  # FSDP takes means
-            for name, value in whole_gradients(sharded).items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=f"{kind} {layer} {name}")
+            sharded = KINDS[kind](policy(folder, layer == "tied"), layer)
+            (own,) = (loss for name, loss in losses(args, sharded.model, mine, share) if name == op)
+            sharded.backward(own)
+            for name, value in sharded.gradients().items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=f"{kind} {layer} {name}")
             if rank == 0:
                 print(kind, layer, op, sep=", ", flush=True)
     dist.barrier()

@@ -40,12 +40,12 @@ def why_not_head(model_config: Any, mixture_of_experts: bool, split: bool, image
     Args:
         model_config: of the language model.
         mixture_of_experts: whether an auxiliary loss belongs to the model.
-        split: whether DeepSpeed or several devices may hold the parameters, in another way than FSDP's.
+        split: whether a process may hold the model on several devices, or only a part of the output layer.
         images: whether the model takes them.
     """
     reasons = {
         "the model has an auxiliary loss": mixture_of_experts,
-        "DeepSpeed or several devices may hold the parameters": split,
+        "the model may be on several devices": split,
         "the model takes images": images,
     }
     scaled = [name for name in SCALES if getattr(model_config, name, None) not in (None, 1.0)]

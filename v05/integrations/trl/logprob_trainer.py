@@ -31,7 +31,7 @@ class KernelLogprobTrainer(GRPOTrainer):
     def choose_logprobs(self) -> None:
         """Decide once which code computes log-probs, and say so where it is not the one asked for."""
         policy = self.accelerator.unwrap_model(self.model)
-        split = self.is_deepspeed_enabled or self.is_model_parallel or bool(getattr(policy, "tp_size", None))
+        split = self.is_model_parallel or bool(getattr(policy, "tp_size", None))
         self._why_not_head = why_not_head(policy.config.get_text_config(), self.aux_loss_enabled, split, self._is_vlm)
         self._logprob_code = self.args.logprob_backend
         if self._logprob_code == "linear_logprob":

@@ -11,8 +11,8 @@ def end_at_states(model: Any) -> None:
     """Let `model(..., at_states=f, given=x)` return `f(hidden, head, x)`; no other call changes.
 
     `hidden` `[B, S, H]` are the last hidden states, `head` the output layer. As `f` is called inside of the forward of
-    the output layer, autocast holds for it, FSDP has gathered the layer's parameters, and no state is returned that a
-    wrapper would convert.
+    the output layer, autocast holds for it, FSDP and DeepSpeed have gathered the layer's parameters, and no state is
+    returned that a wrapper would convert.
 
     Args:
         model: a causal language model of transformers, or an adapter of PEFT around one; changed in place.
