@@ -91,6 +91,7 @@ test-peers: .venv-peers/.installed
 	.venv-trl/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
 	.venv-trl/bin/python -m pip install -q "$(TORCH)" numpy
 	.venv-trl/bin/python -m pip install -q "trl==1.16.0" peft
+	DS_BUILD_OPS=0 .venv-trl/bin/python -m pip install -q --no-build-isolation "deepspeed==0.19.8"
 	V05_BUILD_CUDA=0 .venv-trl/bin/python -m pip install -q --no-build-isolation -e ".[math,data]"
 	.venv-trl/bin/python -m pip install -q $(TESTING)
 	@touch $@

@@ -1,9 +1,10 @@
 """The update part of a step in TRL: loss and backward through a whole model, for a batch that is already generated.
 
-`GRPOTrainer` beside `V05Trainer` with each `loss_backend`; "v05" is `linear_policy_loss`. The model is a Qwen3 of
-random weights, few layers and a whole vocabulary with tied embeddings, as the small ones of its family have; old
-log-probs are given, as with vLLM; nothing is checkpointed. Before anything is timed, all must give one loss and one
-gradient.
+`GRPOTrainer` beside `V05Trainer`: "v05" with `loss_backend="linear_policy_loss"`, "v05, defaults" without an option
+(`policy_loss` of log-probs by `linear_logprob`), and with these defaults but for TRL's loss, or but for its log-probs.
+The model is a Qwen3 of random weights, few layers and a whole vocabulary with tied embeddings, as the small ones of its
+family have; old log-probs are given, as with vLLM; nothing is checkpointed. Before anything is timed, all must give one
+loss and one gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from benchmarks.harness import OURS, Case, rival
 from benchmarks.timing import Run
 
 VOCABULARY = 151_936
-BACKENDS = {OURS: "linear_policy_loss", f"{OURS}, policy_loss": "policy_loss", f"{OURS}, TRL's loss": "trl"}
+OPTIONS: dict[str, dict[str, str]] = {
+    OURS: dict(loss_backend="linear_policy_loss"),
+    f"{OURS}, defaults": {},
+    f"{OURS}, TRL loss": dict(loss_backend="trl"),
+    f"{OURS}, TRL log-probs": dict(logprob_backend="trl"),
+}
 
 
 class Size(NamedTuple):
@@ -211,14 +217,14 @@ def case(size: Size, precision: Precision, device: torch.device) -> Case:
 
     def ours(name: str) -> Callable[[ModuleType], Run]:
         def make(integration: ModuleType) -> Run:
-            own = dict(loss_backend=BACKENDS[name])
-            stepper = Stepper(integration.V05Trainer, integration.V05Config, size, precision, device, **own)
+            trainer, config = integration.V05Trainer, integration.V05Config
+            stepper = Stepper(trainer, config, size, precision, device, **OPTIONS[name])
             return agreement.run_of(name, stepper)
 
         return make
 
     first = rival("TRL", "trl", theirs)
-    own = [rival(name, "v05.integrations.trl", ours(name)) for name in BACKENDS]
+    own = [rival(name, "v05.integrations.trl", ours(name)) for name in OPTIONS]
     agreement.expected = None
     with torch.device("meta"):
         model = policy(size, precision.weights)

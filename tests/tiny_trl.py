@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from datasets import Dataset
 from tiny_models import make_tokenizer, qwen3_config
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from trl import GRPOTrainer
 
 from v05.integrations.trl import V05Config, V05Trainer
 
@@ -58,12 +63,23 @@ def make_trainer(
         **({"k_max": 12} if config is V05Config else {}),
     )
     parts = dict(
+        model=Qwen3ForCausalLM.from_pretrained(folder, dtype=weights),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
     )
     return trainer(
-        model=Qwen3ForCausalLM.from_pretrained(folder, dtype=weights),
         reward_funcs=rewards,
         args=config(**(settings | options)),
         **(parts | (extra or {})),
     )
+
+
+@contextmanager
+def trl_s_logprobs(trainer: GRPOTrainer) -> Iterator[None]:
+    """Let the log-probs and entropies of a trainer be those that TRL's own code finds."""
+    name = "_get_per_token_logps_and_entropies"
+    setattr(trainer, name, types.MethodType(getattr(GRPOTrainer, name), trainer))
+    try:
+        yield
+    finally:
+        delattr(trainer, name)

@@ -5,10 +5,8 @@ from collections import defaultdict
 import pytest
 import torch
 from peft import PromptTuningConfig
-from tiny_trl import VOCABULARY, WIDTH, make_trainer, write_policy
+from tiny_trl import VOCABULARY, WIDTH, make_trainer, trl_s_logprobs, write_policy
 from trl import GRPOTrainer
-
-from v05.integrations.trl.linear_loss import why_not_linear
 
 pytestmark = pytest.mark.trl
 ROWS, PROMPT = 8, 3
@@ -68,7 +66,9 @@ def outcome(trainer, compute, inputs):
 
 
 def assert_same(trainer, inputs, metrics=True):
-    theirs = outcome(trainer, lambda *given: GRPOTrainer._compute_loss(trainer, *given), inputs)
+    """The whole path: theirs has TRL's log-probs too."""
+    with trl_s_logprobs(trainer):
+        theirs = outcome(trainer, lambda *given: GRPOTrainer._compute_loss(trainer, *given), inputs)
     ours = outcome(trainer, trainer._compute_loss, inputs)
     torch.testing.assert_close(ours[:2], theirs[:2], rtol=2e-5, atol=2e-6)
     assert max(float(gradient.abs().max()) for gradient in theirs[1]) > 1e-3
@@ -180,8 +180,9 @@ def test_the_fused_head(folder, tmp_path, loss_type, level):
     assert_same(trainer, inputs, metrics=False)
 
 
-def test_the_fused_head_with_checkpointing(folder, tmp_path):
-    options = dict(loss_backend="linear_policy_loss", gradient_checkpointing=True)
+@pytest.mark.parametrize("backend", ["policy_loss", "linear_policy_loss"])
+def test_the_fused_head_with_checkpointing(folder, tmp_path, backend):
+    options = dict(loss_backend=backend, gradient_checkpointing=True)
     trainer = trainer_of(folder, tmp_path, "dapo", **options)
     trainer.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     assert_same(trainer, batch(trainer), metrics=False)
@@ -199,9 +200,10 @@ def test_the_fused_head_with_a_sampler_s_ratio(folder, tmp_path, mode):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cast", [False, True])
-def test_the_fused_head_under_bf16(folder, tmp_path, weights, cast):
-    """The dtype of the product is TRL's, seen from that of the gradient which the kernel keeps for the head."""
-    options = dict(loss_backend="linear_policy_loss", bf16=True, cast_lm_head_to_fp32=cast)
+@pytest.mark.parametrize("backend", ["policy_loss", "linear_policy_loss"])
+def test_the_fused_head_under_bf16(folder, tmp_path, weights, cast, backend):
+    """The dtype of the product is TRL's, seen from what the kernel keeps: the head's weight, or a gradient for it."""
+    options = dict(loss_backend=backend, bf16=True, cast_lm_head_to_fp32=cast)
     trainer = trainer_of(folder, tmp_path, "dapo", weights=weights, **options)
     model = trainer.accelerator.prepare(trainer.model)
     inputs, shape, kept = batch(trainer), trainer.model.lm_head.weight.shape, set()
@@ -213,17 +215,19 @@ def test_the_fused_head_under_bf16(folder, tmp_path, weights, cast):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         loss = trainer._compute_loss(model, inputs)
     assert kept == {torch.float32 if cast else torch.bfloat16}
-    theirs = GRPOTrainer._compute_loss(trainer, model, inputs)
+    with trl_s_logprobs(trainer):
+        theirs = GRPOTrainer._compute_loss(trainer, model, inputs)
     torch.testing.assert_close(loss, theirs, rtol=2e-2, atol=1e-3)
     head = trainer.model.lm_head.weight
     ours, wanted = (torch.autograd.grad(value, head)[0].double() for value in (loss, theirs))
     assert (ours - wanted).norm() < 0.02 * wanted.norm()
 
 
-def test_the_fused_head_behind_virtual_tokens(folder, tmp_path):
+@pytest.mark.parametrize("backend", ["policy_loss", "linear_policy_loss"])
+def test_the_fused_head_behind_virtual_tokens(folder, tmp_path, backend):
     """Prompt tuning puts states before the prompt's, so completions are counted from the end."""
     tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    trainer = trainer_of(folder, tmp_path, "dapo", loss_backend="linear_policy_loss", extra=dict(peft_config=tuned))
+    trainer = trainer_of(folder, tmp_path, "dapo", loss_backend=backend, extra=dict(peft_config=tuned))
     assert_same(trainer, batch(trainer), metrics=False)
 
 
@@ -248,11 +252,3 @@ def test_what_the_kernels_cannot_express_runs_in_trl_s_code(folder, tmp_path, op
     trainer = trainer_of(folder, tmp_path, options.pop("loss_type", "dapo"), **options)
     assert trainer._loss_code == runs
     assert_same(trainer, batch(trainer), metrics=False)
-
-
-def test_the_fused_head_is_not_for_images(folder, tmp_path):
-    """It would be given the text alone."""
-    trainer = trainer_of(folder, tmp_path, "dapo")
-    given = (trainer.args, trainer.model.config, False, False)
-    assert why_not_linear(*given) is None
-    assert why_not_linear(*given, images=True) == "the model takes images"

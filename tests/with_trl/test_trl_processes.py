@@ -14,10 +14,11 @@ from tiny_trl import write_policy
 pytestmark = pytest.mark.trl
 SCRIPT = Path(__file__).with_name("two_processes.py")
 VARIANTS = [
-    dict(loss_type="dapo"),
+    dict(loss_type="dapo", beta=0.05),
     dict(loss_type="grpo", estimator="v05_calibrated_loo"),
     dict(loss_type="dr_grpo", loss_backend="linear_policy_loss"),
     dict(loss_type="grpo", loss_backend="trl"),
+    dict(loss_type="dapo", logprob_backend="trl"),
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.bench_trl_step import BACKENDS, HALF, MIXED, QUICK, SINGLE, Agreement, Stepper, case, cases
+from benchmarks.bench_trl_step import HALF, MIXED, OPTIONS, QUICK, SINGLE, Agreement, Stepper, case, cases
 from benchmarks.harness import measure
 from v05.integrations.trl import V05Config, V05Trainer
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("precision", [SINGLE, MIXED, HALF], ids=lambda precision: precision.name)
 def test_all_contenders_take_the_same_step(precision):
     made = case(QUICK[0], precision, CPU)
-    assert [contender.name for contender in made.contenders] == [*BACKENDS, "TRL"]
+    assert [contender.name for contender in made.contenders] == [*OPTIONS, "TRL"]
     for contender in made.contenders:
         assert contender.run is not None, contender.why_missing
         loss, *gradients = contender.run()
@@ -22,10 +22,11 @@ def test_all_contenders_take_the_same_step(precision):
         assert all(gradient.dtype == precision.weights and bool(gradient.any()) for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values())
-def test_each_backend_computes_its_loss_itself(backend):
-    stepper = Stepper(V05Trainer, V05Config, QUICK[0], SINGLE, CPU, loss_backend=backend)
-    assert stepper.trainer._loss_code == backend
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_runs_what_it_asks_for(options):
+    trainer = Stepper(V05Trainer, V05Config, QUICK[0], SINGLE, CPU, **options).trainer
+    asked = trainer.args.loss_backend, trainer.args.logprob_backend
+    assert (trainer._loss_code, trainer._logprob_code) == asked
 
 
 def test_another_loss_is_refused():
@@ -38,5 +39,5 @@ def test_another_loss_is_refused():
 
 def test_it_is_measured():
     rows = list(measure(next(cases(CPU, quick=True)), "run", seconds=0.01))
-    assert [row.contender for row in rows] == [*BACKENDS, "TRL"]
+    assert [row.contender for row in rows] == [*OPTIONS, "TRL"]
     assert all(float(row.p50_ms) > 0 and float(row.peak_mib) > 0 and "differs" not in row.note for row in rows)

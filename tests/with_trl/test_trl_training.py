@@ -54,14 +54,16 @@ def test_the_log_has_all_that_trl_s_has(folder, tmp_path):
     assert len(list((tmp_path / "ours/completions").iterdir())) == 1
 
 
-def test_without_a_prior_it_is_trl(folder, tmp_path):
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("logprob_backend", ["linear_logprob", "trl"])
+def test_without_a_prior_it_is_trl(folder, tmp_path, beta, logprob_backend):
     """The same seeds and estimator give the weights that TRL's trainer gives."""
-    settings = dict(max_steps=3, loss_type="dapo", num_iterations=2, gradient_accumulation_steps=2)
+    settings = dict(max_steps=3, loss_type="dapo", num_iterations=2, gradient_accumulation_steps=2, beta=beta)
     start = weights_of(make_trainer(folder, tmp_path))
     own = dict(trainer=GRPOTrainer, config=GRPOConfig, scale_rewards="none")
     theirs = make_trainer(folder, tmp_path / "theirs", **own, **settings)
     theirs.train()
-    ours = make_trainer(folder, tmp_path / "ours", estimator="dr_grpo", **settings)
+    ours = make_trainer(folder, tmp_path / "ours", estimator="dr_grpo", logprob_backend=logprob_backend, **settings)
     ours.train()
     for name, value in weights_of(theirs).items():
         torch.testing.assert_close(weights_of(ours)[name], value, rtol=1e-4, atol=1e-5)
@@ -157,6 +159,7 @@ def test_a_prior_without_a_state(folder, tmp_path):
         (dict(prior="v0"), "prior is 'v0'; allowed: 'history', 'running_mean', 'middle'"),
         (dict(prior_gives="odds"), "prior_gives is 'odds'"),
         (dict(loss_backend="liger"), "loss_backend is 'liger'"),
+        (dict(logprob_backend="liger"), "logprob_backend is 'liger'; allowed: 'linear_logprob', 'trl'"),
         (dict(k_max=0), "k_max is 0; allowed: a whole number from 1"),
         (dict(k_max=None), "k_max is None; allowed: a whole number from 1 to 2147483647"),
         (dict(k_max="many"), "k_max is 'many'; allowed: a whole number"),

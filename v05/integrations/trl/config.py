@@ -12,6 +12,7 @@ from v05.kernels.shrinkage.rules import LARGEST
 from v05.value.priors import PRIORS
 
 LOSSES = ("policy_loss", "linear_policy_loss", "trl")
+LOGPROBS = ("linear_logprob", "trl")
 
 
 @dataclass
@@ -34,8 +35,11 @@ class V05Config(GRPOConfig):
         max_extra_rollouts: extra rollouts in one generation batch, over all processes; None for as many as it starts
             with, so that a batch at most doubles. That costs time, not memory: a step goes in pieces of at most
             `per_device_train_batch_size` rows, with the gradient of all at once.
-        loss_backend: `policy_loss` (v05's kernel on TRL's log-probs), `linear_policy_loss` (v05's fused head, logits
-            never kept), or `trl` (TRL's own code).
+        loss_backend: `policy_loss` (v05's kernel on log-probs), `linear_policy_loss` (v05's loss straight from hidden
+            states: a product with the output layer less than with log-probs), or `trl` (TRL's own loss).
+        logprob_backend: where log-probs and entropies come from, the old policy's and the reference's too:
+            `linear_logprob` (v05's fused output layer, of completion tokens alone) or `trl` (TRL's own code). Where
+            v05's cannot, TRL's runs, and a warning says why; so it is with `loss_backend`.
     """
 
     estimator: str = field(default="v05", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
@@ -50,6 +54,7 @@ class V05Config(GRPOConfig):
     extra_rounds: int = field(default=2, metadata={"help": "Rounds of extra rollouts per generation batch."})
     max_extra_rollouts: int | None = field(default=None, metadata={"help": "Extra rollouts per generation batch."})
     loss_backend: str = field(default="policy_loss", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    logprob_backend: str = field(default="linear_logprob", metadata={"help": f"One of {', '.join(LOGPROBS)}."})
 
     def __post_init__(self) -> None:
         """Check the options, then let TRL check its own.
@@ -64,6 +69,7 @@ class V05Config(GRPOConfig):
             ("prior", tuple(PRIORS)),
             ("prior_gives", ("reward", "probability")),
             ("loss_backend", LOSSES),
+            ("logprob_backend", LOGPROBS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")

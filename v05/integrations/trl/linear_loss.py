@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from v05.integrations.trl.config import V05Config
-from v05.integrations.trl.loss import (
-    CLIPPED,
-    Divisors,
-    kind_of,
-    packed,
-    packed_advantages,
-    places_of,
-    token_weights,
-    why_not,
-)
+from v05.integrations.trl.head import Places, packed, places_of, through_head
+from v05.integrations.trl.loss import CLIPPED, Divisors, kind_of, packed_advantages, token_weights, why_not
 from v05.integrations.trl.rollouts import learnt_from
 from v05.kernels import linear_policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
 
-# What a model may do to its logits beside the head, by the names of configurations; None or 1 is nothing.
-SCALES: Final = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
 
 class Tokens(NamedTuple):
-    """What a step learns from, packed: T tokens of its rows.
+    """What a step learns from, packed: T tokens of its rows, and `where` they are.
 
-    `places` `[T]` int64, among the rows' B * `length` completion tokens; `targets` `[T]` int64; `old` `[T]`, or None
-    where the policy is the old one; `advantages` and `offsets` as `policy_loss` takes them; `weights` `[T]` float32;
-    `value`, what the loss is where that of REINFORCE has another value, or None.
+    `old` `[T]`, or None where the policy is the old one; `advantages` and `offsets` as `policy_loss` takes them;
+    `weights` `[T]` float32; `value`, what the loss is where that of REINFORCE has another value, or None.
     """
 
-    places: Tensor
-    length: int
-    targets: Tensor
+    where: Places
     old: Tensor | None
     advantages: Tensor
     offsets: Tensor
@@ -46,29 +31,14 @@ class Tokens(NamedTuple):
     value: Tensor | None
 
 
-def why_not_linear(
-    args: V05Config, model_config: Any, mixture_of_experts: bool, sharded: bool, images: bool = False
-) -> str | None:
-    """Return why `linear_policy_loss` cannot compute the loss that `args` ask for, or None where it can.
-
-    Args:
-        args: the options.
-        model_config: of the language model.
-        mixture_of_experts: whether an auxiliary loss belongs to the model.
-        sharded: whether a process holds only a part of the parameters.
-        images: whether the model takes them.
-    """
+def why_not_linear(args: V05Config) -> str | None:
+    """Return why `linear_policy_loss` cannot compute the loss that `args` ask for, or None where it can."""
     reasons = {
         "beta is not 0, and a KL needs log-probs": args.beta != 0.0,
         "loss_type 'vespo' needs log-probs": args.loss_type == "vespo",
         "top_entropy_quantile needs entropies": args.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold needs log-probs": args.off_policy_mask_threshold is not None,
-        "the model has an auxiliary loss": mixture_of_experts,
-        "parameters are sharded": sharded,
-        "the model takes images": images,
     }
-    scaled = [name for name in SCALES if getattr(model_config, name, None) not in (None, 1.0)]
-    reasons |= {f"the model's {name} changes logits": True for name in scaled}
     return why_not(args) or next((reason for reason, applies in reasons.items() if applies), None)
 
 
@@ -95,8 +65,8 @@ def packed_tokens(args: V05Config, inputs: dict[str, Tensor], factor: Tensor | N
             value = value * 2 / torch.where(each[:, 0] > 0, args.sapo_temperature_pos, args.sapo_temperature_neg)
         value = value.sum()
     old = None if old is None else packed(old, places)
-    tokens = (packed(targets, places), old, advantages, offsets, packed(weights, places))
-    return Tokens(places, mask.size(1), *tokens, value)
+    where = Places(places, mask.size(1), packed(targets, places))
+    return Tokens(where, old, advantages, offsets, packed(weights, places), value)
 
 
 def linear_loss_of(args: V05Config, hidden: Tensor, head: Any, tokens: Tokens) -> PolicyLoss:
@@ -106,33 +76,15 @@ def linear_loss_of(args: V05Config, hidden: Tensor, head: Any, tokens: Tokens) -
 
     Args:
         args: the choices.
-        hidden: last hidden states `[B, S, H]`, those of the completions last.
-        head: the output layer, with a weight `[V, H]` and a bias `[V]` or None.
+        hidden, head: as in `v05.integrations.trl.head.through_head`.
         tokens: what is learnt from.
     """
-    row, column = tokens.places // tokens.length, tokens.places % tokens.length
-    before = (row + 1) * hidden.size(1) - tokens.length + column - 1
-    states, weight, bias = hidden.flatten(0, 1).index_select(0, before), head.weight, head.bias
-    apart = args.cast_lm_head_to_fp32
-    states = states.float() if apart else states
-    if apart or not torch.is_autocast_enabled(states.device.type):
-        weight, bias = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
     options, old = kind_of(args), tokens.old
     if old is None:
         options, old = dict(surrogate="gpg"), torch.zeros_like(tokens.weights)
-    with torch.autocast(states.device.type, enabled=False) if apart else nullcontext():
-        result = linear_policy_loss(
-            states,
-            weight,
-            tokens.targets,
-            old,
-            tokens.advantages,
-            tokens.weights,
-            sequence_offsets=tokens.offsets,
-            bias=bias,
-            temperature=args.temperature,
-            **options,
-        )
+    given = (old, tokens.advantages, tokens.weights)
+    options = dict(options, sequence_offsets=tokens.offsets)
+    result = through_head(args, linear_policy_loss, hidden, head, tokens.where, *given, **options)
     if tokens.value is None:
         return result
     return result._replace(loss=result.loss - result.loss.detach() + tokens.value)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from v05.batch import offsets_of
 from v05.integrations.trl.config import V05Config
+from v05.integrations.trl.head import packed, places_of
 from v05.kernels import policy_loss
 from v05.kernels.policy_loss.op import PolicyLoss
 from v05.kernels.policy_loss.options import HIGHEST_TAU
@@ -106,16 +107,6 @@ def token_weights(args: V05Config, mask: Tensor, by: Divisors) -> Tensor:
 def row_offsets(mask: Tensor) -> Tensor:
     """Return where the unmasked tokens of each row of `mask` [B, L] begin and end, packed: [B + 1] int64."""
     return offsets_of(mask.sum(1))
-
-
-def places_of(mask: Tensor) -> Tensor:
-    """Return where the unmasked tokens of `mask` [B, L] are among its B * L, [T] int64; a device is waited for."""
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def packed(values: Tensor, places: Tensor) -> Tensor:
-    """Return `values` [B, L] at the places, [T]."""
-    return values.reshape(-1).index_select(0, places)
 
 
 def bias_corrected_kl(scored: Scored, level: str) -> Tensor:

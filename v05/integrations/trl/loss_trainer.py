@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` with the loss of v05's kernels, and nothing else changed."""
+"""TRL's `GRPOTrainer` with log-probs and loss of v05's kernels, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any, Final
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
-from trl import GRPOTrainer
 
-from v05.integrations.trl.config import V05Config
 from v05.integrations.trl.linear_loss import Tokens, linear_loss_of, linear_metrics, packed_tokens, why_not_linear
+from v05.integrations.trl.logprob_trainer import KernelLogprobTrainer
 from v05.integrations.trl.loss import CLIPPED, ROW_MEANS, Divisors, Scored, loss_of, why_not
 from v05.integrations.trl.metrics import sequence_means, step_tensors, token_means
 from v05.integrations.trl.rollouts import in_pieces, learnt_from
-from v05.integrations.trl.states import add_states_loss
 from v05.kernels.policy_loss.op import PolicyLoss
 
 logger = get_logger(__name__)
@@ -35,36 +33,26 @@ IMAGES: Final = (
 )
 
 
-class KernelLossTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose `_compute_loss` goes through `v05.kernels`, where `why_not` has no reason against it.
+class KernelLossTrainer(KernelLogprobTrainer):
+    """The same with a `_compute_loss` that goes through `v05.kernels`, where `why_not` has no reason against it.
 
     A batch may hold `rows`, the rows of this process's generation batch: its steps need then not be equally large.
     """
 
-    args: V05Config
     num_generations: int
     _buffered_inputs: list[dict[str, Tensor]] | None
     _rows_at_once: int | None = None  # where steps are cut
 
     def choose_loss(self) -> None:
         """Decide once which code computes the loss, and say so where it is not the one asked for."""
+        self.choose_logprobs()
         chosen = self.args.loss_backend
         if chosen == "linear_policy_loss":
-            text_config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            reason = why_not_linear(self.args, text_config, self.aux_loss_enabled, sharded, self._is_vlm)
-            chosen = self._instead(chosen, "policy_loss", reason)
+            reason = why_not_linear(self.args) or self._why_not_head
+            chosen = self._instead("loss_backend", chosen, "policy_loss", reason)
         if chosen == "policy_loss":
-            chosen = self._instead(chosen, "trl", why_not(self.args))
+            chosen = self._instead("loss_backend", chosen, "trl", why_not(self.args))
         self._loss_code = chosen
-        if chosen == "linear_policy_loss":
-            add_states_loss(self.accelerator.unwrap_model(self.model))
-
-    def _instead(self, asked: str, other: str, reason: str | None) -> str:
-        if reason is None:
-            return asked
-        logger.warning(f"v05: loss_backend {other!r} runs instead of {asked!r}: {reason}")
-        return other
 
     def cut_steps(self) -> None:
         """Let no forward have more rows than a micro-batch, or say why steps stay whole where a batch grows."""
@@ -125,23 +113,23 @@ class KernelLossTrainer(GRPOTrainer):
         return loss
 
     def _linear_loss(self, model: Any, inputs: dict[str, Any], by: Divisors) -> Tensor:
-        """Return the loss from hidden states; the model is called as a whole, so that wrappers see the call."""
+        """Return the loss from hidden states."""
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         factor = inputs["importance_sampling_ratio"] if corrected else None
         tokens = packed_tokens(self.args, inputs, factor, by)
-        with self.accelerator.autocast():
-            result = model(
-                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                states_loss=self._loss_of_states,
-                tokens=tokens,
-            )
+        ids, mask = self._rows(inputs)
+        result = self._at_states(model, ids, mask, self._loss_of_states, tokens)
         names = list(result.metrics)
         sums = self.accelerator.reduce(torch.stack([result.metrics[name] for name in names]), reduction="sum")
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in linear_metrics(self.args, names, sums).items():
             metrics[name].append(value)
         return result.loss
+
+    def _rows(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return prompts with their completions, token ids and mask, `[B, S]` each."""
+        ids, mask = (torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1) for what in ("ids", "mask"))
+        return ids, mask
 
     @torch.compiler.disable
     def _loss_of_states(self, hidden: Tensor, head: Any, tokens: Tokens) -> PolicyLoss:
@@ -162,15 +150,14 @@ class KernelLossTrainer(GRPOTrainer):
 
     def _scored(self, model: Any, inputs: dict[str, Any]) -> tuple[Scored, Tensor, Tensor | None]:
         """Return the rows under the policy, their entropies [B, L], and the auxiliary loss of a mixture of experts."""
-        inside = inputs["completion_mask"]
+        others: dict[str, Any] = {name: inputs.get(name) for name in IMAGES}
         logprobs, entropies, auxiliary = self._get_per_token_logps_and_entropies(
             model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inside], dim=1),
-            inside.size(1),
+            *self._rows(inputs),
+            inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in IMAGES},
+            **others,
         )
         mask = learnt_from(inputs).bool()
         old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
