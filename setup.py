@@ -1,4 +1,5 @@
-"""Builds the native kernels: csrc/cpu always, csrc/cuda where nvcc is found. No torch is needed to build."""
+"""Builds the native kernels: csrc/cpu, and csrc/cuda where nvcc is found; nothing with V05_BUILD=0, where they are
+built already. No torch is needed to build."""
 
 import os
 import re
@@ -72,13 +73,15 @@ def sources(folder: str, *endings: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
+    if os.environ.get("V05_BUILD") == "0":
+        return []
     include = ["csrc", pybind11.get_include()]
     flags = os.environ.get("V05_CXX_FLAGS", "").split()
     cpu = Extension(
         "v05.kernels._cpu",
         ["csrc/cpu_module.cpp", *sources("cpu", ".cpp")],
         include_dirs=include,
-        depends=FORMULAS + sources("cpu", ".h"),
+        depends=["setup.py", *FORMULAS, *sources("cpu", ".h")],
         extra_compile_args=CPU_FLAGS + flags,
         extra_link_args=[*OPENMP, *flags],
         language="c++",
@@ -90,7 +93,7 @@ def extensions() -> list[Extension]:
         "v05.kernels._cuda",
         ["csrc/cuda_module.cpp", *sources("cuda", ".cu")],
         include_dirs=[*include, sysconfig.get_paths()["include"]],
-        depends=FORMULAS + sources("cuda", ".cuh", ".h"),
+        depends=["setup.py", *FORMULAS, *sources("cuda", ".cuh", ".h")],
         language="c++",
     )
     return [cpu, cuda]
