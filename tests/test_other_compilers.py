@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-FLAGS = ["-O1", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Werror", "-Wno-bitwise-instead-of-logical"]  # where && would be a branch, & is meant
 
 

@@ -6,10 +6,16 @@ import torch
 from v05.kernels import linear_logprob, linear_policy_loss, policy_loss
 from v05.kernels.linear_logprob import passes, triton
 from v05.kernels.linear_logprob.inputs import Inputs
-from v05.kernels.linear_logprob.tiles import INTERPRETED, SPLIT
+from v05.kernels.linear_logprob.tiles import INTERPRETED
 from v05.testing import FLOORS, assert_as_exact_as, error_against, poisoned_outputs, ragged_tokens
 
 INFINITY = float("inf")
+SPLIT = 256  # columns of a program here, a sixteenth of a GPU's: four tiles
+
+
+@pytest.fixture(autouse=True)
+def short_splits(monkeypatch):
+    monkeypatch.setattr(triton, "SPLIT", SPLIT)
 
 
 def layer(rows, features, columns, dtype, bias, seed=0):
