@@ -40,14 +40,19 @@ def read(path: Path) -> list[Line]:
 
 
 def latest(path: Path) -> list[Line]:
-    """The newest row of every contender, a measured one where there is one, in the order of their first appearance."""
+    """The newest row of every contender that its case still has, a measured one where there is one, in the order of
+    their first appearance."""
     chosen: dict[tuple[str, ...], Line] = {}
+    newest: dict[tuple[str, ...], tuple[str, set[str]]] = {}  # of each case, the last run and its contenders
     for line in as_called(read(path)):
         row = line | {"threads": ""} if line["architecture"] else line
-        key = tuple(row[name] for name in ("op", "device", "threads", "shape", "dtype", "pass", "contender"))
-        if row["p50_ms"] or not chosen.get(key, row)["p50_ms"]:
-            chosen[key] = row
-    return list(chosen.values())
+        case, name = tuple(row[name] for name in ("device", "threads", *CASE)), row["contender"]
+        if newest.get(case, ("",))[0] != row["run"]:
+            newest[case] = (row["run"], set())
+        newest[case][1].add(name)
+        if row["p50_ms"] or not chosen.get((*case, name), row)["p50_ms"]:
+            chosen[*case, name] = row
+    return [row for (*case, name), row in chosen.items() if name in newest[tuple(case)][1]]
 
 
 def as_called(rows: list[Line]) -> list[Line]:

@@ -80,7 +80,8 @@ def test_studies_come_last(report, tmp_path):
 
 def test_the_newest_measured_row_counts(report, tmp_path):
     later = "2026-01-03T00:00:00Z"
-    text = report(row("v05", "1", "1"), row("v05", "0.8", "1", run=later), row("verl", "4", "4"), row("verl", "", ""))
+    rows = [row("v05", "1", "1"), row("verl", "4", "4"), row("renamed since", "2", "2")]
+    text = report(*rows, row("v05", "0.8", "1", run=later), row("verl", "", "", run=later))
     assert [line["p50_ms"] for line in latest(tmp_path / "results.csv")] == ["0.8", "4"]
     assert "commit abc, 2026-01-03" in text
 
