@@ -86,6 +86,7 @@ struct WeightTile {
     }
   }
 
+  // Adds the products with a line of the states: each weight is read once for all of them.
   __device__ __forceinline__ void add_line(const Vector<T> (&given)[kRows], int step,
                                            Wide (&sum)[kRows * kWidth]) const {
     const int lane = threadIdx.x % kLanes;

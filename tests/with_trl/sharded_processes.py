@@ -120,6 +120,7 @@ def main(folder: str) -> None:
             loss.backward()
             expected = {name: value.grad.clone() for name, value in whole.named_parameters()}
             whole.zero_grad()
+            assert all(float(value.abs().max()) > 1e-3 for value in expected.values()), (layer, op)
             sharded = KINDS[kind](policy(folder, layer == "tied"), layer)
             (own,) = (loss for name, loss in losses(args, sharded.model, mine, share) if name == op)
             sharded.backward(own)
